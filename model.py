@@ -89,10 +89,13 @@ class LinearCrossEntropy(torch.autograd.Function):
             total = total + (nll.squeeze(1) * keep).sum()
             if need_grad:
                 p.scatter_add_(1, index, torch.full_like(nll, -1.0))
-                p.mul_(keep.unsqueeze(1))
                 p = p.to(compute_dtype)
-                grad_h[part] = p @ head
-                grad_weight += p.t() @ x
+                keep = keep.unsqueeze(1).to(compute_dtype)
+                grad_h[part] = (p @ head) * keep
+                if p.dtype == grad_weight.dtype:
+                    grad_weight.addmm_(p.t(), x * keep)
+                else:
+                    grad_weight += p.t() @ (x * keep)
         count = (targets >= 0).sum()
         if need_grad:
             ctx.save_for_backward(grad_h, grad_weight, count)
@@ -525,11 +528,12 @@ class SkewGradient(torch.autograd.Function):
         T, b, dtype = y.size(1), Q.size(-1), ctx.dtype
         blocks = (-1, b)
         M = torch.einsum("btshjr,btshju->thjru", g.to(dtype).unflatten(-1, blocks), y.to(dtype).unflatten(-1, blocks))
-        N = M.flip(0).cumsum(0).flip(0) - M  # (T, H, D/b, b, b): N_t = Σ_{m > t} M_m
+        sums = M.cumsum(0)
+        N = sums[-1] - sums  # (T, H, D/b, b, b): N_t = Σ_{m > t} M_m
         middles = torch.arange(T, dtype=omega.dtype, device=omega.device).view(-1, 1, 1, 1, 1) + 0.5
         angles = middles * omega.unsqueeze(-2)  # (T, H, D/b, 1, b/2)
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-        K = rotate(rotate(N.contiguous(), cos, sin).mT.contiguous(), cos, sin).mT.sum(0).to(Q.dtype)  # Σ_t rot N_t rotᵀ, (H, D/b, b, b)
+        K = rotate(rotate(N, cos, sin).mT.contiguous(), cos, sin).mT.sum(0).to(Q.dtype)  # Σ_t rot N_t rotᵀ, (H, D/b, b, b)
         # Over a unit step the complex-linear part of K turns by ω_k - ω_l, the conjugate-linear one by ω_k + ω_l
         J = torch.kron(torch.eye(b // 2), torch.tensor([[0.0, -1.0], [1.0, 0.0]])).to(K)
         linear, conjugate = (K - J @ K @ J) / 2, (K + J @ K @ J) / 2

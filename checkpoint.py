@@ -1,0 +1,157 @@
+"""Checkpoints and the files of a run's folder: written whole or not at all, checked when read.
+
+    runs/NAME/config.yaml             every field, resolved
+    runs/NAME/metrics.jsonl           a JSON object a line
+    runs/NAME/checkpoints/step_N.pt   the latest keep_checkpoints; step_N.pt.sha256 beside each
+    runs/NAME/last.pt                 relative link to the newest of them
+    runs/NAME/best.pt                 the checkpoint of the lowest validation loss, a file of its own
+    runs/NAME/eval/*.json             what eval.py wrote
+"""
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from model import GPT, GPTConfig
+
+
+class HashingFile:
+    """A binary file for writing that hashes what passes through."""
+
+    def __init__(self, file):
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, data):
+        self.sha256.update(data)
+        return self.file.write(data)
+
+    def flush(self):
+        self.file.flush()
+
+
+def write_atomically(path: Path, write) -> None:
+    """write(file) into a temporary file, fsync, rename: `path` holds the old or the new, never a part. OSError
+    (disk full, no permission) leaves the old one and no remains."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(path: Path, state: dict) -> None:
+    """torch.save `state` (tensors and plain types) atomically, with its sha256 in a file beside it."""
+    digest = None
+
+    def write(file):
+        nonlocal digest
+        hashing = HashingFile(file)
+        try:
+            torch.save(state, hashing)
+        except RuntimeError as error:  # torch wraps what the file raised
+            cause = error.__cause__ or error.__context__
+            raise cause if isinstance(cause, OSError) else OSError(f"cannot write {path}: {error}") from None
+        digest = hashing.sha256.hexdigest()
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    hash_path(path).unlink(missing_ok=True)  # no moment at which a new file stands beside an old hash
+    write_atomically(path, write)
+    write_atomically(hash_path(path), lambda file: file.write(f"{digest}\n".encode()))
+
+
+def hash_path(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def load(path: Path) -> dict:
+    """The checkpoint at `path`, tensors on the CPU. ValueError where it is damaged or no checkpoint of ours, OSError
+    where it is not there."""
+    path = Path(path).resolve()
+    if hash_path(path).is_file():
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != hash_path(path).read_text().strip():
+            raise ValueError(f"{path} is truncated or altered: its sha256 is not the recorded one")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+    if not isinstance(state, dict) or not {"model", "config", "step"} <= state.keys():
+        raise ValueError(f"{path} is no checkpoint of train.py: it lacks model, config or step")
+    return state
+
+
+def step_files(run: Path) -> list[Path]:
+    """checkpoints/step_N.pt, newest first."""
+    files = (run / "checkpoints").glob("step_*.pt")
+    numbered = [f for f in files if f.stem.removeprefix("step_").isdigit()]
+    return sorted(numbered, key=lambda f: int(f.stem.removeprefix("step_")), reverse=True)
+
+
+def save_step(run: Path, state: dict, keep: int) -> None:
+    """checkpoints/step_N.pt, the link last.pt to it, and older ones beyond `keep` removed."""
+    path = run / "checkpoints" / f"step_{state['step']}.pt"
+    save(path, state)
+    link = run / ".last.pt.partial"
+    link.unlink(missing_ok=True)
+    link.symlink_to(path.relative_to(run))
+    os.replace(link, run / "last.pt")
+    for old in step_files(run)[keep:]:
+        old.unlink()
+        hash_path(old).unlink(missing_ok=True)
+
+
+def load_newest(run: Path) -> dict | None:
+    """The newest undamaged checkpoint of a run, with a warning for each damaged one; None where there is none.
+    ValueError where there are some and all are damaged."""
+    files = step_files(run)
+    for path in files:
+        try:
+            return load(path)
+        except ValueError as error:
+            print(f"warning: {error}; trying the one before", file=sys.stderr)
+    if files:
+        raise ValueError(f"every checkpoint in {run / 'checkpoints'} is damaged; delete {run} to start again")
+    return None
+
+
+def find(run: str | Path, which: str = "last") -> Path:
+    """The file of a run's `last` or `best` checkpoint, or of a step number; a path to a .pt file is itself."""
+    run = Path(run)
+    if run.is_file():
+        return run
+    if not run.is_dir():
+        raise OSError(f"no run {run}: neither a folder nor a checkpoint file")
+    path = run / f"{which}.pt" if which in ("last", "best") else run / "checkpoints" / f"step_{which}.pt"
+    if not path.exists():
+        have = [f.name for f in [run / "last.pt", run / "best.pt", *step_files(run)] if f.exists()]
+        raise OSError(f"{run} has no checkpoint {which!r}; it has {', '.join(have) or 'none: was it trained?'}")
+    return path
+
+
+def build_model(state: dict, **changes) -> GPT:
+    """The GPT of a checkpoint, with `changes` to its GPTConfig (such as another block_size). ValueError where the
+    weights do not fit: a learned table is cut for a smaller block_size, never stretched."""
+    names = GPTConfig.__dataclass_fields__
+    config = GPTConfig(**{**{k: v for k, v in state["config"].items() if k in names}, **changes})
+    model = GPT(config)
+    weights = dict(state["model"])
+    wpe = "transformer.wpe.weight"
+    if wpe in weights:
+        if len(weights[wpe]) < config.block_size:
+            raise ValueError(f"learned positions end at block_size {len(weights[wpe])}; they cannot be extended to {config.block_size}")
+        weights[wpe] = weights[wpe][: config.block_size]
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"the checkpoint is of another architecture: {error}") from error
+    return model

@@ -1,0 +1,165 @@
+"""The fields of a run: defaults, then a YAML file, then the command line."""
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+
+from model import GPTConfig, nearest
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+@dataclass
+class RunConfig:
+    """One training run. Defaults are GPT-2 small (124M) on one epoch-like budget of 524,288 tokens a step."""
+
+    data_dir: str = "data/fineweb-edu-gpt2"
+    """Folder that data/prepare.py made."""
+    out_dir: str = "runs/default"
+    """The run's folder; one that already holds a run is an error unless resume is true."""
+
+    block_size: int = 1024
+    """Training length in tokens (T)."""
+    n_layer: int = 12
+    """Number of blocks."""
+    n_head: int = 12
+    """Attention heads a block."""
+    n_embd: int = 768
+    """Model width (C), a multiple of n_head."""
+    bias: bool = False
+    """Biases in linear layers and LayerNorms, as GPT-2 has them."""
+    dropout: float = 0.0
+    """Dropout probability."""
+    vocab_size: int | None = None
+    """Vocabulary of the model; null is the data's, rounded up to a multiple of 64."""
+    pos: str = "rope"
+    """Positional scheme, a name in model.SCHEMES."""
+    pos_options: dict = field(default_factory=dict)
+    """Options of the scheme, e.g. {block: 4}; on the command line also --pos_options.block 4."""
+    pos_lr_multiplier: float = 1.0
+    """Learning-rate multiplier of the scheme's own undecayed parameters (comrope's P, carope's bias); others have none."""
+
+    batch_tokens: int = 524288
+    """Tokens per optimizer step over all ranks, a multiple of block_size."""
+    micro_batch_size: int | None = None
+    """Windows per forward pass and rank; null is the largest that fits the batch and is at most 16,384 tokens."""
+    max_steps: int = 19000
+    """Optimizer steps of the whole run."""
+    learning_rate: float = 6e-4
+    """Peak learning rate."""
+    min_lr: float = 6e-5
+    """Final learning rate of the cosine and wsd schedules."""
+    schedule: Literal["cosine", "step", "wsd", "constant"] = "cosine"
+    """After the warm-up: cosine to min_lr; step, times lr_gamma every lr_step steps; wsd, constant and then linear to
+    min_lr over the last decay_fraction of the run; constant."""
+    lr_step: int = 1000
+    """Schedule step: steps between two decays."""
+    lr_gamma: float = 0.8
+    """Schedule step: factor of a decay."""
+    decay_fraction: float = 0.2
+    """Schedule wsd: fraction of max_steps that decays."""
+    warmup_steps: int = 750
+    """Steps of linear warm-up from 0."""
+    weight_decay: float = 0.1
+    """AdamW's weight decay of matrices that act on activations and of embeddings; never of biases, norms, frequencies."""
+    beta1: float = 0.9
+    """AdamW's first beta."""
+    beta2: float = 0.95
+    """AdamW's second beta."""
+    grad_clip: float = 1.0
+    """Largest gradient norm; 0 does not clip (the norm is logged all the same)."""
+
+    eval_interval: int = 500
+    """Steps between validations; also validated at the start and the end. 0: only these."""
+    eval_tokens: int = 1048576
+    """Validation tokens: fixed windows spread evenly over the split."""
+    checkpoint_interval: int = 500
+    """Steps between checkpoints; one is also written at the end. 0: only that."""
+    keep_checkpoints: int = 2
+    """How many of the newest step_N.pt to keep."""
+    log_interval: int = 10
+    """Steps between lines of metrics.jsonl."""
+    max_bad_steps: int = 10
+    """Steps in a row with a loss or gradient that is not finite (each is skipped) after which the run stops."""
+    resume: bool = False
+    """Continue from the newest good checkpoint in out_dir, or start where there is none."""
+    init_from: str | None = None
+    """Start from weights only: a run's folder, a checkpoint, "gpt2" (hub) or a GPT-2 folder in transformers' layout."""
+
+    seed: int = 1
+    """Seed of initial weights and dropout."""
+    data_seed: int = 1
+    """Seed of the order of data, apart from seed."""
+    device: str = "auto"
+    """auto (cuda, else mps, else cpu), or a torch device."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Autocast dtype; auto is bfloat16 on GPUs that have it, else float32."""
+    compile: bool = False
+    """torch.compile the model; falls back with a warning where no compiler works."""
+    wandb: Literal["off", "online", "offline"] = "off"
+    """Weights & Biases; project and entity from WANDB_PROJECT and WANDB_ENTITY. Never asks for a login."""
+
+    def model_config(self) -> GPTConfig:
+        """The part that shapes the model."""
+        return GPTConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(GPTConfig)})
+
+
+class Parser(ArgumentParser):
+    """jsonargparse with the nearest valid name in its errors."""
+
+    def error(self, message, ex=None):
+        names = [f.name for f in dataclasses.fields(RunConfig)] + ["config"]
+        if match := re.search(r"unrecognized arguments: -*(\w+)|Option '(\w+)' is not accepted", str(message)):
+            message = f"{message}{nearest(match[1] or match[2], names)}"
+        super().error(f"{message}", ex)
+
+
+def parse(arguments: list[str] | None = None) -> RunConfig:
+    """The RunConfig of a command line: `--config FILE`, then `--field value …`. Exits with a message for what is
+    unknown or of a wrong type."""
+    parser = Parser(prog="train.py", description="Train one GPT-2 with a positional scheme. Also under torchrun.")
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of fields; later arguments override it.")
+    parser.add_class_arguments(RunConfig)
+    values = parser.parse_args(arguments).as_dict()
+    values.pop("config")
+    # --pos_options.block 4 arrives as text
+    options = {k: yaml.safe_load(v) if isinstance(v, str) else v for k, v in values["pos_options"].items()}
+    return RunConfig(**{**values, "pos_options": options})
+
+
+def check(config: RunConfig) -> None:
+    """ValueError that lists every field out of range. The model's own fields are checked by the model."""
+    problems = []
+    for name in ("batch_tokens", "max_steps", "eval_tokens", "keep_checkpoints", "log_interval", "max_bad_steps", "lr_step", "block_size"):
+        if getattr(config, name) < 1:
+            problems.append(f"{name} must be at least 1, not {getattr(config, name)}")
+    for name in ("warmup_steps", "weight_decay", "grad_clip", "eval_interval", "checkpoint_interval", "min_lr", "pos_lr_multiplier", "seed", "data_seed"):
+        if getattr(config, name) < 0:
+            problems.append(f"{name} must not be negative, but is {getattr(config, name)}")
+    for name in ("learning_rate", "lr_gamma"):
+        if not getattr(config, name) > 0:
+            problems.append(f"{name} must be positive, not {getattr(config, name)}")
+    for name in ("micro_batch_size", "vocab_size"):
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            problems.append(f"{name} must be at least 1 or null, not {getattr(config, name)}")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(config, name) < 1:
+            problems.append(f"{name} must lie in [0, 1), not {getattr(config, name)}")
+    if not 0 < config.decay_fraction <= 1:
+        problems.append(f"decay_fraction must lie in (0, 1], not {config.decay_fraction}")
+    if config.schedule in ("cosine", "wsd") and config.min_lr > config.learning_rate:
+        problems.append(f"min_lr {config.min_lr} exceeds learning_rate {config.learning_rate}")
+    if config.block_size > 0 and config.batch_tokens % config.block_size:
+        below = max(config.batch_tokens // config.block_size, 1) * config.block_size
+        problems.append(f"batch_tokens {config.batch_tokens} must be a multiple of block_size {config.block_size}, such as {below}")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def write_yaml(config: RunConfig, path: Path) -> None:
+    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
