@@ -134,14 +134,14 @@ def linear_nll(h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> 
     """Negative log-likelihood of each target: h (..., C), weight (V, C), targets (...) → (...), 0 where
     the target is -1. Chunked, without gradient; float32 (h's dtype if wider)."""
     dtype, exact = head_dtype(h), wide(h.dtype)
+    nll = torch.zeros(targets.shape, dtype=exact, device=h.device)
     with no_autocast(h.device):
-        flat, head, target = h.reshape(-1, h.size(-1)), weight.to(dtype), targets.reshape(-1)
-        parts = []
+        keep = targets >= 0
+        scored, target, head = h[keep].to(dtype), targets[keep], weight.to(dtype)  # (n, C), (n,): no logits for the rest
         rows = chunk_rows(weight.size(0), h.device)
-        for x, y in zip(flat.split(rows), target.split(rows)):
-            logits = (x.to(dtype) @ head.t()).to(exact)
-            parts.append(F.cross_entropy(logits, y, ignore_index=-1, reduction="none"))
-        return torch.cat(parts).view(targets.shape)
+        parts = [F.cross_entropy((x @ head.t()).to(exact), y, reduction="none") for x, y in zip(scored.split(rows), target.split(rows))]
+        nll[keep] = torch.cat(parts)
+    return nll
 
 
 # ------------------------------------------------------------------------------------------------
