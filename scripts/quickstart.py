@@ -68,12 +68,12 @@ class Job:
         return f"{self.name} {self.stages[0][0]} {self.step()}" + (f" loss {losses[-1]:.3f}" if losses else "")
 
 
-def plan(job: Job, recipe: dict, lengths: list[int], data: Path) -> None:
+def plan(job: Job, config: Path, recipe: dict, lengths: list[int], data: Path) -> None:
     """Fill in the stages that are not done yet: training where the last checkpoint is missing, evaluation where there is no
     report on it."""
     trained = (job.run / "checkpoints" / f"step_{recipe['max_steps']}.pt").is_file()
     evaluated = trained and job.report.is_file() and json.loads(job.report.read_text())["step"] == recipe["max_steps"]
-    train = [str(REPO / "train.py"), "--config", str(CONFIG), "--pos", job.scheme, "--seed", str(job.seed), "--data_seed", str(job.seed)]
+    train = [str(REPO / "train.py"), "--config", str(config), "--pos", job.scheme, "--seed", str(job.seed), "--data_seed", str(job.seed)]
     train += ["--data_dir", str(data), "--out_dir", str(job.run), "--resume", "true"]
     evaluate = [str(REPO / "eval.py"), "--run", str(job.run), "--json", str(job.report), "--max_targets", str(MAX_TARGETS)]
     evaluate += ["--lengths", *map(str, lengths)]
@@ -208,6 +208,7 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), help=f"schemes to compare (default: {' '.join(SCHEMES)})")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of the runs (default: runs/quickstart)")
     parser.add_argument("--data", type=Path, default=REPO / "data" / "builtin-byte", help="data folder (default: data/builtin-byte, made if missing)")
+    parser.add_argument("--config", type=Path, default=CONFIG, help="recipe (default: configs/quickstart.yaml)")
     parser.add_argument("--parallel", type=int, help="runs at a time (default: 1 on a GPU, else one a core and at most 2; one thread each if more than one)")
     args = parser.parse_args()
     sys.path.insert(0, str(REPO))
@@ -226,7 +227,7 @@ def main() -> None:
     started = time.monotonic()
     gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     parallel = args.parallel or (1 if gpu else min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()))
-    recipe = yaml.safe_load(CONFIG.read_text())
+    recipe = yaml.safe_load(args.config.read_text())
     lengths = [recipe["block_size"] * n for n in (1, 2, 4, 8)]
     try:
         if args.data == REPO / "data" / "builtin-byte":
@@ -235,7 +236,7 @@ def main() -> None:
                 sys.exit(prepared.returncode)
         jobs = [Job(scheme, seed, args.out) for seed in range(1, args.seeds + 1) for scheme in args.schemes]
         for job in jobs:
-            plan(job, recipe, lengths, args.data)
+            plan(job, args.config, recipe, lengths, args.data)
         fresh = all(len(j.stages) == 2 and not j.step() for j in jobs)
         todo = [j for j in jobs if j.stages]
         print(f"{len(jobs)} runs, {len(jobs) - len(todo)} already done; {parallel} at a time; logs in {args.out / 'logs'}", flush=True)

@@ -1,0 +1,152 @@
+"""A second GPT-2 with every positional scheme, for the tests: slow, differentiable, and written from the papers' formulas
+(spec of the schemes), not from model.py. It shares nothing with it but the names of the parameters and options.
+
+Every rotation is a dense (D, D) matrix for each position, comrope's by torch.matrix_exp; the scores and the softmax are written out.
+B batch, T positions, H heads, D head width, C = H·D. Everything has the dtype of the parameters: use float64.
+"""
+
+import math
+
+import torch
+
+J = torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=torch.float64)  # one radian per unit, counterclockwise
+
+
+def rotations(angles):
+    """(..., n) angles → (..., 2n, 2n): block-diagonal rotations of neighbouring channels."""
+    c, s = angles.cos(), angles.sin()
+    blocks = torch.stack((torch.stack((c, -s), -1), torch.stack((s, c), -1)), -2)  # (..., n, 2, 2)
+    return block_diagonal(blocks)
+
+
+def block_diagonal(blocks):
+    """(..., n, b, b) → (..., nb, nb)."""
+    n, b = blocks.size(-3), blocks.size(-1)
+    full = blocks.new_zeros(*blocks.shape[:-3], n * b, n * b)
+    for j in range(n):
+        full[..., j * b : (j + 1) * b, j * b : (j + 1) * b] = blocks[..., j, :, :]
+    return full
+
+
+def rope_angles(T, D, base, fraction=1.0, start=0):
+    """(T, D/2): m·base^(-2i/width) for the leading `fraction` of the channels, 0 for the rest."""
+    width = round(D * fraction)
+    angles = torch.zeros(T, D // 2, dtype=torch.float64)
+    for m in range(T):
+        for i in range(width // 2):
+            angles[m, i] = (start + m) * base ** (-2 * i / width)
+    return angles
+
+
+def carope_phases(source, weight, bias, D):
+    """(B, T, H, D/2): φ_i(m) = Σ_{t≤m} f(x_t)^i, f = 1/(1 + softplus(x W + b)), added up one token at a time."""
+    z = source @ weight.T + (0 if bias is None else bias)  # (B, T, H)
+    f = 1 / (torch.log(1 + torch.exp(z)) + 1)
+    powers = torch.stack([f**i for i in range(D // 2)], -1)  # (B, T, H, D/2)
+    return torch.stack([powers[:, : m + 1].sum(1) for m in range(powers.size(1))], 1)
+
+
+def comrope_rotations(P, theta, unit, T, start=0):
+    """(T, H, D, D): exp((m/unit)·θ(P - Pᵀ)), one matrix exponential for each position."""
+    A = P - P.transpose(-1, -2)
+    A = A if theta is None else theta[..., None, None] * A
+    return torch.stack([block_diagonal(torch.matrix_exp(A * (start + m) / unit)) for m in range(T)])
+
+
+def alibi_slopes(H):
+    """The function in the paper's repository (ofirpress/attention_with_linear_biases, get_slopes)."""
+
+    def power_of_2(n):
+        start = 2 ** (-(2 ** -(math.log2(n) - 3)))
+        return [start * start**i for i in range(n)]
+
+    if math.log2(H).is_integer():
+        return power_of_2(H)
+    closest = 2 ** math.floor(math.log2(H))
+    return power_of_2(closest) + alibi_slopes(2 * closest)[0::2][: H - closest]
+
+
+def sinusoids(T, C, base, scale):
+    """Vaswani 1706.03762, section 3.5."""
+    table = torch.zeros(T, C, dtype=torch.float64)
+    for m in range(T):
+        for i in range(C // 2):
+            table[m, 2 * i] = scale * math.sin(m / base ** (2 * i / C))
+            table[m, 2 * i + 1] = scale * math.cos(m / base ** (2 * i / C))
+    return table
+
+
+def complex_linear(x, A, B):
+    """ỹ = (A + iB) x̃ on neighbouring channels: x (..., C), A and B (n, C/2) → (..., 2n)."""
+    pairs = x.unflatten(-1, (-1, 2))
+    return torch.view_as_real(torch.complex(pairs[..., 0], pairs[..., 1]) @ torch.complex(A, B).T).flatten(-2)
+
+
+def layer_norm(x, p, name):
+    mean = x.mean(-1, keepdim=True)
+    variance = ((x - mean) ** 2).mean(-1, keepdim=True)
+    return (x - mean) / torch.sqrt(variance + 1e-5) * p[name + ".weight"] + p.get(name + ".bias", 0)
+
+
+def linear(x, p, name):
+    return x @ p[name + ".weight"].T + p.get(name + ".bias", 0)
+
+
+def gelu(x):
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def attention(x, embedding, config, p, name):
+    """x (B, T, C), the normed input, and the token embeddings (B, T, C) → (B, T, C)."""
+    pos, options = config.pos, config.pos_options
+    B, T, C = x.shape
+    H, D = config.n_head, config.n_embd // config.n_head
+    if pos == "crope":
+        qkv = complex_linear(x, p[name + ".c_attn.A"], p[name + ".c_attn.B"]) + p.get(name + ".c_attn.bias", 0)
+    else:
+        qkv = linear(x, p, name + ".c_attn")
+    q, k, v = (part.reshape(B, T, H, D) for part in qkv.split(C, -1))
+
+    if pos in ("rope", "crope"):
+        R = rotations(rope_angles(T, D, options["base"], options["fraction"])).view(1, T, 1, D, D)
+    elif pos == "comrope":
+        R = comrope_rotations(p[name + ".P"], p.get(name + ".theta"), options["unit"], T).unsqueeze(0)
+    elif pos == "carope":
+        source = x if options["source"] == "hidden" else embedding
+        R = rotations(carope_phases(source, p[name + ".c_pos.weight"], p.get(name + ".c_pos.bias"), D))
+    else:
+        R = torch.eye(D, dtype=x.dtype)
+    R = R.expand(B, T, H, D, D)
+    q, k = (torch.einsum("bthij,bthj->bthi", R, z) for z in (q, k))
+
+    scores = torch.einsum("bmhd,bnhd->bhmn", q, k) / math.sqrt(D)
+    if pos == "alibi":
+        distance = torch.arange(T).view(-1, 1) - torch.arange(T)  # m - n
+        scores = scores - torch.tensor(alibi_slopes(H), dtype=x.dtype).view(H, 1, 1) * distance
+    future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    weights = scores.masked_fill(future, -math.inf).exp()
+    weights = weights / weights.sum(-1, keepdim=True)
+    return linear(torch.einsum("bhmn,bnhd->bmhd", weights, v).reshape(B, T, C), p, name + ".c_proj")
+
+
+def logits(config, p, idx):
+    """config (options written out), parameters by name, idx (B, T) → logits (B, T, V)."""
+    T, C = idx.size(1), config.n_embd
+    embedding = x = p["transformer.wte.weight"][idx]
+    if config.pos == "learned":
+        x = x + p["transformer.wpe.weight"][:T]
+    if config.pos == "sinusoidal":
+        x = x + sinusoids(T, C, config.pos_options["base"], config.pos_options["scale"])
+    for i in range(config.n_layer):
+        block = f"transformer.h.{i}"
+        x = x + attention(layer_norm(x, p, block + ".ln_1"), embedding, config, p, block + ".attn")
+        h = layer_norm(x, p, block + ".ln_2")
+        x = x + linear(gelu(linear(h, p, block + ".mlp.c_fc")), p, block + ".mlp.c_proj")
+    return layer_norm(x, p, "transformer.ln_f") @ p["transformer.wte.weight"].T
+
+
+def cross_entropy(logits, targets):
+    """Mean over the targets that are not -1."""
+    keep = targets >= 0
+    logp = logits - logits.logsumexp(-1, keepdim=True)
+    return -logp[keep].gather(-1, targets[keep].unsqueeze(-1)).mean()
