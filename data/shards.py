@@ -2,6 +2,7 @@
 
 A data folder holds
     train_00000.bin, val_00000.bin, …   token ids, flat and little-endian: numpy.memmap(file, dtype) reads one
+    lengths.svg                         a histogram of the documents' lengths
     manifest.json                       what the shards are: corpus, tokenizer, counts, sha256 of each
     COMPLETE                            sha256 of manifest.json; written last, so without it nothing is to be trusted
 Documents are stored whole and in source order, each followed by the end-of-text token. The same input gives the same bytes.
@@ -14,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-FORMAT = 1
+FORMAT = 2
 VERIFY_LIMIT = 2**30  # bytes; above this, opening checks sizes only unless asked (sha256 takes about a second per GB)
 SCAN = 2**22  # tokens held at a time while scanning for documents
+OCTAVE = 16  # bins per doubling in the histogram of document lengths
 
 
 class DataError(ValueError):
@@ -34,7 +36,7 @@ def unknown(kind, name, known):
 
 def write_whole(path, content):
     """Write bytes so that `path` never holds a part of them."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several machines may write the same file
     with open(temporary, "wb") as f:
         f.write(content)
         f.flush()
@@ -42,31 +44,60 @@ def write_whole(path, content):
     os.replace(temporary, path)
 
 
+def write_json(path, value):
+    write_whole(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def fingerprint(path):
+    """sha256 of a file's size and of 16 blocks of 4 KiB spread over it: cheap whatever the size, blind in between."""
+    with open(path, "rb") as f:
+        size = os.fstat(f.fileno()).st_size
+        digest = hashlib.sha256(str(size).encode())
+        for i in range(16):
+            f.seek(max(0, size - 4096) * i // 15)
+            digest.update(f.read(4096))
+    return digest.hexdigest()
+
+
+def length_bin(lengths):
+    """The histogram's bin of each length in tokens: OCTAVE bins per doubling, 0 for one token."""
+    return np.floor(np.log2(np.maximum(lengths, 1)) * OCTAVE + 1e-9).astype(np.int64)
+
+
 class ShardWriter:
-    """Stream documents into shards `{split}_00000.bin`, … of at most `shard_tokens` tokens that end where a document ends.
+    """Stream documents into shards `{name}_00000.bin`, … of at most `shard_tokens` tokens that end where a document ends.
 
     A single document longer than `shard_tokens` makes a longer shard of its own. A shard has a temporary name until it
-    is complete. `records` lists the finished ones as {file, tokens, documents, bytes, sha256}.
+    is complete; then NAME.json beside it holds its record, {file, tokens, documents, bytes, sha256, fingerprint}, with
+    `lengths`, {bin: documents} of its histogram, and `state`, whatever the caller had in `self.state`. `records` lists
+    the finished shards: a writer that finds some in the folder continues after them.
     """
 
-    def __init__(self, folder, split, dtype, shard_tokens):
-        self.folder, self.split, self.shard_tokens = Path(folder), split, shard_tokens
+    def __init__(self, folder, name, dtype, shard_tokens):
+        self.folder, self.name, self.shard_tokens = Path(folder), name, shard_tokens
         self.dtype = np.dtype(dtype).newbyteorder("<")
-        self.records, self._file = [], None
+        self.records, self.state, self._file = [], {}, None
+        while (path := self._path(len(self.records))).is_file() and (beside := path.with_suffix(".json")).is_file():
+            self.records.append(json.loads(beside.read_text()))
+            self.state = self.records[-1]["state"]
+
+    def _path(self, number):
+        return self.folder / f"{self.name}_{number:05d}.bin"
 
     def add(self, tokens, n_bytes):
         """Append one document: `tokens` (n,) integers with the end-of-text token last, made from `n_bytes` of UTF-8 text."""
-        if len(tokens) and int(tokens.max()) > np.iinfo(self.dtype).max:
+        if tokens.dtype != self.dtype and len(tokens) and int(tokens.max()) > np.iinfo(self.dtype).max:
             raise DataError(f"token id {int(tokens.max())} does not fit the shards' {self.dtype.name}")
         if self._file and self._record["tokens"] + len(tokens) > self.shard_tokens:
             self.close()
         if self._file is None:
-            name = f"{self.split}_{len(self.records):05d}.bin"
-            self._file, self._sha256 = open(self.folder / f"{name}.tmp", "wb"), hashlib.sha256()
-            self._record = {"file": name, "tokens": 0, "documents": 0, "bytes": 0}
-        content = tokens.astype(self.dtype).tobytes()
+            path = self._path(len(self.records))
+            self._file, self._sha256, self._lengths = open(f"{path}.tmp", "wb"), hashlib.sha256(), []
+            self._record = {"file": path.name, "tokens": 0, "documents": 0, "bytes": 0}
+        content = np.ascontiguousarray(tokens, self.dtype).data.cast("B")
         self._file.write(content)
         self._sha256.update(content)
+        self._lengths.append(len(tokens) - 1)
         for key, more in (("tokens", len(tokens)), ("documents", 1), ("bytes", n_bytes)):
             self._record[key] += more
 
@@ -76,18 +107,22 @@ class ShardWriter:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-            final = self.folder / self._record["file"]
-            os.replace(f"{final}.tmp", final)
-            self.records.append(self._record | {"sha256": self._sha256.hexdigest()})
-            self._file = None
+            self._file, path = None, self.folder / self._record["file"]
+            bins, counts = np.unique(length_bin(self._lengths), return_counts=True)
+            record = self._record | {
+                "sha256": self._sha256.hexdigest(), "fingerprint": fingerprint(f"{path}.tmp"),
+                "lengths": dict(zip(map(str, bins.tolist()), counts.tolist())), "state": dict(self.state)}
+            os.replace(f"{path}.tmp", path)
+            write_json(path.with_suffix(".json"), record)  # after the shard: the record says that it is there
+            self.records.append(record)
         return self.records
 
 
 def write_manifest(folder, manifest):
     """Write manifest.json and then COMPLETE, which makes `folder` a finished data folder."""
-    content = (json.dumps({"format": FORMAT} | manifest, indent=1, ensure_ascii=False) + "\n").encode()
-    write_whole(Path(folder) / "manifest.json", content)
-    write_whole(Path(folder) / "COMPLETE", (hashlib.sha256(content).hexdigest() + "\n").encode())
+    write_json(Path(folder) / "manifest.json", {"format": FORMAT} | manifest)
+    digest = hashlib.sha256((Path(folder) / "manifest.json").read_bytes()).hexdigest()
+    write_whole(Path(folder) / "COMPLETE", f"{digest}\n".encode())
 
 
 # ---- reading ----
@@ -156,9 +191,9 @@ class Data:
 def open_data(folder, verify=None):
     """Open a data folder that prepare.py finished, and check that it still is what prepare.py made.
 
-    The manifest's hash and every shard's size are always checked; the shards' sha256 with verify=True, or with
-    verify=None if together they hold at most 1 GiB. Returns Data; DataError names the file, what was expected and
-    what to run.
+    The manifest's hash and every shard's size and fingerprint are always checked; the shards' sha256 with verify=True,
+    or with verify=None if together they hold at most 1 GiB. Returns Data; DataError names the file, what was expected
+    and what to run.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -173,7 +208,9 @@ def open_data(folder, verify=None):
                         f"delete {folder} and run data/prepare.py again")
     manifest = json.loads(content)
     if manifest["format"] != FORMAT:
-        raise DataError(f"{folder} has data format {manifest['format']}, this version reads {FORMAT}; prepare the data again")
+        advice = ("it was made by a newer version of this repository: update, or prepare the data in another folder"
+                  if manifest["format"] > FORMAT else f"delete {folder} and prepare the data again")
+        raise DataError(f"{folder} has data format {manifest['format']}, this version reads {FORMAT}; {advice}")
 
     again = (f"delete {folder} and run: python data/prepare.py {manifest['dataset']} --out {folder} --tokenizer "
              f"{manifest['tokenizer']['name']} (with the --source it was made from, if any)")
@@ -185,6 +222,8 @@ def open_data(folder, verify=None):
         if size != record["tokens"] * width:
             problem = "is missing" if size is None else f"has {size:,} bytes instead of {record['tokens'] * width:,}"
             raise DataError(f"{path} {problem}; {again}")
+        if fingerprint(path) != record["fingerprint"]:
+            raise DataError(f"{path} was altered: it is not what the manifest describes; {again}")
     if verify or (verify is None and sum(r["tokens"] for r in shards) * width <= VERIFY_LIMIT):
         for record in shards:
             with open(folder / record["file"], "rb") as f:

@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from data import shards, tokenizer as tokenizer_module
-from data.corpora import CORPORA, read_files
+from data.corpora import CORPORA, File, read_file
 from data.prepare import fraction, main, prepare
 from data.shards import DataError, ShardWriter, Split, WindowOrder, batch, open_data
 from data.tokenizer import GPT2_PATTERN, load_tokenizer, well_formed
@@ -44,6 +44,10 @@ def files(tmp_path, source, name="out", **options):
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def shard_contents(folder):
+    return {name: content for name, content in contents(folder).items() if name.endswith(".bin")}
 
 
 def texts_of(data, split):
@@ -147,7 +151,8 @@ def test_builtin_against_a_recount(tmp_path):
     for split, count, n_bytes in (("train", 53, 3_829_811), ("val", 13, 307_641)):
         record, = manifest["splits"][split]
         assert record == {"file": f"{split}_00000.bin", "tokens": n_bytes + count, "documents": count, "bytes": n_bytes,
-                          "sha256": hashlib.sha256((data.folder / record["file"]).read_bytes()).hexdigest()}
+                          "sha256": hashlib.sha256((data.folder / record["file"]).read_bytes()).hexdigest(),
+                          "fingerprint": shards.fingerprint(data.folder / record["file"])}
     # val_long points at whole documents of at least that many tokens, and at all of them
     stream = data.split("val")
     assert manifest["val_long_tokens"] == 16384
@@ -179,7 +184,7 @@ def test_novels_from_a_clone_and_from_jsonl(tmp_path, capsys):
     jsonl.write_bytes(lzma.compress("".join(json.dumps({"id": n, "text": t}) + "\n" for n, t in clean.items()).encode()))
     one = prepare("novels", tmp_path / "one", clone.parent, "byte")
     two = prepare("novels", tmp_path / "two", jsonl, "byte")
-    assert contents(one.folder) == contents(two.folder)
+    assert shard_contents(one.folder) == shard_contents(two.folder)
     assert texts_of(one, "val") == [clean[name] for name in sorted(CORPORA["novels"].val)]
     assert texts_of(one, "train") == [clean["Austen_A_1811"], clean["Zola_Z_1880"]]
     assert one.manifest["revision"] is None and "not exactly those of" in capsys.readouterr().err
@@ -215,7 +220,9 @@ def test_every_kind_of_file_gives_the_same_folder(tmp_path):
             (folder / f"a.{kind}").write_bytes(pack(lines))
         made[kind] = files(tmp_path, folder, f"out-{kind}", shard_tokens=3000)
     for kind, data in made.items():
-        assert contents(data.folder) == contents(made["jsonl"].folder), kind
+        assert shard_contents(data.folder) == shard_contents(made["jsonl"].folder), kind
+        for key in ("documents", "empty", "bytes", "sha256"):
+            assert data.manifest["source"][key] == made["jsonl"].manifest["source"][key], kind
     manifest = made["txt"].manifest
     assert manifest["source"]["documents"] == 13 and manifest["source"]["empty"] == 2
     assert sorted(texts_of(made["txt"], "train") + texts_of(made["txt"], "val")) == sorted(texts[:13])
@@ -277,7 +284,7 @@ def test_reading_does_not_hold_the_corpus(tmp_path):
     """The first document is there before the last line, which is broken, has been read."""
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": "x" * 1000}) + "\n" + "broken")
-    documents = read_files(path)
+    documents = read_file(File(path.name, 0, "", path=str(path)))
     assert next(documents) == ("a.jsonl:1", "x" * 1000)
     with pytest.raises(DataError):
         next(documents)
@@ -353,7 +360,10 @@ def test_shards_end_at_documents(tmp_path):
     for document in documents:
         writer.add(document, 7)
     assert sorted(path.name for path in tmp_path.iterdir()) == [  # what is not complete is not called a shard
-        "train_00000.bin", "train_00001.bin", "train_00002.bin", "train_00003.bin", "train_00004.bin.tmp"]
+        "train_00000.bin", "train_00000.json", "train_00001.bin", "train_00001.json", "train_00002.bin", "train_00002.json",
+        "train_00003.bin", "train_00003.json", "train_00004.bin.tmp"]
+    again = ShardWriter(tmp_path, "train", "uint16", shard_tokens=10)  # as after an interruption: what is finished is found
+    assert again.records == writer.records and len(again.records) == 4
     records = writer.close()
     counts = [(r["tokens"], r["documents"], r["bytes"]) for r in records]
     assert counts == [(9, 2, 14), (3, 1, 7), (25, 1, 7), (10, 1, 7), (1, 1, 7)]
@@ -481,21 +491,33 @@ def test_opening_a_damaged_folder(tmp_path, source, damage, message):
 
 
 def test_another_format_is_refused(tmp_path, source, monkeypatch):
-    monkeypatch.setattr(shards, "FORMAT", 2)
-    folder = files(tmp_path, source).folder
-    monkeypatch.undo()
-    with pytest.raises(DataError, match="data format 2, this version reads 1"):
-        open_data(folder)
+    for made, message in ((shards.FORMAT + 1, "newer version of this repository: update"), (shards.FORMAT - 1, "prepare the data again")):
+        with monkeypatch.context() as m:
+            m.setattr(shards, "FORMAT", made)
+            folder = files(tmp_path, source, str(made)).folder
+        with pytest.raises(DataError, match=f"data format {made}, this version reads {shards.FORMAT}; .*{message}"):
+            open_data(folder)
 
 
 def test_how_much_is_verified(tmp_path, source, monkeypatch):
-    folder = files(tmp_path, source).folder
-    damage_altered(folder)
-    assert open_data(folder, verify=False).vocab_size == 257
-    monkeypatch.setattr("data.shards.VERIFY_LIMIT", 1000)
-    open_data(folder)
-    with pytest.raises(DataError, match="altered"):
-        open_data(folder, verify=True)
+    """A cheap look at a few blocks always, all of it on demand or where that is little."""
+    texts = [f"{i} " * 40_000 for i in range(8)]
+    folder = files(tmp_path, write_jsonl(tmp_path / "long.jsonl", texts), val_tokens=1).folder
+    path = folder / "train_00000.bin"
+    content = path.read_bytes()
+    for at, seen in ((5, True), (len(content) - 1, True), (len(content) // 2 + 20_000, False)):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1:])
+        with monkeypatch.context() as m:
+            m.setattr("data.shards.VERIFY_LIMIT", 1000)
+            for verify in (None, False):
+                if seen:
+                    with pytest.raises(DataError, match="train_00000.bin was altered"):
+                        open_data(folder, verify)
+                else:
+                    assert open_data(folder, verify).vocab_size == 257
+        for verify in (None, True):
+            with pytest.raises(DataError, match="train_00000.bin was altered"):
+                open_data(folder, verify)
 
 
 def test_unknown_split(tmp_path, source):
@@ -530,7 +552,7 @@ def test_second_run_verifies_and_refuses_other_options(tmp_path, source, capsys)
     assert "nothing to do" in capsys.readouterr().out
     other = write_jsonl(tmp_path / "other.jsonl", TEXTS[::-1])  # the same counts
     for options, message in ((dict(tokenizer="gpt2"), "tokenizer"), (dict(shard_tokens=99), "shard_tokens"),
-                             (dict(val_tokens=9999), "val_rule")):
+                             (dict(val_tokens=9999), "val_tokens"), (dict(skip_bad=True), "skip_bad")):
         with pytest.raises(DataError, match=f"other options.*{message}"):
             files(tmp_path, source, **options)
     with pytest.raises(DataError, match="other text"):
@@ -570,18 +592,24 @@ data.shards.ShardWriter.close = close_and_die
 data.prepare.main(["files", "--source", {str(source)!r}, "--out", {str(tmp_path / "out")!r}, "--tokenizer", "byte",
                    "--shard_tokens", "5000"])"""
     killed = subprocess.run([sys.executable, "-c", command.format(signal=9)], capture_output=True, timeout=60)
-    assert killed.returncode == -9
-    assert not (tmp_path / "out").exists() and (tmp_path / "out.partial" / "train_00000.bin").exists()
+    partial = tmp_path / "out.partial"
+    assert killed.returncode == -9 and not (tmp_path / "out").exists()
+    finished = {path.name: path.stat().st_mtime_ns for path in partial.glob("*.bin")}
+    assert len(finished) == 4 and not any("bin" not in name for name in finished)
     with pytest.raises(DataError):
         open_data(tmp_path / "out")
     with pytest.raises(DataError, match="not a finished"):
-        open_data(tmp_path / "out.partial")
+        open_data(partial)
+    with pytest.raises(DataError, match="out.partial was made with other options.*shard_tokens"):
+        files(tmp_path, source)  # not a mixture
     ctrl_c = [sys.executable, "-c", command.format(signal=2)]
     stopped = subprocess.run(ctrl_c, capture_output=True, text=True, timeout=60)
-    assert stopped.returncode == 1 and "interrupted" in stopped.stderr and "Traceback" not in stopped.stderr
-    assert "removing what an interrupted run left" in stopped.stderr
-    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+    assert stopped.returncode == 1 and "interrupted; the same command continues" in stopped.stderr and "Traceback" not in stopped.stderr
+    assert f"--out {tmp_path / 'out'}" in stopped.stderr
+    assert not (tmp_path / "out").exists() and len(list(partial.glob("*.bin"))) == 8
+    assert {name: (partial / name).stat().st_mtime_ns for name in finished} == finished  # they were not made again
     assert contents(files(tmp_path, source, "out", shard_tokens=5000).folder) == contents(whole.folder)
+    assert not partial.exists()
 
 
 def test_what_was_written_is_checked_before_it_takes_its_place(tmp_path, source, monkeypatch):
@@ -589,9 +617,9 @@ def test_what_was_written_is_checked_before_it_takes_its_place(tmp_path, source,
         damage_altered(folder)
         shards.write_manifest(folder, manifest)
     monkeypatch.setattr("data.prepare.write_manifest", damage_and_write)
-    with pytest.raises(DataError, match="val_00000.bin was altered"):
+    with pytest.raises(DataError, match="out.partial/val_00000.bin was altered"):
         files(tmp_path, source)
-    assert [path.name for path in tmp_path.iterdir()] == ["texts.jsonl"]
+    assert not (tmp_path / "out").exists()
 
 
 def test_disk_full(tmp_path, source):
