@@ -28,7 +28,7 @@ from data.shards import DataError, fingerprint, unknown
 from data.tokenizer import well_formed
 
 COMPRESSED, KINDS = (".gz", ".xz", ".zst"), (".txt", ".jsonl", ".parquet")
-UNIT_BYTES = 2**27  # of text: what one worker does at a time, at most about; less for a small corpus
+UNIT_BYTES, LEAST_UNIT_BYTES = 2**27, 2**22  # of text: what one worker does at a time, a 64th of the corpus between these
 SPLITS = ("train", "val", "test")
 
 
@@ -88,6 +88,7 @@ class Bad:
         self.skip, self.counts, self.messages = skip, {}, []
 
     def __call__(self, kind, message):
+        message = " ".join(message.split())  # some libraries' messages have several lines
         if not self.skip:
             raise DataError(f"{message} (--skip_bad goes on without it)") from None
         self.counts[kind] = self.counts.get(kind, 0) + 1

@@ -507,7 +507,7 @@ def make_plan(corpus_name, corpus, subset_name, subset, files, commit, source, t
         n_bytes = round(subset.tokens * 4.3)
     else:
         n_bytes = corpora.estimated_bytes(files, corpus.field)
-    unit_bytes = min(max(n_bytes // 64, 2**22), corpora.UNIT_BYTES)
+    unit_bytes = min(max(n_bytes // 64, corpora.LEAST_UNIT_BYTES), corpora.UNIT_BYTES)
     return {
         "dataset": corpus_name, "subset": subset_name, "revision": commit, "licence": corpus.licence,
         "source": {"files": len(files), "file_bytes": sum(file.bytes for file in files), "identity": files_identity(files)},
