@@ -129,10 +129,9 @@ def validation_rule(corpus, files, tokenizer, asked, expected, skip_bad):
 
 
 def assigned(documents, rule, own_split):
-    """(name, text) → (split, name, text, sha256 and length of the text's UTF-8), in order."""
+    """(name, text) → (split, name, text, sha256 of the text), in order."""
     for name, text in documents:
-        raw = text.encode()
-        digest, split = hashlib.sha256(raw).digest(), own_split
+        digest, split = text_sha256(text), own_split
         if rule["kind"] == "names":
             split = "val" if name in rule["documents"] else "train"
         elif rule["kind"] == "hash":
@@ -142,10 +141,9 @@ def assigned(documents, rule, own_split):
             cut = text.rfind("\n", 0, middle) + 1 or middle
             if not text[:cut].strip() or not text[cut:].strip():
                 raise DataError(f"{name} is too little text for training and validation")
-            yield "train", name, text[:cut], digest, len(text[:cut].encode())
+            yield "train", name, text[:cut], digest
             split, text = "val", text[cut:]
-            raw = text.encode()
-        yield split, name, text, digest, len(raw)
+        yield split, name, text, digest
 
 
 # ---- one unit of work ----
@@ -211,22 +209,23 @@ def do_unit(unit, folder, plan, threads=1, report=lambda *counts, **found: None)
     def fresh():
         """The documents that are not in a finished shard."""
         nonlocal empty
-        for split, name, text, digest, n_bytes in assigned(read_unit(unit, corpus, bad), plan["val_rule"], unit.split):
+        for split, name, text, digest in assigned(read_unit(unit, corpus, bad), plan["val_rule"], unit.split):
             if not text or text.isspace():
                 empty += 1
                 continue
             digests.update(digest)
             consumed[split] += 1
             if consumed[split] > done[split]:
-                yield split, name, text, consumed[split], n_bytes
+                yield split, name, text, consumed[split]
 
     for batch in encode_all(tokenizer, fresh(), threads):
         counts = np.zeros(3, np.int64)
-        for (split, name, _, number, n_bytes), tokens in batch:
+        for (split, name, text, number), tokens in batch:
             if isinstance(tokens, DataError):
                 bad("documents", f"document {name}: {tokens}")
                 refused[split] += 1
             else:
+                n_bytes = len(text) if text.isascii() else len(text.encode())
                 writers[split].add(tokens, n_bytes)
                 counts += 1, len(tokens), n_bytes
             writers[split].state = {"consumed": number, "refused": refused[split]}

@@ -17,7 +17,7 @@ import numpy as np
 
 FORMAT = 2
 VERIFY_LIMIT = 2**30  # bytes; above this, opening checks sizes only unless asked (sha256 takes about a second per GB)
-SCAN = 2**22  # tokens held at a time while scanning for documents
+SCAN = 2**20  # tokens held at a time while scanning for documents
 OCTAVE = 16  # bins per doubling in the histogram of document lengths
 
 
