@@ -3,7 +3,8 @@
 A source is a list of files in a fixed order. Small neighbours are read together, large ones in ranges of row groups or
 of bytes: each such Unit is tokenized and written on its own, so what it gives depends on its files alone.
 """
-import bisect
+import dataclasses
+import errno
 import fnmatch
 import gzip
 import hashlib
@@ -123,7 +124,7 @@ def local_files(corpus, source):
         raise DataError(f"--source {source}: no {', '.join(KINDS)} file (the first two also with {', '.join(COMPRESSED)})")
     files = [File(name, path.stat().st_size, fingerprint(path), path=str(path)) for name, path in sorted(named.items())]
     if own_splits(corpus):
-        files = [File(**(vars(file) | {"split": split_of(file.name)})) for file in files]
+        files = [dataclasses.replace(file, split=split_of(file.name)) for file in files]
         missing = [split for split in ("train", "val") if split not in {file.split for file in files}]
         if missing:
             raise DataError(f"--source {source}: no file for the split {missing[0]} among {', '.join(sorted(named))}; this "
@@ -232,7 +233,7 @@ def hub_files(corpus, subset, revision):
         if not any(file.split == split for file in files):
             raise DataError(f"{corpus.repo} at {commit} has no file {pattern}")
     # Without validation files of its own, train is what the hash rule divides.
-    return commit, files if "val" in subset.files else [File(**(vars(file) | {"split": None})) for file in files]
+    return commit, files if "val" in subset.files else [dataclasses.replace(file, split=None) for file in files]
 
 
 def hub_error(what, error):
@@ -261,13 +262,16 @@ def download(corpus, commit, file, folder):
             huggingface_hub.utils.disable_progress_bars()  # there is one already
             path = huggingface_hub.hf_hub_download(corpus.repo, file.name, repo_type="dataset", revision=commit, local_dir=folder)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno == 28:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # the disk's, not the network's
             raise
         raise hub_error(file.name, error) from None
-    size = Path(path).stat().st_size
-    if file.bytes and size != file.bytes:
-        raise DataError(f"{path} has {size:,} bytes, {corpus.repo} says {file.bytes:,}; delete it and run the same command again")
-    return File(**(vars(file) | {"path": str(path), "bytes": size}))
+    if len(file.identity) == 64:  # a sha256, as of every large file on the hub, whose library does not look at it
+        with open(path, "rb") as f:
+            if hashlib.file_digest(f, "sha256").hexdigest() != file.identity:
+                Path(path).unlink()
+                raise DataError(f"{file.name} was not downloaded whole: its sha256 is not the one that {corpus.repo} lists; the same "
+                                f"command downloads it again")
+    return dataclasses.replace(file, path=str(path), bytes=Path(path).stat().st_size)
 
 
 def fetch(url, path, attempts=5):

@@ -384,6 +384,11 @@ def run_units(corpus, plan, files, folder, part, workers, downloads, keep):
             return group % count == index - 1
         return unit is None or (group + unit) % count == index - 1
 
+    for path in folder.glob("*.tmp"):  # of an interrupted run of this part
+        if (unit := re.match(r"(\d{5})-(\d{5})-of", path.name)) and mine(int(unit[1]), int(unit[2])):
+            path.unlink(missing_ok=True)
+    for path in downloads.rglob("*.incomplete"):  # which the hub's library would not take up again
+        path.unlink(missing_ok=True)
     progress = Progress(folder, plan["text_bytes"] // count)
     there, _ = finished_units(folder)
     for group, ids in there.items():
@@ -570,8 +575,8 @@ def prepare(corpus_name, out=None, source=None, tokenizer_name=None, shard_token
                   if key in now and was != now[key]]
         if there["tokenizer"]["sha256"] != tokenizer.sha256:
             differ.append(f"another vocabulary of {tokenizer.name}")
-        if not differ and not merge and (source is not None or not (finished or corpus.repo)):
-            files = source_files(corpus, subset, source, there["revision"])[1]
+        if not differ and not merge and (source is not None or not finished):  # what is finished is not asked of the hub again
+            revision, files = source_files(corpus, subset, source, there["revision"])
             differ = [] if files_identity(files) == there["source"]["identity"] else ["other text in the source"]
         if differ:
             raise DataError(f"{out if finished else folder} was made with other options or from other text ({'; '.join(differ)}); "
@@ -587,8 +592,8 @@ def prepare(corpus_name, out=None, source=None, tokenizer_name=None, shard_token
         opened = lock(folder, part)
         plan = there
         if not merge and not (folder / "COMPLETE").exists():
-            revision, files = source_files(corpus, subset, source, there["revision"] if there else corpus.revision)
             if plan is None:
+                revision, files = source_files(corpus, subset, source, corpus.revision)
                 plan = make_plan(corpus_name, corpus, subset_name, subset, files, revision, source, tokenizer, options)
                 need_disk(folder, plan, files, tokenizer)
                 write_json(folder / "plan.json", plan)

@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import os
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ def unknown(kind, name, known):
 
 def write_whole(path, content):
     """Write bytes so that `path` never holds a part of them."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several machines may write the same file
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")  # several machines may write the same file
     with open(temporary, "wb") as f:
         f.write(content)
         f.flush()
@@ -92,7 +93,9 @@ class ShardWriter:
             self.close()
         if self._file is None:
             path = self._path(len(self.records))
-            self._file, self._sha256, self._lengths = open(f"{path}.tmp", "wb"), hashlib.sha256(), []
+            # No other process writes to this file: the worker of a run that was killed may live on for a moment.
+            self._temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+            self._file, self._sha256, self._lengths = open(self._temporary, "wb"), hashlib.sha256(), []
             self._record = {"file": path.name, "tokens": 0, "documents": 0, "bytes": 0}
         content = np.ascontiguousarray(tokens, self.dtype).data.cast("B")
         self._file.write(content)
@@ -110,9 +113,9 @@ class ShardWriter:
             self._file, path = None, self.folder / self._record["file"]
             bins, counts = np.unique(length_bin(self._lengths), return_counts=True)
             record = self._record | {
-                "sha256": self._sha256.hexdigest(), "fingerprint": fingerprint(f"{path}.tmp"),
+                "sha256": self._sha256.hexdigest(), "fingerprint": fingerprint(self._temporary),
                 "lengths": dict(zip(map(str, bins.tolist()), counts.tolist())), "state": dict(self.state)}
-            os.replace(f"{path}.tmp", path)
+            os.replace(self._temporary, path)
             write_json(path.with_suffix(".json"), record)  # after the shard: the record says that it is there
             self.records.append(record)
         return self.records

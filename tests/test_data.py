@@ -361,7 +361,7 @@ def test_shards_end_at_documents(tmp_path):
         writer.add(document, 7)
     assert sorted(path.name for path in tmp_path.iterdir()) == [  # what is not complete is not called a shard
         "train_00000.bin", "train_00000.json", "train_00001.bin", "train_00001.json", "train_00002.bin", "train_00002.json",
-        "train_00003.bin", "train_00003.json", "train_00004.bin.tmp"]
+        "train_00003.bin", "train_00003.json", f"train_00004.bin.{os.getpid()}.tmp"]
     again = ShardWriter(tmp_path, "train", "uint16", shard_tokens=10)  # as after an interruption: what is finished is found
     assert again.records == writer.records and len(again.records) == 4
     records = writer.close()
