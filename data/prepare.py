@@ -39,7 +39,7 @@ if not __package__:  # as a script: look for modules in the repository, not in d
 from data import corpora
 from data.corpora import CORPORA, SPLITS, Bad, File, download, groups, read_unit, units
 from data.shards import OCTAVE, DataError, ShardWriter, Split, open_data, unknown, write_json, write_manifest, write_whole
-from data.tokenizer import load_tokenizer, pieces, tokenizer_names, well_formed
+from data.tokenizer import load_tokenizer, pieces, tokenizer_names
 
 SHARD_TOKENS = 100_000_000
 VAL_FRACTION = 0.05  # unless the corpus has its own validation, or --val_tokens is given
@@ -291,14 +291,14 @@ def supply(corpus, plan, files, folder, mine, downloads, ahead):
             yield waiting.popleft() if waiting else None
 
 
-def work(pipe, folder, plan, threads):
+def work(pipe, folder, plan):
     """A worker process: does the units that come through the pipe, and tells of progress, end or failure."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent alone
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone, and so is the work
         while True:
             unit = pipe.recv()
             try:
-                do_unit(unit, folder, plan, threads, lambda *counts, found=False: pipe.send(("progress", (counts, found))))
+                do_unit(unit, folder, plan, 1, lambda *counts, found=False: pipe.send(("progress", (counts, found))))
                 pipe.send(("done", unit))
             except (BrokenPipeError, ConnectionResetError):
                 raise
@@ -322,7 +322,7 @@ def in_processes(supplied, workers, folder, plan, report, done):
                     break
                 if not idle:
                     pipe, theirs = context.Pipe()
-                    processes.append(context.Process(target=work, args=(theirs, folder, plan, 1), daemon=True))
+                    processes.append(context.Process(target=work, args=(theirs, folder, plan), daemon=True))
                     processes[-1].start()
                     theirs.close()  # so that the end of the process ends the pipe
                     idle.append(pipe)
@@ -331,10 +331,7 @@ def in_processes(supplied, workers, folder, plan, report, done):
             if not busy and not exhausted:
                 time.sleep(0.1)  # a download is awaited
             for pipe in multiprocessing.connection.wait(busy, 0.1):
-                try:
-                    kind, value = pipe.recv()
-                except (EOFError, ConnectionResetError):
-                    raise DataError("a worker process died, perhaps for want of memory; try fewer --workers") from None
+                kind, value = pipe.recv()
                 if kind == "failed":
                     raise value
                 if kind == "progress":
@@ -343,6 +340,8 @@ def in_processes(supplied, workers, folder, plan, report, done):
                     busy.remove(pipe)
                     idle.append(pipe)
                     done(value)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        raise DataError("a worker process died, perhaps for want of memory; try fewer --workers") from None
     finally:
         for process in processes:
             process.terminate()
@@ -474,7 +473,8 @@ def join_units(folder, plan, corpus):
     sha256 = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     revision = plan["revision"]
     if corpus.sha256 not in (None, sha256):
-        note(f"the source's {totals['documents']} documents are not exactly those of {corpus.repo}@{corpus.revision}; no revision is recorded")
+        note(f"the source's {totals['documents']} documents are not exactly those of {corpus.repo}@{corpus.revision}; no revision is "
+             f"recorded")
         revision = None
     for message in messages[:10]:
         note(f"skipped: {message}")
@@ -609,10 +609,10 @@ def prepare(corpus_name, out=None, source=None, tokenizer_name=None, shard_token
         advice = "; make room and run the same command again, which continues" if full else ""
         raise DataError(f"{error.filename or folder}: {error.strerror or error}{advice}") from error
     finally:
-        if opened:
+        if opened:  # else another is at work there
+            if folder.is_dir() and not part and not merge:
+                discard_if_empty(folder)
             opened.close()
-        if folder.is_dir() and not part and not merge:
-            discard_if_empty(folder)
     return open_data(out, verify=False)
 
 
@@ -692,7 +692,8 @@ def lengths_figure(lengths):
                          f'height="{tall:.1f}" fill="{colours[split]}"><title>{split}: {n:,}</title></rect>')
         parts.append(f'<text x="{560}" y="{20 + 14 * i}" fill="{colours[split]}">{split} ({sum(counts.values()):,})</text>')
     every = max(1, (high - low + 1) // 8)
-    parts += [f'<text x="{50 + (b - low) * step:.1f}" y="270" text-anchor="middle">{2 ** (b / 2):,.0f}</text>' for b in range(low, high + 2, every)]
+    parts += [f'<text x="{50 + (b - low) * step:.1f}" y="270" text-anchor="middle">{2 ** (b / 2):,.0f}</text>'
+              for b in range(low, high + 2, every)]
     return "\n".join([*parts, f'<text x="46" y="30" text-anchor="end">{top:.0%}</text>', "</svg>", ""])
 
 

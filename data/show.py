@@ -45,10 +45,10 @@ def longest(data, split, count):
 def table(data):
     """The manifest for people."""
     manifest = data.manifest
-    lines = [f"{manifest['dataset']}{' / ' + manifest['subset'] if manifest['subset'] else ''} at {manifest['revision'] or 'no published revision'}; "
-             f"licence: {manifest['licence']}",
-             f"tokenizer {manifest['tokenizer']['name']} ({manifest['tokenizer']['version'] or 'built in'}, {data.vocab_size:,} ids, "
-             f"sha256 {data.tokenizer_hash[:12]}…), {manifest['dtype']}; validation: {manifest['val_rule']['kind']}; manifest {data.hash[:12]}…",
+    tokenizer, name = manifest["tokenizer"], " / ".join(filter(None, (manifest["dataset"], manifest["subset"])))
+    lines = [f"{name} at {manifest['revision'] or 'no published revision'}; licence: {manifest['licence']}",
+             f"tokenizer {tokenizer['name']} ({tokenizer['version'] or 'built in'}, {data.vocab_size:,} ids, sha256 "
+             f"{data.tokenizer_hash[:12]}…), {manifest['dtype']}; validation: {manifest['val_rule']['kind']}; manifest {data.hash[:12]}…",
              summary(data), "", f"{'shard':<18}{'tokens':>14}{'documents':>12}{'bytes of text':>16}  sha256"]
     for records in manifest["splits"].values():
         lines += [f"{r['file']:<18}{r['tokens']:>14,}{r['documents']:>12,}{r['bytes']:>16,}  {r['sha256'][:16]}…" for r in records]

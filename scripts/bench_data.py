@@ -7,6 +7,7 @@ turn are then timed
     prepare   data/prepare.py as a user starts it: start-up, reading, hashing, tokenizing, writing, verifying
     threads   tiktoken's encode_ordinary_batch on texts in memory, all cores as threads: no files, nothing kept
     processes the same in one process a core, texts there before the clock starts
+    arrays    as processes, with encode_to_numpy, which spares the lists and is what prepare uses
     loop      one process that reads, encodes document by document and writes one file: no hashes, no manifest
 What prepare needs for a corpus of one document is its start-up; a corpus of gigabytes does not notice it. The first round
 is a warm-up. Ratios are taken within a round, and their median is printed.
@@ -60,9 +61,13 @@ def encoding():
 def raw_process(path, share, shares, pipe):
     texts, raw = read_texts(path)[share::shares], encoding()
     raw.encode_ordinary("warm")
-    while pipe.recv():
+    while way := pipe.recv():
         for i in range(0, len(texts), 256):
-            raw.encode_ordinary_batch(texts[i:i + 256], num_threads=1)
+            if way == "processes":
+                raw.encode_ordinary_batch(texts[i:i + 256], num_threads=1)
+            else:
+                for text in texts[i:i + 256]:
+                    raw.encode_to_numpy(text, disallowed_special=())
         pipe.send("done")
 
 
@@ -139,7 +144,7 @@ def main():
                 children.append(context.Process(target=raw_process, args=(path, share, workers, theirs), daemon=True))
                 children[-1].start()
                 pipes.append(ours)
-            raw, seconds, peak = encoding(), {name: [] for name in ("prepare", "start-up", "threads", "processes", "loop")}, 0
+            raw, seconds, peak = encoding(), {name: [] for name in ("prepare", "start-up", "threads", "processes", "arrays", "loop")}, 0
             for round_ in range(args.rounds + 1):
                 taken = {"start-up": prepare(folder / "one.parquet", folder / f"one{round_}{kind[:3]}", workers)[0]}
                 out = folder / f"out{round_}{kind[:3]}"
@@ -149,12 +154,13 @@ def main():
                 for i in range(0, len(texts), 1024):
                     raw.encode_ordinary_batch(texts[i:i + 1024], num_threads=workers)
                 taken["threads"] = time.perf_counter() - start
-                start = time.perf_counter()
-                for pipe in pipes:
-                    pipe.send(True)
-                for pipe in pipes:
-                    pipe.recv()
-                taken["processes"] = time.perf_counter() - start
+                for way in ("processes", "arrays"):
+                    start = time.perf_counter()
+                    for pipe in pipes:
+                        pipe.send(way)
+                    for pipe in pipes:
+                        pipe.recv()
+                    taken[way] = time.perf_counter() - start
                 start = time.perf_counter()
                 loop(path, folder / "loop.bin")
                 taken["loop"] = time.perf_counter() - start
@@ -163,13 +169,13 @@ def main():
                         seconds[name].append(value)
                 print(f"{kind}, round {round_} of {args.rounds}", end="\r", file=sys.stderr, flush=True)
             for pipe in pipes:
-                pipe.send(False)
+                pipe.send(None)
             data = open_data(out)
             tokens = sum(len(data.split(split)) for split in ("train", "val"))
             size = sum(len(text.encode()) for text in texts)
             best = [min(pair) for pair in zip(seconds["threads"], seconds["processes"])]
             rows = {"prepare": seconds["prepare"], "tiktoken, threads": seconds["threads"], "tiktoken, processes": seconds["processes"],
-                    "tiktoken, the better": best, "plain loop": seconds["loop"]}
+                    "tiktoken, the better": best, "tiktoken to arrays, processes": seconds["arrays"], "plain loop": seconds["loop"]}
             for name, values in rows.items():
                 line = f"| {kind} | {name} | {tokens / statistics.median(values):,.0f} |"
                 if name != "prepare":

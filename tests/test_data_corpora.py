@@ -82,7 +82,7 @@ def whole(corpus, tmp_path_factory):
 
 
 def start(source, out, *options, more="", **popen):
-    """The command with small units, in a process group of its own."""
+    """The command with small units, as a process; `more` is Python to run before it."""
     script = out.parent / "small.py"
     script.write_text(SMALL.format(repo=str(REPO), more=more))
     command = [sys.executable, script, "fineweb-edu", "--source", source, "--out", out, "--shard_tokens", "20000", "--val_tokens", "20000"]
@@ -146,7 +146,14 @@ def test_killed_at_ten_random_moments(corpus, whole, tmp_path):
     began = time.monotonic()
     finish(start(corpus[0], tmp_path / "timed", "--workers", "2"))
     span, kept, killed = time.monotonic() - began, [], 0
-    slow = "import data.shards, time\nclose = data.shards.ShardWriter.close\ndef slow(self):\n    time.sleep(0.01)\n    return close(self)\ndata.shards.ShardWriter.close = slow"
+    slow = """
+import time
+from data.shards import ShardWriter
+close = ShardWriter.close
+def slow(self):
+    time.sleep(0.01)
+    return close(self)
+ShardWriter.close = slow"""
     while killed < 10:
         process = start(corpus[0], out, "--workers", rng.choice(["1", "2"]), more=slow)
         try:
@@ -206,7 +213,7 @@ ShardWriter.close = closing"""
     last = max(before)
     (partial / last).with_suffix(".json").unlink()  # as if killed between a shard and its record
     (partial / last).write_bytes(b"half")
-    more = "import os\njoin = data.prepare.join_units\ndef stop(*a):\n    os.kill(os.getpid(), 9)\ndata.prepare.join_units = stop"
+    more = "import os\ndata.prepare.join_units = lambda *arguments: os.kill(os.getpid(), 9)"
     start(corpus[0], tmp_path / "out", more=more).communicate(timeout=60)
     after = {path.name: path.stat().st_mtime_ns for path in partial.glob("*.bin")}
     assert {name for name in before if after[name] == before[name]} == set(before) - {last}
@@ -242,10 +249,17 @@ def test_mistakes_with_parts(corpus, tmp_path):
 
 def test_two_at_once(corpus, tmp_path):
     """A second process is sent away while the first is at work, and a killed one leaves no lock behind."""
-    more = "import time\nwork = data.prepare.do_unit\ndef wait(*a):\n    print('working', flush=True)\n    time.sleep(60)\ndata.prepare.do_unit = wait"
+    more = """
+import time
+def wait(*arguments):
+    print("working", flush=True)
+    time.sleep(60)
+data.prepare.do_unit = wait"""
     first = start(corpus[0], tmp_path / "out", more=more)
     assert first.stdout.readline() == "working\n"
+    there = set(path.name for path in (tmp_path / "out.partial").iterdir())
     assert "another data/prepare.py is at work" in finish(start(corpus[0], tmp_path / "out"), code=1)
+    assert "plan.json" in there and there == set(path.name for path in (tmp_path / "out.partial").iterdir())
     first.kill()
     first.communicate()
     finish(start(corpus[0], tmp_path / "out"))
@@ -253,7 +267,13 @@ def test_two_at_once(corpus, tmp_path):
 
 def test_ctrl_c_and_a_dead_worker(corpus, tmp_path):
     """Processes end with the parent, in an orderly way or not."""
-    more = "import os, signal\nreport = data.prepare.Progress.__call__\ndef stop(self, *a, **k):\n    os.kill(os.getpid(), {})\n    report(self, *a, **k)\ndata.prepare.Progress.__call__ = stop"
+    more = """
+import os
+report = data.prepare.Progress.__call__
+def stop(self, *a, **k):
+    os.kill(os.getpid(), {})
+    report(self, *a, **k)
+data.prepare.Progress.__call__ = stop"""
     for number, code in ((signal.SIGINT, 1), (signal.SIGKILL, -9)):
         process = start(corpus[0], tmp_path / "out", "--workers", "2", more=more.format(int(number)), start_new_session=True)
         _, error = process.communicate(timeout=60)  # returns when all that hold its stderr are gone: workers too
@@ -261,11 +281,6 @@ def test_ctrl_c_and_a_dead_worker(corpus, tmp_path):
         if code == 1:
             assert "interrupted; the same command continues" in error
     more = """
-import os
-from multiprocessing.connection import Connection
-def killing(supplied, *a):
-    return original(supplied, *a)
-progress = data.prepare.Progress.__call__
 def kill_workers(self, *a, **k):
     for child in data.prepare.multiprocessing.active_children():
         child.kill()
@@ -499,7 +514,10 @@ def hub(corpus):
 def from_hub(hub, out, *options, env={}, more=""):
     script = out.parent / "hub.py"
     # The table's sizes are those of the real corpus; here it is small.
-    small = "data.corpora.CORPORA['fineweb-edu'].subsets['sample-10BT'] = data.corpora.Subset({'train': 'sample/10BT/*.parquet'}, 400_000, 747, 2)\n"
+    small = """
+subsets = data.corpora.CORPORA["fineweb-edu"].subsets
+subsets["sample-10BT"] = data.corpora.Subset({"train": "sample/10BT/*.parquet"}, 400_000, 747, 2)
+"""
     script.write_text(SMALL.format(repo=str(REPO), more=small + more))
     environment = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy") and not key.startswith("HF_")}
     environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_address[1]}", "HF_HOME": str(out.parent / "home"), "HF_HUB_DISABLE_XET": "1"} | env
@@ -508,7 +526,12 @@ def from_hub(hub, out, *options, env={}, more=""):
 
 
 def test_from_the_hub(hub, whole, tmp_path, corpus):
-    watched = "import data.prepare as p\nu = p.units\ndef seen(number, group, *a):\n    print('files', len(list(p.Path(group[0].path).parent.glob('*.parquet'))), flush=True)\n    return u(number, group, *a)\np.units = seen"
+    watched = """
+units = data.prepare.units
+def seen(number, group, *arguments):
+    print("files", len(list(data.prepare.Path(group[0].path).parent.glob("*.parquet"))), flush=True)
+    return units(number, group, *arguments)
+data.prepare.units = seen"""
     hub.failures = [503, 429]  # the library waits and tries again
     output = finish(from_hub(hub, tmp_path / "out", more=watched))
     data = open_data(tmp_path / "out")
@@ -523,7 +546,7 @@ def test_from_the_hub(hub, whole, tmp_path, corpus):
     assert "nothing to do" in finish(from_hub(hub, tmp_path / "out"))
     assert not hub.asked  # a folder that is complete is checked without the network
     # interrupted, with downloads kept, and in another place: the same bytes, and what is finished is not fetched again
-    killing = "import os\nd = data.prepare.do_unit\np = data.prepare\nw = p.ShardWriter.close\njoin = p.join_units\ndef stop(*a):\n    os.kill(os.getpid(), 9)\np.join_units = stop"
+    killing = "import os\ndata.prepare.join_units = lambda *arguments: os.kill(os.getpid(), 9)"
     from_hub(hub, tmp_path / "again", "--keep_downloads", more=killing).communicate(timeout=60)
     hub.asked.clear()
     finish(from_hub(hub, tmp_path / "again", "--keep_downloads"))
@@ -544,7 +567,8 @@ def test_the_hub_fails(hub, tmp_path):
 def test_offline_from_the_cache(hub, whole, tmp_path):
     """What `hf download` brought before is used where it lies; without it, the error says so."""
     out = tmp_path / "out"
-    code = (f"import huggingface_hub as h\nh.snapshot_download({hub.repo!r}, repo_type='dataset', revision={hub.commit!r}, allow_patterns='sample/10BT/*.parquet')")
+    code = (f"import huggingface_hub\nhuggingface_hub.snapshot_download({hub.repo!r}, repo_type='dataset', "
+            f"revision={hub.commit!r}, allow_patterns='sample/10BT/*.parquet')")
     more = f"import os\nif os.environ.pop('FETCH', None):\n    exec({code!r})\n    raise SystemExit\n"
     finish(from_hub(hub, out, env={"FETCH": "1"}, more=more))
     hub.asked.clear()
@@ -566,7 +590,15 @@ def test_a_download_with_other_bytes_is_refused(hub, tmp_path):
 def test_a_download_that_breaks_can_be_continued(hub, tmp_path):
     """Of three files the last is gone: the first two are done, and the same command continues when it is back."""
     last = sorted(hub.files)[-1]
-    gone = "\nd = data.prepare.download\ndef fails(corpus, commit, file, folder):\n    if file.name.endswith('002_00000.parquet'):\n        raise data.prepare.DataError('002_00000.parquet cannot be fetched')\n    return d(corpus, commit, file, folder)\ndata.prepare.download = fails"
+    gone = """
+download = data.prepare.download
+def fails(corpus, commit, file, folder):
+    if file.name.endswith("002_00000.parquet"):
+        while not list(folder.parent.glob("*.unit.json")):  # not before something is finished
+            pass
+        raise data.prepare.DataError("002_00000.parquet cannot be fetched")
+    return download(corpus, commit, file, folder)
+data.prepare.download = fails"""
     assert "002_00000.parquet cannot be fetched" in finish(from_hub(hub, tmp_path / "out", more=gone), code=1)
     assert list((tmp_path / "out.partial").glob("*.unit.json"))
     hub.asked.clear()
