@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -471,7 +472,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self):
-        server, path = self.server, self.path.split("?")[0]
+        server, path = self.server, re.sub("^http://hub.invalid", "", self.path.split("?")[0])  # whole where this is a proxy
         server.asked.append((self.command, path))
         if server.failures:
             return self.answer(server.failures.pop(), b"busy")
@@ -576,6 +577,12 @@ def test_offline_from_the_cache(hub, whole, tmp_path):
     assert not hub.asked and list((tmp_path / "home").rglob("*.parquet"))  # not deleted: it is not ours
     finish(from_hub(hub, tmp_path / "online"))
     assert contents(out) == contents(tmp_path / "online")
+
+
+def test_through_a_proxy(hub, tmp_path):
+    proxy = {"HF_ENDPOINT": "http://hub.invalid", "HTTP_PROXY": f"http://127.0.0.1:{hub.server_address[1]}"}
+    finish(from_hub(hub, tmp_path / "out", env=proxy))
+    assert open_data(tmp_path / "out").manifest["revision"] == hub.commit
 
 
 def test_a_download_with_other_bytes_is_refused(hub, tmp_path):
