@@ -280,6 +280,8 @@ def fetch(url, path, attempts=5):
         try:
             with urllib.request.urlopen(url, timeout=60) as response, open(f"{path}.tmp", "wb") as f:
                 shutil.copyfileobj(response, f)
+                if getattr(response, "length", 0):  # what is still to come; reading in blocks does not notice
+                    raise ConnectionError(f"{url} broke off")
             os.replace(f"{path}.tmp", path)
             return
         except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
@@ -479,8 +481,11 @@ def _novels(file):
     """One normal form for the texts of the repository, of its archive and of copies of them, sorted by id."""
     path = Path(file.path)
     if path.suffix == ".zip":
-        with zipfile.ZipFile(path) as z:
-            found = [(Path(n).name, z.read(n).decode("utf-8-sig")) for n in z.namelist() if re.search(r"/corpus/[^/]+\.txt$", n)]
+        try:
+            with zipfile.ZipFile(path) as z:
+                found = [(Path(n).name, z.read(n).decode("utf-8-sig")) for n in z.namelist() if re.search(r"/corpus/[^/]+\.txt$", n)]
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise DataError(f"{path} is damaged ({error}); delete it and run the same command again") from None
     elif path.is_dir():
         folder = path / "corpus" if (path / "corpus").is_dir() else path
         found = [row for f in local_files(CORPORA["files"], folder) for row in read_file(f)]

@@ -690,7 +690,7 @@ def lengths_figure(lengths):
             tall = 230 * n / sum(counts.values()) / top
             parts.append(f'<rect x="{50 + (b - low + i / len(bars)) * step:.1f}" y="{255 - tall:.1f}" width="{step / len(bars) * 0.9:.1f}" '
                          f'height="{tall:.1f}" fill="{colours[split]}"><title>{split}: {n:,}</title></rect>')
-        parts.append(f'<text x="{560}" y="{20 + 14 * i}" fill="{colours[split]}">{split} ({sum(counts.values()):,})</text>')
+        parts.append(f'<text x="520" y="{20 + 14 * i}" fill="{colours[split]}">{split} ({sum(counts.values()):,})</text>')
     every = max(1, (high - low + 1) // 8)
     parts += [f'<text x="{50 + (b - low) * step:.1f}" y="270" text-anchor="middle">{2 ** (b / 2):,.0f}</text>'
               for b in range(low, high + 2, every)]

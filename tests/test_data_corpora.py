@@ -632,6 +632,35 @@ def test_an_archive_from_github(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with pytest.raises(DataError, match="100_english_novels.zip cannot be fetched.*the same command continues"):
         prepare("novels", tmp_path / "out2", None, "byte")
+    (tmp_path / "gone.zip").write_bytes((tmp_path / "repo.zip").read_bytes()[:-30])
+    with pytest.raises(DataError, match="100_english_novels.zip is damaged.*delete it"):
+        prepare("novels", tmp_path / "out2", None, "byte")
+
+
+def test_a_connection_that_breaks_off(monkeypatch, tmp_path):
+    """urllib says nothing when fewer bytes come than were announced; and a 404 is not tried again."""
+    class Short(Hub):
+        def do_GET(self):
+            self.server.asked.append(self.path)
+            if self.path == "/gone":
+                return self.answer(404, b"")
+            self.close_connection = True
+            self.answer(200, b"ab", {"Content-Length": "2" if len(self.server.asked) == 3 else "9"})
+
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setenv("no_proxy", "*")
+    server = http.server.HTTPServer(("127.0.0.1", 0), Short)
+    server.asked = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    corpora.fetch(f"{url}/file", tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == b"ab" and len(server.asked) == 3 and waits == [1, 2]
+    with pytest.raises(OSError, match="404"):
+        corpora.fetch(f"{url}/gone", tmp_path / "gone")
+    assert len(server.asked) == 4 and not (tmp_path / "gone").exists()
+    server.shutdown()
+    server.server_close()
 
 
 def test_the_table(capsys):
