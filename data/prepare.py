@@ -293,7 +293,6 @@ def supply(corpus, plan, files, folder, mine, downloads, ahead):
 
 def work(pipe, folder, plan):
     """A worker process: does the units that come through the pipe, and tells of progress, end or failure."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent alone
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone, and so is the work
         while True:
             unit = pipe.recv()
@@ -323,7 +322,9 @@ def in_processes(supplied, workers, folder, plan, report, done):
                 if not idle:
                     pipe, theirs = context.Pipe()
                     processes.append(context.Process(target=work, args=(theirs, folder, plan), daemon=True))
+                    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which it inherits: Ctrl-C is for the parent
                     processes[-1].start()
+                    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
                     theirs.close()  # so that the end of the process ends the pipe
                     idle.append(pipe)
                 busy.add(pipe := idle.pop())

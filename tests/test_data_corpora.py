@@ -11,7 +11,6 @@ import random
 import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -272,11 +271,11 @@ def test_ctrl_c_and_a_dead_worker(corpus, tmp_path):
 import os
 report = data.prepare.Progress.__call__
 def stop(self, *a, **k):
-    os.kill(os.getpid(), {})
+    {}
     report(self, *a, **k)
 data.prepare.Progress.__call__ = stop"""
-    for number, code in ((signal.SIGINT, 1), (signal.SIGKILL, -9)):
-        process = start(corpus[0], tmp_path / "out", "--workers", "2", more=more.format(int(number)), start_new_session=True)
+    for act, code in (("os.killpg(0, 2)", 1), ("os.kill(os.getpid(), 9)", -9)):  # a terminal's Ctrl-C goes to the whole group
+        process = start(corpus[0], tmp_path / "out", "--workers", "2", more=more.format(act), start_new_session=True)
         _, error = process.communicate(timeout=60)  # returns when all that hold its stderr are gone: workers too
         assert process.returncode == code and "Traceback" not in error
         if code == 1:
