@@ -24,6 +24,7 @@ from typing import Any, Callable, Literal, get_args, get_origin, get_type_hints
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 # ------------------------------------------------------------------------------------------------
 # Small helpers on dtypes
@@ -75,6 +76,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad_h = torch.empty_like(h)  # (N, C), of the summed loss
             grad_weight = torch.zeros_like(weight, dtype=wide(weight.dtype))  # (V, C)
         rows = chunk_rows(weight.size(0), h.device)
+        if compute_dtype == torch.float16:  # p.t() @ x sums over the chunk, and float16 ends at 65,504
+            rows = min(rows, 2048)
         for start in range(0, h.size(0), rows):
             part = slice(start, start + rows)
             x, target = h[part].to(compute_dtype), targets[part]
@@ -103,6 +106,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return total / count
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_output):
         grad_h, grad_weight, count = ctx.saved_tensors
         scale = grad_output / count
@@ -124,6 +128,8 @@ def linear_cross_entropy(h: torch.Tensor, weight: torch.Tensor, targets: torch.T
     h (..., C), weight (V, C), targets (...) int64 → scalar, float32 (h's dtype if wider). No target left
     gives nan, as in torch.nn.functional.cross_entropy.
     """
+    if not torch.is_grad_enabled():  # within a Function's forward this cannot be seen
+        return linear_nll(h, weight, targets).sum() / (targets >= 0).sum()
     dtype = head_dtype(h)
     with no_autocast(h.device):
         return LinearCrossEntropy.apply(h.reshape(-1, h.size(-1)), weight, targets.reshape(-1), dtype)
@@ -229,7 +235,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head, self.n_embd, self.dropout = config.n_head, config.n_embd, config.dropout
+        self.pos, self.n_head, self.n_embd, self.dropout = config.pos, config.n_head, config.n_embd, config.dropout
         self.c_attn = self.projection(config)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
@@ -279,7 +285,7 @@ class Attention(nn.Module):
     def rope_equivalent(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """(c_attn weight (3C, C), c_attn bias (3C,) or None, frequencies (H, D/2) float64) of the plain rope
         layer that computes the same."""
-        raise ValueError(f"{SCHEME_NAMES[type(self)]} has no equivalent as plain rope; rope, crope and comrope have")
+        raise ValueError(f"{self.pos} has no equivalent as plain rope; rope, crope and comrope have")
 
     # ---- the same for all
 
@@ -368,7 +374,7 @@ class Sinusoid(nn.Module):
         device = double_device(positions.device)
         angles = torch.outer(positions.to(device).double(), rope_frequencies(self.width, self.base).to(device))
         table = self.scale * torch.stack((angles.sin(), angles.cos()), -1).flatten(1)  # (T, C)
-        return table.to(positions.device, torch.get_default_dtype() if device == positions.device else torch.float32)
+        return table.to(positions.device, torch.float64 if device == positions.device else torch.float32)
 
 
 class Sinusoidal(Attention):
@@ -379,6 +385,10 @@ class Sinusoidal(Attention):
 
     def __init__(self, config, *, base: float = 10000.0, scale: float = 1.0):
         super().__init__(config)
+        if base <= 0:
+            raise ValueError(f"base must be positive, not {base}")
+        if config.n_embd % 2:
+            raise ValueError(f"sinusoidal pairs channels: n_embd {config.n_embd} must be even")
 
     @staticmethod
     def embedding(config):
@@ -398,7 +408,7 @@ class RoPE(Attention):
         self.base, self.fraction, self.explicit = base, fraction, explicit
         if self.head_width % 2:
             raise ValueError(f"{config.pos} turns channels in pairs: head width n_embd/n_head = {self.head_width} must be even")
-        if not 0 < fraction <= 1 or round(fraction * self.head_width) % 2:
+        if not 0 < fraction <= 1 or round(fraction * self.head_width) % 2 or not round(fraction * self.head_width):
             raise ValueError(f"fraction {fraction} must lie in (0, 1] and leave an even number of the {self.head_width} channels of a head turning")
         if base <= 0:
             raise ValueError(f"base must be positive, not {base}")
@@ -516,21 +526,22 @@ class SkewGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, y, A, Q, omega, unit, dtype):
+    def forward(ctx, y, A, Q, omega, unit, dtype, start):
         # y (B, T, 2, H, D); A, Q (H, D/b, b, b); omega (H, D/b, b/2) float64, radians per token
         ctx.save_for_backward(y, Q, omega)
-        ctx.unit, ctx.dtype, ctx.A_dtype = unit, dtype, A.dtype
+        ctx.unit, ctx.dtype, ctx.A_dtype, ctx.start = unit, dtype, A.dtype, start
         return y.view_as(y)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         y, Q, omega = ctx.saved_tensors
         T, b, dtype = y.size(1), Q.size(-1), ctx.dtype
         blocks = (-1, b)
         M = torch.einsum("btshjr,btshju->thjru", g.to(dtype).unflatten(-1, blocks), y.to(dtype).unflatten(-1, blocks))
         sums = M.cumsum(0)
-        N = sums[-1] - sums  # (T, H, D/b, b, b): N_t = Σ_{m > t} M_m
-        middles = torch.arange(T, dtype=omega.dtype, device=omega.device).view(-1, 1, 1, 1, 1) + 0.5
+        N = torch.cat((sums[-1:].expand(ctx.start, *sums.shape[1:]), sums[-1] - sums))  # (start+T, H, D/b, b, b): N_t = Σ_{m > t} M_m
+        middles = torch.arange(ctx.start + T, dtype=omega.dtype, device=omega.device).view(-1, 1, 1, 1, 1) + 0.5
         angles = middles * omega.unsqueeze(-2)  # (T, H, D/b, 1, b/2)
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
         K = rotate(rotate(N, cos, sin).mT.contiguous(), cos, sin).mT.sum(0).to(Q.dtype)  # Σ_t rot N_t rotᵀ, (H, D/b, b, b)
@@ -539,7 +550,7 @@ class SkewGradient(torch.autograd.Function):
         linear, conjugate = (K - J @ K @ J) / 2, (K + J @ K @ J) / 2
         k = omega.repeat_interleave(2, -1).unsqueeze(-1)  # (H, D/b, b, 1)
         E = linear * torch.sinc((k - k.mT) / (2 * math.pi)) + conjugate * torch.sinc((k + k.mT) / (2 * math.pi))
-        return g, (Q @ E @ Q.mT / ctx.unit).to(ctx.A_dtype), None, None, None, None
+        return g, (Q @ E @ Q.mT / ctx.unit).to(ctx.A_dtype), None, None, None, None, None
 
 
 class ComRoPE(Attention):
@@ -595,7 +606,8 @@ class ComRoPE(Attention):
 
     def generators(self) -> torch.Tensor:
         """The skew-symmetric A, (H, D/b, b, b)."""
-        A = self.P - self.P.mT
+        P = self.P.to(wide(self.P.dtype))
+        A = P - P.mT
         return A if self.theta is None else A * self.theta[..., None, None]
 
     @classmethod
@@ -629,7 +641,7 @@ class ComRoPE(Attention):
     def turn(self, qk, x, ctx, cache):
         A, Q, omega = ctx.shared[self]
         if torch.is_grad_enabled() and A.requires_grad:
-            qk = SkewGradient.apply(qk, A, Q, omega, self.unit, ctx.dtype)
+            qk = SkewGradient.apply(qk, A, Q, omega, self.unit, ctx.dtype, ctx.start)
         frequencies = omega.flatten(1)  # (H, D/2)
         return rotate(qk, *ctx.cos_sin(ctx.positions.view(-1, 1, 1, 1) * frequencies))
 
@@ -671,7 +683,7 @@ class CARoPE(Attention):
         if name == "c_pos.weight":
             return torch.zeros(shape)
         softplus = self.base ** (2 / self.head_width) - 1  # of b, so that f = base^(-2/D)
-        return torch.full(shape, math.log(math.expm1(softplus)), dtype=torch.float64)
+        return torch.full(shape, softplus + math.log(-math.expm1(-softplus)), dtype=torch.float64)
 
     def phases(self, x: torch.Tensor, before: torch.Tensor | float = 0.0) -> torch.Tensor:
         """Phases (B, T, H, D/2) in max(float32, model dtype) of the source x (B, T, C), after a sum of `before`."""
@@ -718,7 +730,6 @@ SCHEMES: dict[str, type[Attention]] = {
     "carope": CARoPE,
     "alibi": ALiBi,
 }
-SCHEME_NAMES = {scheme: name for name, scheme in SCHEMES.items()}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -749,18 +760,22 @@ def resolve(config: GPTConfig) -> GPTConfig:
         value = getattr(config, name)
         if type(value) is not int or value < 1:
             problems.append(f"{name} must be a positive whole number, not {value!r}")
-    if not 0 <= config.dropout < 1:
-        problems.append(f"dropout must lie in [0, 1), not {config.dropout}")
+    if type(config.dropout) not in (int, float) or not 0 <= config.dropout < 1:
+        problems.append(f"dropout must lie in [0, 1), not {config.dropout!r}")
+    if type(config.bias) is not bool:
+        problems.append(f"bias must be True or False, not {config.bias!r}")
+    if not isinstance(config.pos_options, dict):
+        problems.append(f"pos_options must be a mapping of option to value, not {config.pos_options!r}")
     if not problems and config.n_embd % config.n_head:
         problems.append(f"n_embd {config.n_embd} must be a multiple of n_head {config.n_head}")
-    if config.pos not in SCHEMES:
+    if not isinstance(config.pos, str) or config.pos not in SCHEMES:
         problems.append(f"pos {config.pos!r} is no scheme{nearest(config.pos, SCHEMES)} Schemes: {', '.join(SCHEMES)}")
         raise ValueError("; ".join(problems))
     scheme = SCHEMES[config.pos]
     parameters = inspect.signature(scheme.__init__).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     types = get_type_hints(scheme.__init__)
-    for name, value in config.pos_options.items():
+    for name, value in config.pos_options.items() if isinstance(config.pos_options, dict) else ():
         valid = f"{config.pos} takes {', '.join(defaults) or 'no options'}"
         if name not in defaults:
             problems.append(f"pos_options: unknown option {name!r}{nearest(name, defaults)} ({valid})")
@@ -883,6 +898,8 @@ class GPT(nn.Module):
     def hidden(self, idx: torch.Tensor, caches: list[dict] | None = None) -> torch.Tensor:
         """Final hidden states (B, T, C) of tokens idx (B, T), which follow those in `caches` (a dict a layer)."""
         scheme = SCHEMES[self.config.pos]
+        if idx.dim() != 2:
+            raise ValueError(f"idx must be (B, T), not of shape {tuple(idx.shape)}")
         start = caches[0]["k"].size(2) if caches and "k" in caches[0] else 0
         self.check_length(start + idx.size(1))
         if idx.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -909,11 +926,13 @@ class GPT(nn.Module):
         without gradient; float32 or the model's dtype if wider. T may exceed block_size where the scheme can;
         otherwise, and for ids outside the vocabulary (checked on the CPU), ValueError.
         """
+        if reduction not in ("mean", "none"):
+            raise ValueError(f"reduction must be 'mean' or 'none', not {reduction!r}")
+        if targets is not None and targets.shape != idx.shape:
+            raise ValueError(f"targets must have the shape of idx, {tuple(idx.shape)}, not {tuple(targets.shape)}")
         x = self.hidden(idx)
         if targets is None:
             return self.lm_head(x), None
-        if reduction not in ("mean", "none"):
-            raise ValueError(f"reduction must be 'mean' or 'none', not {reduction!r}")
         if targets.device.type == "cpu" and not torch.compiler.is_compiling():
             self.check_tokens(targets, -1, "targets")
         loss = linear_cross_entropy if reduction == "mean" else linear_nll
@@ -938,20 +957,21 @@ class GPT(nn.Module):
         if idx.size(1) < 1 or n < 0 or temperature < 0 or (top_k is not None and top_k < 1):
             raise ValueError(f"generate needs a prompt of ≥ 1 tokens, n ≥ 0, temperature ≥ 0, top_k ≥ 1; got {idx.size(1)}, {n}, {temperature}, {top_k}")
         self.check_length(idx.size(1) + n - 1)
-        training = self.training
+        caches, new, training = [{} for _ in self.transformer["h"]], idx, self.training
         self.eval()
-        caches, new = [{} for _ in self.transformer["h"]], idx
-        for _ in range(n):
-            logits = self.lm_head(self.hidden(new, caches)[:, -1]).float()  # (B, V)
-            if top_k is not None:
-                kth = logits.topk(min(top_k, logits.size(1))).values[:, -1:]
-                logits = logits.masked_fill(logits < kth, -math.inf)
-            if temperature == 0:
-                new = logits.argmax(1, keepdim=True)
-            else:
-                new = torch.multinomial(torch.softmax(logits / temperature, 1), 1, generator=generator)
-            idx = torch.cat((idx, new), 1)
-        self.train(training)
+        try:
+            for _ in range(n):
+                logits = self.lm_head(self.hidden(new, caches)[:, -1]).float()  # (B, V)
+                if top_k is not None:
+                    kth = logits.topk(min(top_k, logits.size(1))).values[:, -1:]
+                    logits = logits.masked_fill(logits < kth, -math.inf)
+                if temperature == 0:
+                    new = logits.argmax(1, keepdim=True)
+                else:
+                    new = torch.multinomial(torch.softmax(logits / temperature, 1), 1, generator=generator)
+                idx = torch.cat((idx, new), 1)
+        finally:
+            self.train(training)
         return idx
 
     # ---- other forms of the same model

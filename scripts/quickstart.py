@@ -23,6 +23,14 @@ import yaml
 from tqdm import tqdm
 
 REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+import torch
+
+from eval import document_interval
+from model import SCHEMES as KNOWN
+from model import nearest
+
 CONFIG = REPO / "configs" / "quickstart.yaml"
 SCHEMES = ("learned", "rope", "crope", "comrope", "carope")
 MAX_TARGETS = 16384  # scored bytes an evaluation
@@ -128,23 +136,21 @@ def run_all(jobs: list[Job], parallel: int, steps: int) -> None:
 # ---- the table
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
+def seed_interval(values: np.ndarray) -> tuple[float, float]:
     """95 % t interval of a mean over seeds."""
     low, high = scipy.stats.t.interval(0.95, len(values) - 1, values.mean(), scipy.stats.sem(values))
     return float(low), float(high)
 
 
-def growth(row: dict, base: dict) -> tuple[float, float, float]:
-    """Difference of two rows on the same tokens, row - base in nats, with a paired bootstrap over documents."""
-    a, b = row["per_document"], base["per_document"]
-    difference, tokens = np.array(a["nll"]) - np.array(b["nll"]), np.array(a["tokens"])
-    mean = lambda d, n, axis: d.sum(axis) / n.sum(axis)  # noqa: E731
-    drawn = scipy.stats.bootstrap((difference, tokens), mean, paired=True, vectorized=True, n_resamples=2000, method="percentile", rng=np.random.default_rng(0))
-    return float(mean(difference, tokens, 0)), float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
+def growth(row: dict, base: dict) -> list[float]:
+    """Mean of row - base on the same tokens, in nats, and its interval from a paired bootstrap over documents."""
+    difference = np.subtract(row["per_document"]["nll"], base["per_document"]["nll"])
+    tokens = np.array(row["per_document"]["tokens"])
+    return [difference.sum() / tokens.sum(), *(document_interval(difference, tokens, 2000, 0) or [np.nan, np.nan])]
 
 
-def cell(values: list[float], document_interval: list[float] | None, seeds: int) -> str:
-    low, high = interval(np.array(values)) if seeds > 1 else document_interval
+def cell(values: list[float], interval: list[float] | None, seeds: int) -> str:
+    low, high = seed_interval(np.array(values)) if seeds > 1 else interval or [np.nan, np.nan]
     return f"{np.mean(values):.3f} [{low:.3f}, {high:.3f}]"
 
 
@@ -174,18 +180,19 @@ def make_table(jobs: list[Job], schemes: list[str], seeds: int, lengths: list[in
             cells.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(*growth(rows[0][lengths[-1]], rows[0][train_length])))
         else:
             grown = np.array([r[lengths[-1]]["nats_per_token"] - r[train_length]["nats_per_token"] for r in rows])
-            cells.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(grown.mean(), *interval(grown)))
+            cells.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(grown.mean(), *seed_interval(grown)))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def notes(recipe: dict, report: dict, seeds: int, lengths: list[int], minutes: float | None) -> str:
-    tokens = recipe["max_steps"] * recipe["batch_tokens"]
+def notes(recipe: dict, reports: dict[str, dict], seeds: int, lengths: list[int], minutes: float | None) -> str:
+    report, tokens = next(iter(reports.values())), recipe["max_steps"] * recipe["batch_tokens"]
     if seeds == 1:
         intervals = "Brackets: 95 % bootstrap over documents. One seed: they say nothing about what another seed would give."
     else:
         intervals = f"Means over {seeds} seeds; brackets: 95 % t interval over seeds, on the same documents."
-    reasons = sorted({r["reason"] for r in report["results"] if r.get("reason")})
+    missing = {scheme: [r for r in report["results"] if r.get("reason")] for scheme, report in reports.items()}
+    reasons = [f"n/a: {rows[-1]['reason']}." for rows in missing.values() if rows]
     return "\n".join(
         [
             f"Recipe: {recipe['n_layer']} layers × {recipe['n_embd']}, training length {recipe['block_size']}, {recipe['max_steps']} steps × "
@@ -194,7 +201,7 @@ def notes(recipe: dict, report: dict, seeds: int, lengths: list[int], minutes: f
             f"{lengths[0]} is the training length and the cropping baseline. Lower is better; training loss is the mean of the last five logged steps.",
             intervals,
             "Documents differ more than schemes do, so overlapping brackets of two schemes do not mean that they tie; the growth column is paired by document.",
-            *(f"n/a: {reason}." for reason in reasons),
+            *reasons,
             "What a run of this size can tell: whether a scheme trains, and what happens beyond the training length. What it cannot: which scheme is better at the "
             "training length (differences there of a few thousandths of a nat are noise of one seed), or anything about larger models.",
             *([f"This took {minutes:.1f} minutes."] if minutes else []),
@@ -211,17 +218,11 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=CONFIG, help="recipe (default: configs/quickstart.yaml)")
     parser.add_argument("--parallel", type=int, help="runs at a time (default: 1 on a GPU, else one a core and at most 2; one thread each if more than one)")
     args = parser.parse_args()
-    sys.path.insert(0, str(REPO))
-    from model import SCHEMES as known  # not earlier, so that --help answers at once
-    from model import nearest
-
     for scheme in args.schemes:
-        if scheme not in known:
-            parser.error(f"no scheme {scheme!r}{nearest(scheme, known)} Schemes: {', '.join(known)}")
+        if scheme not in KNOWN:
+            parser.error(f"no scheme {scheme!r}{nearest(scheme, KNOWN)} Schemes: {', '.join(KNOWN)}")
     if args.seeds < 1 or (args.parallel is not None and args.parallel < 1):
         parser.error("--seeds and --parallel must be at least 1")
-
-    import torch
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     started = time.monotonic()
@@ -244,10 +245,11 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     failed = [j for j in jobs if j.failed]
-    reports = [json.loads(j.report.read_text()) for j in jobs if not j.failed]
+    reports = {j.scheme: json.loads(j.report.read_text()) for j in jobs if not j.failed}
     if reports:
-        text = make_table([j for j in jobs if not j.failed], args.schemes, args.seeds, lengths, f"nats/{'byte' if reports[0]['tokenizer']['name'] == 'byte' else 'token'}")
-        text += "\n\n" + notes(recipe, reports[0], args.seeds, lengths, (time.monotonic() - started) / 60 if fresh else None) + "\n"
+        tokenizer = next(iter(reports.values()))["tokenizer"]["name"]
+        text = make_table([j for j in jobs if not j.failed], args.schemes, args.seeds, lengths, f"nats/{'byte' if tokenizer == 'byte' else 'token'}")
+        text += "\n\n" + notes(recipe, reports, args.seeds, lengths, (time.monotonic() - started) / 60 if fresh else None) + "\n"
         (args.out / "table.md").write_text(text)
         figure = args.out / "figure.png"
         subprocess.run([sys.executable, str(REPO / "scripts" / "plot.py"), *(str(j.run) for j in jobs if not j.failed), "--report", "quickstart.json", "--out", str(figure)], check=True)
