@@ -418,17 +418,22 @@ class RoPE(Attention):
     def _apply(self, fn, recurse=True):
         """Explicit frequencies stay float64 (float32 on MPS) whatever the weights are cast to: a phase of
         16k tokens needs them."""
-        freqs = self.freqs if self.explicit else None
-        super()._apply(fn, recurse)
-        if self.explicit and not self.freqs.is_meta:
-            device = self.freqs.device
-            self.freqs = freqs.to(device, torch.float32 if device.type == "mps" else torch.float64)
+        if not self.explicit:
+            return super()._apply(fn, recurse)
+        freqs = self.freqs
+        try:
+            super()._apply(fn, recurse)
+        except TypeError:  # the device has no float64
+            self.freqs = freqs.float()
+            super()._apply(fn, recurse)
+        if not self.freqs.is_meta:
+            self.freqs = freqs.to(self.freqs.device, torch.float32 if self.freqs.device.type == "mps" else torch.float64)
         return self
 
     def frequencies(self) -> torch.Tensor:
-        """(D/2,) float64 on the CPU, or the explicit (H, D/2)."""
+        """(D/2,) float64 on the CPU, or the explicit (H, D/2) on their `double_device`."""
         if hasattr(self, "freqs"):
-            return self.freqs.double()
+            return self.freqs.to(double_device(self.freqs.device), torch.float64)
         width = round(self.fraction * self.head_width)
         return F.pad(rope_frequencies(width, self.base), (0, (self.head_width - width) // 2))
 
@@ -538,19 +543,20 @@ class SkewGradient(torch.autograd.Function):
         y, Q, omega = ctx.saved_tensors
         T, b, dtype = y.size(1), Q.size(-1), ctx.dtype
         blocks = (-1, b)
-        M = torch.einsum("btshjr,btshju->thjru", g.to(dtype).unflatten(-1, blocks), y.to(dtype).unflatten(-1, blocks))
+        with no_autocast(g.device):  # which is still on where backward is called inside it
+            M = torch.einsum("btshjr,btshju->thjru", g.to(dtype).unflatten(-1, blocks), y.to(dtype).unflatten(-1, blocks))
         sums = M.cumsum(0)
         N = torch.cat((sums[-1:].expand(ctx.start, *sums.shape[1:]), sums[-1] - sums))  # (start+T, H, D/b, b, b): N_t = Σ_{m > t} M_m
         middles = torch.arange(ctx.start + T, dtype=omega.dtype, device=omega.device).view(-1, 1, 1, 1, 1) + 0.5
         angles = middles * omega.unsqueeze(-2)  # (T, H, D/b, 1, b/2)
-        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-        K = rotate(rotate(N, cos, sin).mT.contiguous(), cos, sin).mT.sum(0).to(Q.dtype)  # Σ_t rot N_t rotᵀ, (H, D/b, b, b)
+        cos, sin = angles.cos().to(N), angles.sin().to(N)
+        K = rotate(rotate(N, cos, sin).mT.contiguous(), cos, sin).mT.sum(0).to(Q)  # Σ_t rot N_t rotᵀ, (H, D/b, b, b)
         # Over a unit step the complex-linear part of K turns by ω_k - ω_l, the conjugate-linear one by ω_k + ω_l
         J = torch.kron(torch.eye(b // 2), torch.tensor([[0.0, -1.0], [1.0, 0.0]])).to(K)
         linear, conjugate = (K - J @ K @ J) / 2, (K + J @ K @ J) / 2
         k = omega.repeat_interleave(2, -1).unsqueeze(-1)  # (H, D/b, b, 1)
         E = linear * torch.sinc((k - k.mT) / (2 * math.pi)) + conjugate * torch.sinc((k + k.mT) / (2 * math.pi))
-        return g, (Q @ E @ Q.mT / ctx.unit).to(ctx.A_dtype), None, None, None, None, None
+        return g, (Q @ E @ Q.mT / ctx.unit).to(g.device, ctx.A_dtype), None, None, None, None, None
 
 
 class ComRoPE(Attention):
