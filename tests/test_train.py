@@ -816,7 +816,7 @@ def test_what_a_checkpoint_holds(make, plain):
 
 
 def test_the_runs_folder(plain):
-    assert sorted(p.name for p in plain.iterdir()) == ["best.pt", "best.pt.sha256", "checkpoints", "config.yaml", "last.pt", "metrics.jsonl"]
+    assert sorted(p.name for p in plain.iterdir()) == [".lock", "best.pt", "best.pt.sha256", "checkpoints", "config.yaml", "last.pt", "metrics.jsonl"]
     assert sorted(p.name for p in (plain / "checkpoints").iterdir()) == ["step_12.pt", "step_12.pt.sha256", "step_8.pt", "step_8.pt.sha256"]
     assert os.readlink(plain / "last.pt") == "checkpoints/step_12.pt" and not (plain / "best.pt").is_symlink()
     resolved = yaml.safe_load((plain / "config.yaml").read_text())
