@@ -18,7 +18,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 @dataclass
 class RunConfig:
-    """One training run. Defaults are GPT-2 small (124M) on one epoch-like budget of 524,288 tokens a step."""
+    """One training run. Defaults: GPT-2 small (124M), 19,000 steps of 524,288 tokens."""
 
     data_dir: str = "data/fineweb-edu-gpt2"
     """Folder that data/prepare.py made."""

@@ -50,10 +50,10 @@ def no_autocast(device: torch.device):
 
 
 def chunk_rows(vocab_size: int, device: torch.device) -> int:
-    """Rows of logits that exist at a time: 2^22 elements (16 MB) on a CPU, where the chunk should stay
-    in cache, and 2^28 on a GPU, where each chunk should be one large matrix product."""
-    elements = 2**22 if device.type == "cpu" else 2**28
-    return max(16, elements // vocab_size)
+    """Rows of logits that exist at a time: 2^23 elements (32 MB) on a CPU, where matrix products are at full speed
+    from about 160 rows on, and 2^28 on a GPU, where each chunk should be one large product."""
+    elements = 2**23 if device.type == "cpu" else 2**28
+    return max(16, elements // vocab_size // 16 * 16)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -78,15 +78,19 @@ class LinearCrossEntropy(torch.autograd.Function):
         rows = chunk_rows(weight.size(0), h.device)
         if compute_dtype == torch.float16:  # p.t() @ x sums over the chunk, and float16 ends at 65,504
             rows = min(rows, 2048)
+        # Fresh memory costs a CPU page faults, a tenth of the whole loss: two buffers serve all chunks
+        reuse = h.device.type == "cpu" and compute_dtype == exact and not torch.compiler.is_compiling()
+        buffers = h.new_empty(2, min(rows, h.size(0)), weight.size(0), dtype=exact) if reuse else None
         for start in range(0, h.size(0), rows):
             part = slice(start, start + rows)
             x, target = h[part].to(compute_dtype), targets[part]
-            logits = (x @ head.t()).to(exact)  # (n, V)
+            out = [b[: x.size(0)] for b in buffers] if reuse else [None, None]
+            logits = torch.mm(x, head.t(), out=out[0]).to(exact)  # (n, V)
             keep = target >= 0
             index = target.clamp_min(0).unsqueeze(1)  # (n, 1)
             target_logit = logits.gather(1, index)
             peak = logits.amax(1, keepdim=True)
-            p = torch.softmax(logits, 1)
+            p = torch.softmax(logits, 1, out=out[1])
             # log-sum-exp from the largest probability, which never underflows
             nll = peak - p.amax(1, keepdim=True).log() - target_logit
             total = total + (nll.squeeze(1) * keep).sum()
@@ -312,7 +316,8 @@ class Attention(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
         if bias is None and ctx.length == 1:  # one new token sees every cached one
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        if bias is not None and q.is_cuda and ctx.start == 0 and dropout == 0:
+        # FlexAttention compiles for each length, and is worth it in training, where there is one
+        if bias is not None and q.is_cuda and ctx.start == 0 and dropout == 0 and torch.is_grad_enabled():
             return flex_attend(q, k, v, bias)
         # Dense mask and bias for a chunk of queries at a time: at most 2^24 elements (64 MB) exist at once
         rows = max(1, 2**24 // (q.size(1) * k.size(2)))
@@ -328,8 +333,11 @@ class Attention(nn.Module):
             if bias is not None:
                 mask = bias(batch, heads, m, n).masked_fill(~mask, -math.inf)
                 mask = mask.expand(q.size(0), -1, -1, -1) if mask.dim() == 4 else mask
-            y = F.scaled_dot_product_attention(part, k[:, :, :end], v[:, :, :end], attn_mask=mask, dropout_p=dropout)
-            out.append(y)
+            parts = part, k[:, :, :end], v[:, :, :end]
+            if bias is not None:  # autocast would round the bias, large at a distance, to bfloat16
+                parts = [t.to(mask.dtype) for t in parts]
+            with no_autocast(q.device):
+                out.append(F.scaled_dot_product_attention(*parts, attn_mask=mask, dropout_p=dropout).to(v.dtype))
         return torch.cat(out, 2)
 
 
@@ -775,7 +783,7 @@ def resolve(config: GPTConfig) -> GPTConfig:
     if not problems and config.n_embd % config.n_head:
         problems.append(f"n_embd {config.n_embd} must be a multiple of n_head {config.n_head}")
     if not isinstance(config.pos, str) or config.pos not in SCHEMES:
-        problems.append(f"pos {config.pos!r} is no scheme{nearest(config.pos, SCHEMES)} Schemes: {', '.join(SCHEMES)}")
+        problems.append(f"pos {config.pos!r} is no scheme{nearest(config.pos, SCHEMES)} (schemes: {', '.join(SCHEMES)})")
         raise ValueError("; ".join(problems))
     scheme = SCHEMES[config.pos]
     parameters = inspect.signature(scheme.__init__).parameters.values()
@@ -960,7 +968,7 @@ class GPT(nn.Module):
     ) -> torch.Tensor:
         """Append n sampled tokens: idx (B, T) int64, T ≥ 1 → (B, T + n). Temperature 0 is greedy; top_k keeps the
         k likeliest. Cached: each token is computed once. ValueError where the scheme cannot reach T + n - 1."""
-        if idx.size(1) < 1 or n < 0 or temperature < 0 or (top_k is not None and top_k < 1):
+        if idx.size(1) < 1 or n < 0 or not temperature >= 0 or (top_k is not None and top_k < 1):
             raise ValueError(f"generate needs a prompt of ≥ 1 tokens, n ≥ 0, temperature ≥ 0, top_k ≥ 1; got {idx.size(1)}, {n}, {temperature}, {top_k}")
         self.check_length(idx.size(1) + n - 1)
         caches, new, training = [{} for _ in self.transformer["h"]], idx, self.training
@@ -1004,6 +1012,7 @@ class GPT(nn.Module):
         """GPT-2 in the transformers layout (config.json and safetensors): a local folder, or a name on the
         Hugging Face hub such as "gpt2". A `learned` model with biases. Raises ValueError for another architecture,
         OSError where nothing is found."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         folder = Path(name)
@@ -1020,12 +1029,17 @@ class GPT(nn.Module):
         expected = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
         expected |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "n_inner": None}
         for key, value in expected.items():
-            if c.get(key, value) != value and not (key == "n_inner" and c[key] == 4 * c["n_embd"]):
+            if c.get(key, value) != value and not (key == "n_inner" and c[key] == 4 * c.get("n_embd", 0)):
                 raise ValueError(f"{folder}: {key} is {c[key]!r}; GPT-2 as built here has {value!r}")
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise OSError(f"{folder} holds no .safetensors file; save the model with safe_serialization=True")
-        theirs = {k.removeprefix("transformer."): v for file in files for k, v in load_file(file).items()}
+        try:
+            theirs = {k.removeprefix("transformer."): v for file in files for k, v in load_file(file).items()}
+        except SafetensorError as error:
+            raise ValueError(f"{folder}: the weights are damaged: {error}") from error
+        if missing := {"n_positions", "vocab_size", "n_layer", "n_head", "n_embd"} - c.keys():
+            raise ValueError(f"{folder}/config.json lacks {', '.join(sorted(missing))}")
         model = cls(GPTConfig(c["n_positions"], c["vocab_size"], c["n_layer"], c["n_head"], c["n_embd"], 0.0, True, "learned"))
         state = {}
         for key, ours in model.state_dict().items():

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import signal
 import sys
@@ -29,9 +30,10 @@ from tqdm import tqdm
 import checkpoint
 from config import RunConfig, check, parse, write_yaml
 from data.shards import Split, WindowOrder, batch, open_data
+from data.tokenizer import load_tokenizer
 from model import GPT, resolve
 
-# Peak dense bf16 FLOP/s by a part of the device's name, from NVIDIA's data sheets
+# Peak dense FLOP/s of a GPU by a word of its name (NVIDIA's data sheets): bfloat16; float16 for the V100
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "V100": 125e12, "4090": 165e12}
 # What a resumed run must have in common with its checkpoint: the model and the order of its data
 FIXED_ON_RESUME = ("block_size", "n_layer", "n_head", "n_embd", "bias", "dropout", "vocab_size", "pos", "pos_options", "batch_tokens", "seed", "data_seed")
@@ -58,6 +60,14 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def check_equal(self, number: int, device: torch.device, what: str) -> None:
+        """ValueError on every rank unless all have the same number."""
+        if self.world > 1:
+            extremes = torch.tensor([number, -number], device=device)
+            dist.all_reduce(extremes, dist.ReduceOp.MAX)
+            if extremes.sum() != 0:
+                raise ValueError(f"the ranks do not agree on {what}")
+
     def wait(self) -> None:
         """Until every rank is here."""
         if self.world > 1:
@@ -71,7 +81,7 @@ def ranks_of(config: RunConfig):
     device = pick_device(config.device, ranks)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
+        # No TF32: under bfloat16 the few products left in float32 make phases, and TF32 would cost them 100 times their error
     if ranks.world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
     try:
@@ -98,7 +108,7 @@ def pick_device(name: str, ranks: Ranks | None = None) -> torch.device:
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
-        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     return getattr(torch, name)
 
 
@@ -126,7 +136,10 @@ def peak_memory(device: torch.device) -> int:
 def peak_flops(device: torch.device) -> float | None:
     """FLOP/s of the device where they are known, else None."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    words = re.split("[ -]", name)
+    if "PCIe" in words and "H100" in words:
+        return 756e12
+    return next((flops for word, flops in PEAK_FLOPS.items() if word in words), None)
 
 
 # ---- from config to model, optimizer, schedule
@@ -164,6 +177,9 @@ def initial_model(config: RunConfig, tokenizer_hash: str) -> GPT:
         model = checkpoint.build_model(state, block_size=config.block_size, dropout=config.dropout)
     else:
         model = GPT.from_pretrained(config.init_from)
+        gpt2 = load_tokenizer("gpt2")
+        if model.config.vocab_size == gpt2.n_vocab and gpt2.sha256 != tokenizer_hash:
+            raise ValueError(f"init_from {config.init_from} has GPT-2's vocabulary, and {config.data_dir} another tokenizer")
         state = {"config": dataclasses.asdict(model.config), "model": model.state_dict()}
         model = checkpoint.build_model(state, block_size=config.block_size, dropout=config.dropout)
     differ = []
@@ -363,7 +379,7 @@ class Stop:
 # ---- the run
 
 
-def find_state(config: RunConfig, data_hash: str) -> dict | None:
+def find_state(config: RunConfig, data_hash: str, ranks: Ranks) -> dict | None:
     """The checkpoint to resume from, or None to start. Changes nothing."""
     run = Path(config.out_dir)
     exists = (run / "config.yaml").exists() or (run / "metrics.jsonl").exists() or bool(checkpoint.step_files(run))
@@ -372,6 +388,10 @@ def find_state(config: RunConfig, data_hash: str) -> dict | None:
     state = checkpoint.load_newest(run) if config.resume else None
     if state:
         check_resumable(state, config, data_hash)
+        shown = {k: (state["config"][k], v) for k, v in vars(config).items() if k not in (*FIXED_ON_RESUME, "resume", "out_dir", "data_dir", "micro_batch_size")}
+        changed = [f"{k} {then} → {now}" for k, (then, now) in shown.items() if then != now]
+        if changed and ranks.main:
+            print(f"warning: {run} goes on with other settings than it began with: {', '.join(changed)}", file=sys.stderr)
     return state
 
 
@@ -387,6 +407,8 @@ def prepare_run(run: Path, ranks: Ranks):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is training in {run}: wait for it, or choose another --out_dir") from None
+        except OSError as error:
+            print(f"warning: {run} is on a file system without locks ({error}): do not start a second run in it", file=sys.stderr)
         for left_over in [*run.glob(".*.partial"), *run.glob("checkpoints/.*.partial")]:
             left_over.unlink()
         if not os.access(run, os.W_OK):
@@ -429,7 +451,8 @@ def run_training(config: RunConfig, ranks: Ranks, device: torch.device) -> dict:
     order = WindowOrder(len(split), config.block_size, config.data_seed)
     validation = Validation(data.split("val"), config, micro, ranks, device)
 
-    state = find_state(config, data.hash)
+    state = find_state(config, data.hash, ranks)
+    ranks.check_equal(state["step"] if state else 0, device, f"the step to resume from: {run} must be one folder, shared by all nodes")
     raw_model = checkpoint.build_model(state) if state else initial_model(config, data.tokenizer_hash)
     config = dataclasses.replace(config, micro_batch_size=micro, pos_options=raw_model.config.pos_options)
     lock = prepare_run(run, ranks)
@@ -447,7 +470,7 @@ def run_training(config: RunConfig, ranks: Ranks, device: torch.device) -> dict:
         step, best, bad_steps, val_loss = (state[k] for k in ("step", "best_val_loss", "bad_steps", "val_loss"))
         restore_generators(state["generators"], device)
     del state
-    if ranks.main:
+    if ranks.main and step < config.max_steps:  # a finished run keeps the record of how it was made
         write_yaml(config, run / "config.yaml")
 
     model = torch.compile(raw_model) if config.compile and compiler_works(device) else raw_model
@@ -537,7 +560,7 @@ def run_training(config: RunConfig, ranks: Ranks, device: torch.device) -> dict:
             owed = owed or bool(config.checkpoint_interval) and step % config.checkpoint_interval == 0
             if end or interrupted or (owed and not bad_steps):  # while steps are bad, no checkpoint takes the place of a good one
                 if ranks.main:
-                    keep = config.keep_checkpoints if not bad_steps else step
+                    keep = config.keep_checkpoints if not bad_steps else sys.maxsize
                     checkpoint.save_step(run, snapshot(raw_model, optimizer, scaler, config, data, step, best, bad_steps, val_loss), keep)
                 saved, owed = step, False
                 if end or interrupted:
