@@ -80,7 +80,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             rows = min(rows, 2048)
         # Fresh memory costs a CPU page faults, a tenth of the whole loss: two buffers serve all chunks
         reuse = h.device.type == "cpu" and compute_dtype == exact and not torch.compiler.is_compiling()
-        buffers = h.new_empty(2, min(rows, h.size(0)), weight.size(0), dtype=exact) if reuse else None
+        shape = min(rows, h.size(0)), weight.size(0)
+        buffers = [h.new_empty(shape, dtype=exact), h.new_empty(shape, dtype=exact)] if reuse else None
         for start in range(0, h.size(0), rows):
             part = slice(start, start + rows)
             x, target = h[part].to(compute_dtype), targets[part]

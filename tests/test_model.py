@@ -932,9 +932,9 @@ def test_fused_loss_equals_the_plain_one(dtype, tolerance, chunk, scale, rows):
 
 
 def test_fused_loss_with_gpt2s_vocabulary():
-    """50,304 tokens and the real chunk size: several chunks of 83 rows on a CPU."""
-    h, weight, targets = loss_case(torch.float32, T=101, V=50304)
-    assert model_module.chunk_rows(50304, h.device) < 101
+    """50,304 tokens and the real chunk size: two chunks on a CPU."""
+    h, weight, targets = loss_case(torch.float32, T=203, V=50304)
+    assert model_module.chunk_rows(50304, h.device) < 203
     fused, plain = linear_cross_entropy(h, weight, targets), plain_loss(h, weight, targets)
     close(fused, plain, rtol=1e-6)
     for a, b in zip(torch.autograd.grad(fused, (h, weight)), torch.autograd.grad(plain, (h, weight))):
@@ -1045,7 +1045,7 @@ class Largest(TorchDispatchMode):
 
 def test_full_logits_never_exist():
     """N·V elements exist in no forward or backward pass of the loss; with the plain loss they do, so the observer sees them."""
-    V, T, B = 50304, 128, 2
+    V, T, B = 50304, 256, 2
     model = GPT(config("rope", vocab_size=V, n_layer=1, n_head=1, n_embd=8))
     idx, targets = tokens(T, B, V=V), tokens(T, B, seed=1, V=V)
     with Largest() as training:
@@ -1055,7 +1055,7 @@ def test_full_logits_never_exist():
     with Largest() as plain:
         F.cross_entropy(model(idx)[0].flatten(0, 1), targets.flatten()).backward()
     assert plain.elements == B * T * V
-    assert evaluation.elements <= 2**22 and training.elements <= 2**22 < B * T * V / 3
+    assert evaluation.elements <= 2**23 and training.elements <= 2**23 < B * T * V / 3
 
 
 def test_mean_without_grad_forms_no_gradients():
