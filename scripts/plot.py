@@ -36,7 +36,7 @@ def read(run: Path, report: str) -> dict:
 
 
 def draw(runs: list[dict], out: Path) -> None:
-    """The figure: seeds of a scheme are averaged; the band spans them, or with one seed the documents' interval."""
+    """The figure: seeds of a scheme are averaged; a band spans them."""
     figure, (far, loss) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     schemes = list(dict.fromkeys(r["config"]["pos"] for r in runs))
     lengths = sorted({row["length"] for r in runs for row in r["results"]})
