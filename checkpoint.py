@@ -34,7 +34,7 @@ class HashingFile:
 
 def write_atomically(path: Path, write) -> None:
     """write(file) into a temporary file, fsync, rename: `path` holds the old or the new, never a part. OSError
-    (disk full, no permission) leaves the old one and no remains."""
+    (disk full, no permission), which names `path`, leaves the old one and no remains."""
     temporary = path.with_name(f".{path.name}.partial")
     try:
         with open(temporary, "wb") as file:
@@ -42,6 +42,10 @@ def write_atomically(path: Path, write) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is not None:  # what fails in the middle does not know the name
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -59,9 +63,10 @@ def save(path: Path, state: dict) -> None:
             cause = error.__cause__ or error.__context__
             raise cause if isinstance(cause, OSError) else OSError(f"cannot write {path}: {error}") from None
         digest = hashing.sha256.hexdigest()
+        file.flush()  # a full disk shows here at the latest, and leaves the old file with its hash
+        hash_path(path).unlink(missing_ok=True)  # no moment at which a new file stands beside an old hash
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    hash_path(path).unlink(missing_ok=True)  # no moment at which a new file stands beside an old hash
     write_atomically(path, write)
     write_atomically(hash_path(path), lambda file: file.write(f"{digest}\n".encode()))
 
@@ -84,7 +89,7 @@ def load(path: Path) -> dict:
     except OSError:
         raise
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} cannot be read as a checkpoint: {str(error).partition(chr(10))[0] or type(error).__name__}") from error
     if not isinstance(state, dict) or not {"model", "config", "step"} <= state.keys():
         raise ValueError(f"{path} is no checkpoint of train.py: it lacks model, config or step")
     return state
@@ -98,16 +103,19 @@ def step_files(run: Path) -> list[Path]:
 
 
 def save_step(run: Path, state: dict, keep: int) -> None:
-    """checkpoints/step_N.pt, the link last.pt to it, and older ones beyond `keep` removed."""
+    """checkpoints/step_N.pt, the link last.pt to it, and older ones beyond `keep` removed; newer ones too, which a run
+    that was resumed before them must have found damaged."""
     path = run / "checkpoints" / f"step_{state['step']}.pt"
     save(path, state)
     link = run / ".last.pt.partial"
     link.unlink(missing_ok=True)
     link.symlink_to(path.relative_to(run))
     os.replace(link, run / "last.pt")
-    for old in step_files(run)[keep:]:
-        old.unlink()
-        hash_path(old).unlink(missing_ok=True)
+    files = step_files(run)
+    this = files.index(path)
+    for other in files[:this] + files[this + keep :]:
+        other.unlink()
+        hash_path(other).unlink(missing_ok=True)
 
 
 def load_newest(run: Path) -> dict | None:

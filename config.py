@@ -1,6 +1,7 @@
 """The fields of a run: defaults, then a YAML file, then the command line."""
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Literal
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
+from checkpoint import write_atomically
 from model import GPTConfig, nearest
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -16,7 +18,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 @dataclass
 class RunConfig:
-    """One training run. Defaults are GPT-2 small (124M) on one epoch-like budget of 524,288 tokens a step."""
+    """One training run. Defaults: GPT-2 small (124M), 19,000 steps of 524,288 tokens."""
 
     data_dir: str = "data/fineweb-edu-gpt2"
     """Folder that data/prepare.py made."""
@@ -116,25 +118,37 @@ class Parser(ArgumentParser):
         names = [f.name for f in dataclasses.fields(RunConfig)] + ["config"]
         if match := re.search(r"unrecognized arguments: -*(\w+)|Option '(\w+)' is not accepted", str(message)):
             message = f"{message}{nearest(match[1] or match[2], names)}"
-        super().error(f"{message}", ex)
+        self.exit(2, f"error: {' '.join(str(message).split())} (train.py --help explains every field)\n")
+
+
+def value_of(text: str):
+    """The YAML value of a text; 1e4 is a number too, unlike in YAML 1.1."""
+    return float(text) if re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d+", text) else yaml.safe_load(text)
 
 
 def parse(arguments: list[str] | None = None) -> RunConfig:
     """The RunConfig of a command line: `--config FILE`, then `--field value …`. Exits with a message for what is
     unknown or of a wrong type."""
-    parser = Parser(prog="train.py", description="Train one GPT-2 with a positional scheme. Also under torchrun.")
+    parser = Parser(prog="train.py", description="Train one GPT-2 with a positional scheme. Also under torchrun.", allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of fields; later arguments override it.")
     parser.add_class_arguments(RunConfig)
     values = parser.parse_args(arguments).as_dict()
     values.pop("config")
-    # --pos_options.block 4 arrives as text
-    options = {k: yaml.safe_load(v) if isinstance(v, str) else v for k, v in values["pos_options"].items()}
+    if absent := [f.name for f in dataclasses.fields(RunConfig) if values[f.name] is None and f.default is not None]:
+        parser.error(f"{', '.join(absent)} must not be null")
+    try:  # --pos_options.block 4 arrives as text
+        options = {k: value_of(v) if isinstance(v, str) else v for k, v in values["pos_options"].items()}
+    except yaml.YAMLError as error:
+        parser.error(f"pos_options: {error}")
     return RunConfig(**{**values, "pos_options": options})
 
 
 def check(config: RunConfig) -> None:
     """ValueError that lists every field out of range. The model's own fields are checked by the model."""
     problems = []
+    for name, value in vars(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            problems.append(f"{name} must be finite, not {value}")
     for name in ("batch_tokens", "max_steps", "eval_tokens", "keep_checkpoints", "log_interval", "max_bad_steps", "lr_step", "block_size"):
         if getattr(config, name) < 1:
             problems.append(f"{name} must be at least 1, not {getattr(config, name)}")
@@ -162,4 +176,5 @@ def check(config: RunConfig) -> None:
 
 
 def write_yaml(config: RunConfig, path: Path) -> None:
-    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    write_atomically(path, lambda file: file.write(text.encode()))

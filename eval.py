@@ -102,25 +102,29 @@ def score(model: GPT, split: Split, windows: Windows, batch_tokens: int, dtype: 
     return nll
 
 
+def document_interval(sums: np.ndarray, counts: np.ndarray, resamples: int, seed: int) -> list[float] | None:
+    """95 % percentile bootstrap of Σ sums / Σ counts over documents, (n,) each; None for a single document."""
+    if len(sums) < 2:
+        return None
+    drawn = scipy.stats.bootstrap(
+        (sums, counts), lambda s, c, axis: s.sum(axis) / c.sum(axis),
+        paired=True, vectorized=True, n_resamples=resamples, confidence_level=0.95, method="percentile", rng=np.random.default_rng(seed),
+    )  # fmt: skip
+    return [float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)]
+
+
 def statistics(nll: np.ndarray, n_bytes: np.ndarray, document: np.ndarray, resamples: int, seed: int) -> dict:
     """Figures of one row from the scored tokens: nll (n,) nats, n_bytes (n,) bytes of text, document (n,) indices."""
     mean = nll.sum() / len(nll)
     sums, counts = np.bincount(document, nll), np.bincount(document)
     sums, counts = sums[counts > 0], counts[counts > 0]
-    interval = None
-    if len(sums) > 1:
-        drawn = scipy.stats.bootstrap(
-            (sums, counts), lambda s, c, axis: s.sum(axis) / c.sum(axis),
-            paired=True, vectorized=True, n_resamples=resamples, confidence_level=0.95, method="percentile", rng=np.random.default_rng(seed),
-        )  # fmt: skip
-        interval = [float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)]
     return {
         "nats_per_token": float(mean),
         "perplexity": float(np.exp(mean)),
         "bits_per_byte": float(nll.sum() / math.log(2) / n_bytes.sum()),
         "tokens": len(nll),
         "documents": len(sums),
-        "interval": interval,
+        "interval": document_interval(sums, counts, resamples, seed),
         "per_document": {"document": np.flatnonzero(np.bincount(document)).tolist(), "nll": sums.tolist(), "tokens": counts.tolist()},
     }
 

@@ -24,6 +24,7 @@ from typing import Any, Callable, Literal, get_args, get_origin, get_type_hints
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 # ------------------------------------------------------------------------------------------------
 # Small helpers on dtypes
@@ -49,10 +50,10 @@ def no_autocast(device: torch.device):
 
 
 def chunk_rows(vocab_size: int, device: torch.device) -> int:
-    """Rows of logits that exist at a time: 2^22 elements (16 MB) on a CPU, where the chunk should stay
-    in cache, and 2^28 on a GPU, where each chunk should be one large matrix product."""
-    elements = 2**22 if device.type == "cpu" else 2**28
-    return max(16, elements // vocab_size)
+    """Rows of logits that exist at a time: 2^23 elements (32 MB) on a CPU, where matrix products are at full speed
+    from about 160 rows on, and 2^28 on a GPU, where each chunk should be one large product."""
+    elements = 2**23 if device.type == "cpu" else 2**28
+    return max(16, elements // vocab_size // 16 * 16)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -75,15 +76,22 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad_h = torch.empty_like(h)  # (N, C), of the summed loss
             grad_weight = torch.zeros_like(weight, dtype=wide(weight.dtype))  # (V, C)
         rows = chunk_rows(weight.size(0), h.device)
+        if compute_dtype == torch.float16:  # p.t() @ x sums over the chunk, and float16 ends at 65,504
+            rows = min(rows, 2048)
+        # Fresh memory costs a CPU page faults, a tenth of the whole loss: two buffers serve all chunks
+        reuse = h.device.type == "cpu" and compute_dtype == exact and not torch.compiler.is_compiling()
+        shape = min(rows, h.size(0)), weight.size(0)
+        buffers = [h.new_empty(shape, dtype=exact), h.new_empty(shape, dtype=exact)] if reuse else None
         for start in range(0, h.size(0), rows):
             part = slice(start, start + rows)
             x, target = h[part].to(compute_dtype), targets[part]
-            logits = (x @ head.t()).to(exact)  # (n, V)
+            out = [b[: x.size(0)] for b in buffers] if reuse else [None, None]
+            logits = torch.mm(x, head.t(), out=out[0]).to(exact)  # (n, V)
             keep = target >= 0
             index = target.clamp_min(0).unsqueeze(1)  # (n, 1)
             target_logit = logits.gather(1, index)
             peak = logits.amax(1, keepdim=True)
-            p = torch.softmax(logits, 1)
+            p = torch.softmax(logits, 1, out=out[1])
             # log-sum-exp from the largest probability, which never underflows
             nll = peak - p.amax(1, keepdim=True).log() - target_logit
             total = total + (nll.squeeze(1) * keep).sum()
@@ -103,6 +111,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return total / count
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_output):
         grad_h, grad_weight, count = ctx.saved_tensors
         scale = grad_output / count
@@ -124,6 +133,8 @@ def linear_cross_entropy(h: torch.Tensor, weight: torch.Tensor, targets: torch.T
     h (..., C), weight (V, C), targets (...) int64 → scalar, float32 (h's dtype if wider). No target left
     gives nan, as in torch.nn.functional.cross_entropy.
     """
+    if not torch.is_grad_enabled():  # within a Function's forward this cannot be seen
+        return linear_nll(h, weight, targets).sum() / (targets >= 0).sum()
     dtype = head_dtype(h)
     with no_autocast(h.device):
         return LinearCrossEntropy.apply(h.reshape(-1, h.size(-1)), weight, targets.reshape(-1), dtype)
@@ -229,7 +240,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head, self.n_embd, self.dropout = config.n_head, config.n_embd, config.dropout
+        self.pos, self.n_head, self.n_embd, self.dropout = config.pos, config.n_head, config.n_embd, config.dropout
         self.c_attn = self.projection(config)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
@@ -279,7 +290,7 @@ class Attention(nn.Module):
     def rope_equivalent(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """(c_attn weight (3C, C), c_attn bias (3C,) or None, frequencies (H, D/2) float64) of the plain rope
         layer that computes the same."""
-        raise ValueError(f"{SCHEME_NAMES[type(self)]} has no equivalent as plain rope; rope, crope and comrope have")
+        raise ValueError(f"{self.pos} has no equivalent as plain rope; rope, crope and comrope have")
 
     # ---- the same for all
 
@@ -306,7 +317,8 @@ class Attention(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
         if bias is None and ctx.length == 1:  # one new token sees every cached one
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        if bias is not None and q.is_cuda and ctx.start == 0 and dropout == 0:
+        # FlexAttention compiles for each length, and is worth it in training, where there is one
+        if bias is not None and q.is_cuda and ctx.start == 0 and dropout == 0 and torch.is_grad_enabled():
             return flex_attend(q, k, v, bias)
         # Dense mask and bias for a chunk of queries at a time: at most 2^24 elements (64 MB) exist at once
         rows = max(1, 2**24 // (q.size(1) * k.size(2)))
@@ -322,8 +334,11 @@ class Attention(nn.Module):
             if bias is not None:
                 mask = bias(batch, heads, m, n).masked_fill(~mask, -math.inf)
                 mask = mask.expand(q.size(0), -1, -1, -1) if mask.dim() == 4 else mask
-            y = F.scaled_dot_product_attention(part, k[:, :, :end], v[:, :, :end], attn_mask=mask, dropout_p=dropout)
-            out.append(y)
+            parts = part, k[:, :, :end], v[:, :, :end]
+            if bias is not None:  # autocast would round the bias, large at a distance, to bfloat16
+                parts = [t.to(mask.dtype) for t in parts]
+            with no_autocast(q.device):
+                out.append(F.scaled_dot_product_attention(*parts, attn_mask=mask, dropout_p=dropout).to(v.dtype))
         return torch.cat(out, 2)
 
 
@@ -368,7 +383,7 @@ class Sinusoid(nn.Module):
         device = double_device(positions.device)
         angles = torch.outer(positions.to(device).double(), rope_frequencies(self.width, self.base).to(device))
         table = self.scale * torch.stack((angles.sin(), angles.cos()), -1).flatten(1)  # (T, C)
-        return table.to(positions.device, torch.get_default_dtype() if device == positions.device else torch.float32)
+        return table.to(positions.device, torch.float64 if device == positions.device else torch.float32)
 
 
 class Sinusoidal(Attention):
@@ -379,6 +394,10 @@ class Sinusoidal(Attention):
 
     def __init__(self, config, *, base: float = 10000.0, scale: float = 1.0):
         super().__init__(config)
+        if base <= 0:
+            raise ValueError(f"base must be positive, not {base}")
+        if config.n_embd % 2:
+            raise ValueError(f"sinusoidal pairs channels: n_embd {config.n_embd} must be even")
 
     @staticmethod
     def embedding(config):
@@ -398,7 +417,7 @@ class RoPE(Attention):
         self.base, self.fraction, self.explicit = base, fraction, explicit
         if self.head_width % 2:
             raise ValueError(f"{config.pos} turns channels in pairs: head width n_embd/n_head = {self.head_width} must be even")
-        if not 0 < fraction <= 1 or round(fraction * self.head_width) % 2:
+        if not 0 < fraction <= 1 or round(fraction * self.head_width) % 2 or not round(fraction * self.head_width):
             raise ValueError(f"fraction {fraction} must lie in (0, 1] and leave an even number of the {self.head_width} channels of a head turning")
         if base <= 0:
             raise ValueError(f"base must be positive, not {base}")
@@ -408,17 +427,22 @@ class RoPE(Attention):
     def _apply(self, fn, recurse=True):
         """Explicit frequencies stay float64 (float32 on MPS) whatever the weights are cast to: a phase of
         16k tokens needs them."""
-        freqs = self.freqs if self.explicit else None
-        super()._apply(fn, recurse)
-        if self.explicit and not self.freqs.is_meta:
-            device = self.freqs.device
-            self.freqs = freqs.to(device, torch.float32 if device.type == "mps" else torch.float64)
+        if not self.explicit:
+            return super()._apply(fn, recurse)
+        freqs = self.freqs
+        try:
+            super()._apply(fn, recurse)
+        except TypeError:  # the device has no float64
+            self.freqs = freqs.float()
+            super()._apply(fn, recurse)
+        if not self.freqs.is_meta:
+            self.freqs = freqs.to(self.freqs.device, torch.float32 if self.freqs.device.type == "mps" else torch.float64)
         return self
 
     def frequencies(self) -> torch.Tensor:
-        """(D/2,) float64 on the CPU, or the explicit (H, D/2)."""
+        """(D/2,) float64 on the CPU, or the explicit (H, D/2) on their `double_device`."""
         if hasattr(self, "freqs"):
-            return self.freqs.double()
+            return self.freqs.to(double_device(self.freqs.device), torch.float64)
         width = round(self.fraction * self.head_width)
         return F.pad(rope_frequencies(width, self.base), (0, (self.head_width - width) // 2))
 
@@ -441,10 +465,10 @@ class RoPE(Attention):
 class ComplexLinear(nn.Module):
     """ỹ = (A + iB) x̃ over adjacent channel pairs: (..., C) → (..., 3C) with half the parameters of a dense layer.
 
-    A and B are (3C/2, C/2). The equivalent dense weight, real 2×2 blocks [[a, -b], [b, a]], is assembled
-    and used in one matrix product: 3C² copies against B·T·3C² multiply-adds. Measured (2-core CPU, forward and
-    backward, C 128 to 768, 4,096 tokens), the three-product (Gauss) form with a quarter fewer multiplications
-    was 1.1 to 1.6 times slower, for its additional passes over the activations.
+    A and B are (3C/2, C/2). The equivalent dense weight, real 2×2 blocks [[a, -b], [b, a]], is assembled and used in
+    one matrix product. Measured (one CPU thread, forward and backward, 4,096 tokens), this takes 0.92, 1.03 and 1.04 of
+    a dense layer's time at C = 128, 384 and 768; three products with a quarter fewer multiplications (Gauss) take 1.73,
+    1.05 and 0.94, for their additional passes over the activations.
     """
 
     def __init__(self, width: int, bias: bool):
@@ -516,30 +540,32 @@ class SkewGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, y, A, Q, omega, unit, dtype):
+    def forward(ctx, y, A, Q, omega, unit, dtype, start):
         # y (B, T, 2, H, D); A, Q (H, D/b, b, b); omega (H, D/b, b/2) float64, radians per token
         ctx.save_for_backward(y, Q, omega)
-        ctx.unit, ctx.dtype, ctx.A_dtype = unit, dtype, A.dtype
+        ctx.unit, ctx.dtype, ctx.A_dtype, ctx.start = unit, dtype, A.dtype, start
         return y.view_as(y)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         y, Q, omega = ctx.saved_tensors
         T, b, dtype = y.size(1), Q.size(-1), ctx.dtype
         blocks = (-1, b)
-        M = torch.einsum("btshjr,btshju->thjru", g.to(dtype).unflatten(-1, blocks), y.to(dtype).unflatten(-1, blocks))
+        with no_autocast(g.device):  # which is still on where backward is called inside it
+            M = torch.einsum("btshjr,btshju->thjru", g.to(dtype).unflatten(-1, blocks), y.to(dtype).unflatten(-1, blocks))
         sums = M.cumsum(0)
-        N = sums[-1] - sums  # (T, H, D/b, b, b): N_t = Σ_{m > t} M_m
-        middles = torch.arange(T, dtype=omega.dtype, device=omega.device).view(-1, 1, 1, 1, 1) + 0.5
+        N = torch.cat((sums[-1:].expand(ctx.start, *sums.shape[1:]), sums[-1] - sums))  # (start+T, H, D/b, b, b): N_t = Σ_{m > t} M_m
+        middles = torch.arange(ctx.start + T, dtype=omega.dtype, device=omega.device).view(-1, 1, 1, 1, 1) + 0.5
         angles = middles * omega.unsqueeze(-2)  # (T, H, D/b, 1, b/2)
-        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-        K = rotate(rotate(N, cos, sin).mT.contiguous(), cos, sin).mT.sum(0).to(Q.dtype)  # Σ_t rot N_t rotᵀ, (H, D/b, b, b)
+        cos, sin = angles.cos().to(N), angles.sin().to(N)
+        K = rotate(rotate(N, cos, sin).mT.contiguous(), cos, sin).mT.sum(0).to(Q)  # Σ_t rot N_t rotᵀ, (H, D/b, b, b)
         # Over a unit step the complex-linear part of K turns by ω_k - ω_l, the conjugate-linear one by ω_k + ω_l
         J = torch.kron(torch.eye(b // 2), torch.tensor([[0.0, -1.0], [1.0, 0.0]])).to(K)
         linear, conjugate = (K - J @ K @ J) / 2, (K + J @ K @ J) / 2
         k = omega.repeat_interleave(2, -1).unsqueeze(-1)  # (H, D/b, b, 1)
         E = linear * torch.sinc((k - k.mT) / (2 * math.pi)) + conjugate * torch.sinc((k + k.mT) / (2 * math.pi))
-        return g, (Q @ E @ Q.mT / ctx.unit).to(ctx.A_dtype), None, None, None, None
+        return g, (Q @ E @ Q.mT / ctx.unit).to(g.device, ctx.A_dtype), None, None, None, None, None
 
 
 class ComRoPE(Attention):
@@ -595,7 +621,8 @@ class ComRoPE(Attention):
 
     def generators(self) -> torch.Tensor:
         """The skew-symmetric A, (H, D/b, b, b)."""
-        A = self.P - self.P.mT
+        P = self.P.to(wide(self.P.dtype))
+        A = P - P.mT
         return A if self.theta is None else A * self.theta[..., None, None]
 
     @classmethod
@@ -629,7 +656,7 @@ class ComRoPE(Attention):
     def turn(self, qk, x, ctx, cache):
         A, Q, omega = ctx.shared[self]
         if torch.is_grad_enabled() and A.requires_grad:
-            qk = SkewGradient.apply(qk, A, Q, omega, self.unit, ctx.dtype)
+            qk = SkewGradient.apply(qk, A, Q, omega, self.unit, ctx.dtype, ctx.start)
         frequencies = omega.flatten(1)  # (H, D/2)
         return rotate(qk, *ctx.cos_sin(ctx.positions.view(-1, 1, 1, 1) * frequencies))
 
@@ -671,7 +698,7 @@ class CARoPE(Attention):
         if name == "c_pos.weight":
             return torch.zeros(shape)
         softplus = self.base ** (2 / self.head_width) - 1  # of b, so that f = base^(-2/D)
-        return torch.full(shape, math.log(math.expm1(softplus)), dtype=torch.float64)
+        return torch.full(shape, softplus + math.log(-math.expm1(-softplus)), dtype=torch.float64)
 
     def phases(self, x: torch.Tensor, before: torch.Tensor | float = 0.0) -> torch.Tensor:
         """Phases (B, T, H, D/2) in max(float32, model dtype) of the source x (B, T, C), after a sum of `before`."""
@@ -718,7 +745,6 @@ SCHEMES: dict[str, type[Attention]] = {
     "carope": CARoPE,
     "alibi": ALiBi,
 }
-SCHEME_NAMES = {scheme: name for name, scheme in SCHEMES.items()}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -749,18 +775,22 @@ def resolve(config: GPTConfig) -> GPTConfig:
         value = getattr(config, name)
         if type(value) is not int or value < 1:
             problems.append(f"{name} must be a positive whole number, not {value!r}")
-    if not 0 <= config.dropout < 1:
-        problems.append(f"dropout must lie in [0, 1), not {config.dropout}")
+    if type(config.dropout) not in (int, float) or not 0 <= config.dropout < 1:
+        problems.append(f"dropout must lie in [0, 1), not {config.dropout!r}")
+    if type(config.bias) is not bool:
+        problems.append(f"bias must be True or False, not {config.bias!r}")
+    if not isinstance(config.pos_options, dict):
+        problems.append(f"pos_options must be a mapping of option to value, not {config.pos_options!r}")
     if not problems and config.n_embd % config.n_head:
         problems.append(f"n_embd {config.n_embd} must be a multiple of n_head {config.n_head}")
-    if config.pos not in SCHEMES:
-        problems.append(f"pos {config.pos!r} is no scheme{nearest(config.pos, SCHEMES)} Schemes: {', '.join(SCHEMES)}")
+    if not isinstance(config.pos, str) or config.pos not in SCHEMES:
+        problems.append(f"pos {config.pos!r} is no scheme{nearest(config.pos, SCHEMES)} (schemes: {', '.join(SCHEMES)})")
         raise ValueError("; ".join(problems))
     scheme = SCHEMES[config.pos]
     parameters = inspect.signature(scheme.__init__).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     types = get_type_hints(scheme.__init__)
-    for name, value in config.pos_options.items():
+    for name, value in config.pos_options.items() if isinstance(config.pos_options, dict) else ():
         valid = f"{config.pos} takes {', '.join(defaults) or 'no options'}"
         if name not in defaults:
             problems.append(f"pos_options: unknown option {name!r}{nearest(name, defaults)} ({valid})")
@@ -883,6 +913,8 @@ class GPT(nn.Module):
     def hidden(self, idx: torch.Tensor, caches: list[dict] | None = None) -> torch.Tensor:
         """Final hidden states (B, T, C) of tokens idx (B, T), which follow those in `caches` (a dict a layer)."""
         scheme = SCHEMES[self.config.pos]
+        if idx.dim() != 2:
+            raise ValueError(f"idx must be (B, T), not of shape {tuple(idx.shape)}")
         start = caches[0]["k"].size(2) if caches and "k" in caches[0] else 0
         self.check_length(start + idx.size(1))
         if idx.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -909,11 +941,13 @@ class GPT(nn.Module):
         without gradient; float32 or the model's dtype if wider. T may exceed block_size where the scheme can;
         otherwise, and for ids outside the vocabulary (checked on the CPU), ValueError.
         """
+        if reduction not in ("mean", "none"):
+            raise ValueError(f"reduction must be 'mean' or 'none', not {reduction!r}")
+        if targets is not None and targets.shape != idx.shape:
+            raise ValueError(f"targets must have the shape of idx, {tuple(idx.shape)}, not {tuple(targets.shape)}")
         x = self.hidden(idx)
         if targets is None:
             return self.lm_head(x), None
-        if reduction not in ("mean", "none"):
-            raise ValueError(f"reduction must be 'mean' or 'none', not {reduction!r}")
         if targets.device.type == "cpu" and not torch.compiler.is_compiling():
             self.check_tokens(targets, -1, "targets")
         loss = linear_cross_entropy if reduction == "mean" else linear_nll
@@ -935,23 +969,24 @@ class GPT(nn.Module):
     ) -> torch.Tensor:
         """Append n sampled tokens: idx (B, T) int64, T ≥ 1 → (B, T + n). Temperature 0 is greedy; top_k keeps the
         k likeliest. Cached: each token is computed once. ValueError where the scheme cannot reach T + n - 1."""
-        if idx.size(1) < 1 or n < 0 or temperature < 0 or (top_k is not None and top_k < 1):
+        if idx.size(1) < 1 or n < 0 or not temperature >= 0 or (top_k is not None and top_k < 1):
             raise ValueError(f"generate needs a prompt of ≥ 1 tokens, n ≥ 0, temperature ≥ 0, top_k ≥ 1; got {idx.size(1)}, {n}, {temperature}, {top_k}")
         self.check_length(idx.size(1) + n - 1)
-        training = self.training
+        caches, new, training = [{} for _ in self.transformer["h"]], idx, self.training
         self.eval()
-        caches, new = [{} for _ in self.transformer["h"]], idx
-        for _ in range(n):
-            logits = self.lm_head(self.hidden(new, caches)[:, -1]).float()  # (B, V)
-            if top_k is not None:
-                kth = logits.topk(min(top_k, logits.size(1))).values[:, -1:]
-                logits = logits.masked_fill(logits < kth, -math.inf)
-            if temperature == 0:
-                new = logits.argmax(1, keepdim=True)
-            else:
-                new = torch.multinomial(torch.softmax(logits / temperature, 1), 1, generator=generator)
-            idx = torch.cat((idx, new), 1)
-        self.train(training)
+        try:
+            for _ in range(n):
+                logits = self.lm_head(self.hidden(new, caches)[:, -1]).float()  # (B, V)
+                if top_k is not None:
+                    kth = logits.topk(min(top_k, logits.size(1))).values[:, -1:]
+                    logits = logits.masked_fill(logits < kth, -math.inf)
+                if temperature == 0:
+                    new = logits.argmax(1, keepdim=True)
+                else:
+                    new = torch.multinomial(torch.softmax(logits / temperature, 1), 1, generator=generator)
+                idx = torch.cat((idx, new), 1)
+        finally:
+            self.train(training)
         return idx
 
     # ---- other forms of the same model
@@ -978,6 +1013,7 @@ class GPT(nn.Module):
         """GPT-2 in the transformers layout (config.json and safetensors): a local folder, or a name on the
         Hugging Face hub such as "gpt2". A `learned` model with biases. Raises ValueError for another architecture,
         OSError where nothing is found."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         folder = Path(name)
@@ -994,12 +1030,17 @@ class GPT(nn.Module):
         expected = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
         expected |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "n_inner": None}
         for key, value in expected.items():
-            if c.get(key, value) != value and not (key == "n_inner" and c[key] == 4 * c["n_embd"]):
+            if c.get(key, value) != value and not (key == "n_inner" and c[key] == 4 * c.get("n_embd", 0)):
                 raise ValueError(f"{folder}: {key} is {c[key]!r}; GPT-2 as built here has {value!r}")
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise OSError(f"{folder} holds no .safetensors file; save the model with safe_serialization=True")
-        theirs = {k.removeprefix("transformer."): v for file in files for k, v in load_file(file).items()}
+        try:
+            theirs = {k.removeprefix("transformer."): v for file in files for k, v in load_file(file).items()}
+        except SafetensorError as error:
+            raise ValueError(f"{folder}: the weights are damaged: {error}") from error
+        if missing := {"n_positions", "vocab_size", "n_layer", "n_head", "n_embd"} - c.keys():
+            raise ValueError(f"{folder}/config.json lacks {', '.join(sorted(missing))}")
         model = cls(GPTConfig(c["n_positions"], c["vocab_size"], c["n_layer"], c["n_head"], c["n_embd"], 0.0, True, "learned"))
         state = {}
         for key, ours in model.state_dict().items():

@@ -7,11 +7,15 @@ interrupted run continues as if it had not been (`--resume true`).
 
 import contextlib
 import dataclasses
+import fcntl
+import gc
 import hashlib
+import importlib.util
 import json
 import math
 import os
 import random
+import re
 import resource
 import signal
 import sys
@@ -26,9 +30,10 @@ from tqdm import tqdm
 import checkpoint
 from config import RunConfig, check, parse, write_yaml
 from data.shards import Split, WindowOrder, batch, open_data
-from model import GPT, SCHEMES
+from data.tokenizer import load_tokenizer
+from model import GPT, resolve
 
-# Peak dense bf16 FLOP/s by a part of the device's name, from NVIDIA's data sheets
+# Peak dense FLOP/s of a GPU by a word of its name (NVIDIA's data sheets): bfloat16; float16 for the V100
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "V100": 125e12, "4090": 165e12}
 # What a resumed run must have in common with its checkpoint: the model and the order of its data
 FIXED_ON_RESUME = ("block_size", "n_layer", "n_head", "n_embd", "bias", "dropout", "vocab_size", "pos", "pos_options", "batch_tokens", "seed", "data_seed")
@@ -55,6 +60,19 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def check_equal(self, number: int, device: torch.device, what: str) -> None:
+        """ValueError on every rank unless all have the same number."""
+        if self.world > 1:
+            extremes = torch.tensor([number, -number], device=device)
+            dist.all_reduce(extremes, dist.ReduceOp.MAX)
+            if extremes.sum() != 0:
+                raise ValueError(f"the ranks do not agree on {what}")
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.world > 1:
+            dist.barrier()
+
 
 @contextlib.contextmanager
 def ranks_of(config: RunConfig):
@@ -63,13 +81,14 @@ def ranks_of(config: RunConfig):
     device = pick_device(config.device, ranks)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
+        # No TF32: under bfloat16 the few products left in float32 make phases, and TF32 would cost them 100 times their error
     if ranks.world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
     try:
         yield ranks, device
     finally:
         if ranks.world > 1:
+            gc.collect()  # DDP, in reference cycles, would keep the group's threads alive: an abort at exit, about one run in six
             dist.destroy_process_group()
 
 
@@ -81,7 +100,7 @@ def pick_device(name: str, ranks: Ranks | None = None) -> torch.device:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", ranks.local if ranks else 0)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
     return device
@@ -89,7 +108,7 @@ def pick_device(name: str, ranks: Ranks | None = None) -> torch.device:
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
-        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     return getattr(torch, name)
 
 
@@ -117,7 +136,10 @@ def peak_memory(device: torch.device) -> int:
 def peak_flops(device: torch.device) -> float | None:
     """FLOP/s of the device where they are known, else None."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    words = re.split("[ -]", name)
+    if "PCIe" in words and "H100" in words:
+        return 756e12
+    return next((flops for word, flops in PEAK_FLOPS.items() if word in words), None)
 
 
 # ---- from config to model, optimizer, schedule
@@ -127,7 +149,11 @@ def resolve_batch(config: RunConfig, ranks: Ranks) -> tuple[int, int]:
     """(windows a step and rank, windows a forward pass). ValueError that lists what fits."""
     windows = config.batch_tokens // config.block_size
     if windows % ranks.world:
-        raise ValueError(f"batch_tokens {config.batch_tokens} is {windows} windows, which do not divide over {ranks.world} ranks")
+        fits = [n for n in range(1, windows + 1) if windows % n == 0]
+        raise ValueError(
+            f"batch_tokens {config.batch_tokens} is {windows} windows of {config.block_size}, which do not divide over {ranks.world} ranks; "
+            f"these numbers of ranks do: {', '.join(map(str, fits))}"
+        )
     share = windows // ranks.world
     fits = [n for n in range(1, share + 1) if share % n == 0]
     micro = config.micro_batch_size or max([n for n in fits if n * config.block_size <= 16384] or [1])
@@ -139,15 +165,21 @@ def resolve_batch(config: RunConfig, ranks: Ranks) -> tuple[int, int]:
     return share, micro
 
 
-def initial_model(config: RunConfig) -> GPT:
-    """A new model, or with init_from one with the weights of another, whose architecture the config must name."""
+def initial_model(config: RunConfig, tokenizer_hash: str) -> GPT:
+    """A new model, or with init_from one with the weights of another, whose architecture the config must name and
+    whose tokenizer must be the data's."""
     if config.init_from is None:
         return GPT(config.model_config(), seed=config.seed)
     if Path(config.init_from).is_file() or (Path(config.init_from) / "checkpoints").is_dir():
         state = checkpoint.load(checkpoint.find(config.init_from))
+        if state["tokenizer"]["sha256"] != tokenizer_hash:
+            raise ValueError(f"init_from {config.init_from} was trained with the tokenizer {state['tokenizer']['name']}, which is not that of {config.data_dir}")
         model = checkpoint.build_model(state, block_size=config.block_size, dropout=config.dropout)
     else:
         model = GPT.from_pretrained(config.init_from)
+        gpt2 = load_tokenizer("gpt2")
+        if model.config.vocab_size == gpt2.n_vocab and gpt2.sha256 != tokenizer_hash:
+            raise ValueError(f"init_from {config.init_from} has GPT-2's vocabulary, and {config.data_dir} another tokenizer")
         state = {"config": dataclasses.asdict(model.config), "model": model.state_dict()}
         model = checkpoint.build_model(state, block_size=config.block_size, dropout=config.dropout)
     differ = []
@@ -255,7 +287,8 @@ class Log:
         self.started, self.first_step = time.monotonic(), step
 
     def write(self, **values) -> None:
-        if self.main:
+        if self.main:  # JSON has no nan
+            values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
             self.file.write(json.dumps(values) + "\n")
             if self.wandb:
                 self.wandb.log(values, step=values["step"])
@@ -287,25 +320,33 @@ def lines_until(path: Path, step: int) -> list[bytes]:
     """The whole lines of metrics.jsonl up to a step; a fresh start (step 0) keeps none."""
     kept = []
     for line in path.read_bytes().splitlines(keepends=True):
-        with contextlib.suppress(ValueError):  # a line cut short by the interruption
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # a line cut short by the interruption
             if step > 0 and line.endswith(b"\n") and json.loads(line)["step"] <= step:
                 kept.append(line)
     return kept
 
 
 def start_wandb(config: RunConfig, run: Path, resumed: bool):
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError("wandb is not installed: pip install wandb, or --wandb off") from error
+    os.environ.setdefault("WANDB_CACHE_DIR", str((run / "wandb" / "cache").resolve()))  # it would log under $HOME
+    import wandb
+
     mode = config.wandb
-    if mode == "online" and not wandb.api.api_key:
+    if mode == "online" and not wandb.login(prompt=False, verify=False):
         print("warning: wandb is not logged in (WANDB_API_KEY or `wandb login`): logging offline; `wandb sync` uploads later", file=sys.stderr)
         mode = "offline"
     # The id follows from the folder, so that a resumed run continues its curve
     identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
     project = os.environ.get("WANDB_PROJECT", "nanope")
-    return wandb.init(project=project, name=run.name, id=identity, resume="allow" if resumed else None, mode=mode, dir=run, config=dataclasses.asdict(config))
+
+    def init(mode):
+        return wandb.init(project=project, name=run.name, id=identity, resume="allow" if resumed else None, mode=mode, dir=run, config=dataclasses.asdict(config))
+
+    try:
+        return init(mode)
+    except wandb.Error as error:
+        print(f"warning: wandb cannot be reached, logging offline; `wandb sync` uploads later: {str(error).partition(chr(10))[0]}", file=sys.stderr)
+        wandb.teardown()
+        return init("offline")
 
 
 # ---- interruption
@@ -338,24 +379,50 @@ class Stop:
 # ---- the run
 
 
-def prepare_run(config: RunConfig, ranks: Ranks) -> dict | None:
-    """Check and make the run's folder. Returns the checkpoint to resume from, or None to start."""
+def find_state(config: RunConfig, data_hash: str, ranks: Ranks) -> dict | None:
+    """The checkpoint to resume from, or None to start. Changes nothing."""
     run = Path(config.out_dir)
     exists = (run / "config.yaml").exists() or (run / "metrics.jsonl").exists() or bool(checkpoint.step_files(run))
     if exists and not config.resume:
         raise ValueError(f"{run} already holds a run: continue it with --resume true, or choose another --out_dir")
+    state = checkpoint.load_newest(run) if config.resume else None
+    if state:
+        check_resumable(state, config, data_hash)
+        shown = {k: (state["config"][k], v) for k, v in vars(config).items() if k not in (*FIXED_ON_RESUME, "resume", "out_dir", "data_dir", "micro_batch_size")}
+        changed = [f"{k} {then} → {now}" for k, (then, now) in shown.items() if then != now]
+        if changed and ranks.main:
+            print(f"warning: {run} goes on with other settings than it began with: {', '.join(changed)}", file=sys.stderr)
+    return state
+
+
+def prepare_run(run: Path, ranks: Ranks):
+    """Make the run's folder, once every rank has seen what was there. Returns the first rank's lock on it, a file to keep
+    open while the run lasts: two processes that train in one folder would mix their checkpoints."""
+    ranks.wait()
+    lock = None
     if ranks.main:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        lock = open(run / ".lock", "w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is training in {run}: wait for it, or choose another --out_dir") from None
+        except OSError as error:
+            print(f"warning: {run} is on a file system without locks ({error}): do not start a second run in it", file=sys.stderr)
         for left_over in [*run.glob(".*.partial"), *run.glob("checkpoints/.*.partial")]:
             left_over.unlink()
         if not os.access(run, os.W_OK):
             raise PermissionError(f"no permission to write in {run}")
-    return checkpoint.load_newest(run) if config.resume else None
+    return lock
 
 
 def check_resumable(state: dict, config: RunConfig, data_hash: str) -> None:
     """ValueError where the checkpoint's run differs in what its result depends on."""
-    differ = [f"{k} was {state['config'][k]}, now {getattr(config, k)}" for k in FIXED_ON_RESUME if state["config"][k] != getattr(config, k)]
+    then = state["config"]
+    # Options that the config does not name have their defaults, or with init_from came with the weights
+    options = {**then["pos_options"], **config.pos_options} if config.init_from else resolve(config.model_config()).pos_options
+    now = {**vars(config), "pos_options": options}
+    differ = [f"{k} was {then[k]}, now {now[k]}" for k in FIXED_ON_RESUME if then[k] != now[k]]
     if state["data_hash"] != data_hash:
         differ.append(f"the data in {config.data_dir} is not what the run began with")
     if differ:
@@ -372,6 +439,8 @@ def train(config: RunConfig) -> dict:
 
 def run_training(config: RunConfig, ranks: Ranks, device: torch.device) -> dict:
     run, dtype = Path(config.out_dir), pick_dtype(config.dtype, device)
+    if config.wandb != "off" and importlib.util.find_spec("wandb") is None:
+        raise ValueError("wandb is not installed: pip install wandb, or --wandb off")
     data = open_data(config.data_dir)
     if config.vocab_size is None:
         config = dataclasses.replace(config, vocab_size=-(-data.vocab_size // 64) * 64)
@@ -382,29 +451,32 @@ def run_training(config: RunConfig, ranks: Ranks, device: torch.device) -> dict:
     order = WindowOrder(len(split), config.block_size, config.data_seed)
     validation = Validation(data.split("val"), config, micro, ranks, device)
 
-    raw_model = initial_model(config)
+    state = find_state(config, data.hash, ranks)
+    ranks.check_equal(state["step"] if state else 0, device, f"the step to resume from: {run} must be one folder, shared by all nodes")
+    raw_model = checkpoint.build_model(state) if state else initial_model(config, data.tokenizer_hash)
     config = dataclasses.replace(config, micro_batch_size=micro, pos_options=raw_model.config.pos_options)
-    state = prepare_run(config, ranks)
-    if state:
-        check_resumable(state, config, data.hash)
-        raw_model.load_state_dict(state["model"])
+    lock = prepare_run(run, ranks)
     raw_model.to(device)
     optimizer = make_optimizer(raw_model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, best, bad_steps, val_loss = 0, math.inf, 0, math.nan
     if state:
+        fields = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        step, best, bad_steps = state["step"], state["best_val_loss"], state["bad_steps"]
+        for group, now in zip(optimizer.param_groups, fields):  # weight decay, betas and the like are the config's
+            group.update(now)
+        if state["scaler"]:  # empty where the run was not float16
+            scaler.load_state_dict(state["scaler"])
+        step, best, bad_steps, val_loss = (state[k] for k in ("step", "best_val_loss", "bad_steps", "val_loss"))
         restore_generators(state["generators"], device)
     del state
-    if ranks.main:
+    if ranks.main and step < config.max_steps:  # a finished run keeps the record of how it was made
         write_yaml(config, run / "config.yaml")
 
     model = torch.compile(raw_model) if config.compile and compiler_works(device) else raw_model
     if ranks.world > 1:
         model = DistributedDataParallel(
-            model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False, gradient_as_bucket_view=True
+            model, device_ids=[device.index] if device.type == "cuda" else None, forward_sync_buffers=False, gradient_as_bucket_view=True
         )
     log, stop = Log(config, run, ranks, step), Stop()
     failed, flops = True, peak_flops(device)
@@ -419,9 +491,10 @@ def run_training(config: RunConfig, ranks: Ranks, device: torch.device) -> dict:
     try:
         if step == 0:
             val_loss = validation.loss(raw_model, dtype)
-            best = val_loss
             log.write(**{"step": 0, "tokens": 0, "val/loss": val_loss})
-        clock, clock_step, saved = time.monotonic(), step, step
+        if step >= config.max_steps:
+            log.say(f"{run} is at step {step} of {config.max_steps}: nothing to do")
+        clock, clock_step, saved, owed = time.monotonic(), step, step, False
         while step < config.max_steps:
             # --- one optimizer step
             rate = learning_rate(step, config)
@@ -443,9 +516,9 @@ def run_training(config: RunConfig, ranks: Ranks, device: torch.device) -> dict:
             norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
             loss_sum = ranks.sum(loss_sum) / ranks.world
             good = bool(torch.isfinite(norm) & torch.isfinite(loss_sum))  # the same on every rank
-            if good or scaler.is_enabled():  # the scaler skips by itself and lowers its scale
+            if good:
                 scaler.step(optimizer)
-            scaler.update()
+            scaler.update()  # lowers its scale where a gradient was not finite
             optimizer.zero_grad(set_to_none=True)
             step += 1
 
@@ -457,8 +530,8 @@ def run_training(config: RunConfig, ranks: Ranks, device: torch.device) -> dict:
                 if bad_steps >= config.max_bad_steps:
                     raise ValueError(
                         f"{bad_steps} steps in a row up to step {step} had a loss or gradient that is not finite (learning rate {rate:.3g}, "
-                        f"windows at tokens {starts[:4].tolist()} …). The checkpoints in {run} are from before or of good weights; "
-                        f"lower learning_rate, or look at the data there"
+                        f"windows at tokens {starts[:4].tolist()} …). Lower learning_rate, or look at the data there; the checkpoints in {run} are from before"
+                        + (f", but step_{saved}.pt holds the very weights that failed: delete it to go back further" if 0 < step - bad_steps <= saved else "")
                     )
             log.progress(step)
             if good and (step % config.log_interval == 0 or step == config.max_steps):
@@ -484,11 +557,14 @@ def run_training(config: RunConfig, ranks: Ranks, device: torch.device) -> dict:
                     best = val_loss
                     if ranks.main:
                         checkpoint.save(run / "best.pt", snapshot(raw_model, optimizer, scaler, config, data, step, best, bad_steps, val_loss))
-            due = config.checkpoint_interval and step % config.checkpoint_interval == 0
-            if (end or due or interrupted) and step > saved:
+            owed = owed or bool(config.checkpoint_interval) and step % config.checkpoint_interval == 0
+            if end or interrupted or (owed and not bad_steps):  # while steps are bad, no checkpoint takes the place of a good one
                 if ranks.main:
-                    checkpoint.save_step(run, snapshot(raw_model, optimizer, scaler, config, data, step, best, bad_steps, val_loss), config.keep_checkpoints)
-                saved = step
+                    keep = config.keep_checkpoints if not bad_steps else sys.maxsize
+                    checkpoint.save_step(run, snapshot(raw_model, optimizer, scaler, config, data, step, best, bad_steps, val_loss), keep)
+                saved, owed = step, False
+                if end or interrupted:
+                    ranks.wait()  # torchrun ends the others when one has left
             clock += time.monotonic() - paused  # tokens/s is of training alone
             if interrupted and not end:
                 log.say(f"stopped by {signal.Signals(interrupted).name} after step {step}, checkpoint written: continue with --resume true")
@@ -498,6 +574,8 @@ def run_training(config: RunConfig, ranks: Ranks, device: torch.device) -> dict:
     finally:
         stop.restore()
         log.close(failed)
+        if lock:
+            lock.close()
 
 
 def snapshot(model, optimizer, scaler, config, data, step, best, bad_steps, val_loss) -> dict:
@@ -536,6 +614,9 @@ def main() -> None:
         result = train(parse())
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted: the last checkpoint, if there is one, is where --resume true continues", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     if result["signal"]:
         sys.exit(128 + result["signal"])
 

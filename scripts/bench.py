@@ -19,6 +19,8 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
+from model import SCHEMES, nearest
+
 BASELINE, PEER = "rope", "transformers"
 # Least speed relative to rope on 2 CPU cores at the default size, and of rope relative to transformers' GPT-2
 FLOORS = {"comrope": 0.95, "crope": 0.95, "carope": 0.85, "learned": 0.95, PEER: 1.7}
@@ -81,6 +83,12 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile our models")
     parser.add_argument("--no_peer", action="store_true", help="leave transformers out (it is in requirements-dev.txt)")
     args = parser.parse_args()
+    for name in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "batch", "rounds", "steps"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
+    for scheme in args.schemes:
+        if scheme not in SCHEMES:
+            parser.error(f"no scheme {scheme!r}{nearest(scheme, SCHEMES)} (schemes: {', '.join(SCHEMES)})")
     variants = [BASELINE, *(s for s in args.schemes if s != BASELINE), *([] if args.no_peer else [PEER])]
 
     context = multiprocessing.get_context("spawn")

@@ -23,18 +23,20 @@ STYLES = {
 
 
 def read(run: Path, report: str) -> dict:
-    """Config, metrics and, where there is one, the evaluation of a run's folder. OSError, ValueError for what is broken."""
+    """Config, metrics and an evaluation of a run's folder. OSError, ValueError or KeyError for what is missing or broken."""
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
     path = run / "eval" / report
+    evaluation = json.loads(path.read_text())
     return {
         "config": yaml.safe_load((run / "config.yaml").read_text()),
         "train": [(m["tokens"], m["train/loss"]) for m in metrics if m.get("train/loss") is not None],
-        "results": json.loads(path.read_text())["results"] if path.is_file() else [],
+        "results": evaluation["results"],
+        "tokenizer": evaluation["tokenizer"]["name"],
     }
 
 
 def draw(runs: list[dict], out: Path) -> None:
-    """The figure: seeds of a scheme are averaged; the band spans them, or with one seed the documents' interval."""
+    """The figure: seeds of a scheme are averaged; a band spans them."""
     figure, (far, loss) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     schemes = list(dict.fromkeys(r["config"]["pos"] for r in runs))
     lengths = sorted({row["length"] for r in runs for row in r["results"]})
@@ -55,11 +57,12 @@ def draw(runs: list[dict], out: Path) -> None:
     if lengths:
         trained = runs[0]["config"]["block_size"]
         far.axvline(trained, color="black", linestyle=":", linewidth=1)
-        far.annotate("training length", (trained, 0.98), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="right", fontsize=8)
+        far.annotate("training length", (trained, 0.02), xycoords=("data", "axes fraction"), rotation=90, va="bottom", ha="right", fontsize=8)
         far.set_xscale("log", base=2)
         far.set_xticks(lengths, [str(n) for n in lengths])
-    far.set(xlabel="context length (tokens)", ylabel="nats per token, same targets", title="Beyond the training length")
-    loss.set(xlabel="training tokens (millions)", ylabel="training loss (nats per token)", title="Training")
+    token = "byte" if all(r["tokenizer"] == "byte" for r in runs) else "token"
+    far.set(xlabel=f"context length ({token}s)", ylabel=f"nats per {token}, same targets", title="Beyond the training length")
+    loss.set(xlabel=f"training {token}s (millions)", ylabel=f"training loss (nats per {token})", title="Training")
     final = [value for r in runs for _, value in r["train"][-5:]]
     start = [value for r in runs for _, value in r["train"][len(r["train"]) // 10 :][:1]]
     if final and max(start) > min(final):

@@ -23,6 +23,15 @@ import yaml
 from tqdm import tqdm
 
 REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+import torch
+
+from data.shards import open_data
+from eval import document_interval
+from model import SCHEMES as KNOWN
+from model import nearest
+
 CONFIG = REPO / "configs" / "quickstart.yaml"
 SCHEMES = ("learned", "rope", "crope", "comrope", "carope")
 MAX_TARGETS = 16384  # scored bytes an evaluation
@@ -68,15 +77,27 @@ class Job:
         return f"{self.name} {self.stages[0][0]} {self.step()}" + (f" loss {losses[-1]:.3f}" if losses else "")
 
 
-def plan(job: Job, config: Path, recipe: dict, lengths: list[int], data: Path) -> None:
+def plan(job: Job, args: argparse.Namespace, recipe: dict, lengths: list[int], data_hash: str) -> None:
     """Fill in the stages that are not done yet: training where the last checkpoint is missing, evaluation where there is no
-    report on it."""
+    report on it. ValueError where the run's folder is of another recipe or other data, which would be a mixture."""
+    mine = {**recipe, "pos": job.scheme, "seed": job.seed, "data_seed": job.seed}
+    config = job.run / "config.yaml"
+    if config.is_file():
+        there = yaml.safe_load(config.read_text())
+        differ = [f"{k} {there.get(k)}, now {v}" for k, v in mine.items() if k not in ("data_dir", "out_dir") and there.get(k) != v]
+        if differ:
+            raise ValueError(f"{job.run} is a run of another recipe ({'; '.join(differ)}): choose another --out, or delete it")
     trained = (job.run / "checkpoints" / f"step_{recipe['max_steps']}.pt").is_file()
-    evaluated = trained and job.report.is_file() and json.loads(job.report.read_text())["step"] == recipe["max_steps"]
-    train = [str(REPO / "train.py"), "--config", str(config), "--pos", job.scheme, "--seed", str(job.seed), "--data_seed", str(job.seed)]
-    train += ["--data_dir", str(data), "--out_dir", str(job.run), "--resume", "true"]
-    evaluate = [str(REPO / "eval.py"), "--run", str(job.run), "--json", str(job.report), "--max_targets", str(MAX_TARGETS)]
-    evaluate += ["--lengths", *map(str, lengths)]
+    evaluated = False
+    if trained and job.report.is_file():
+        report = json.loads(job.report.read_text())
+        if report["data_hash"] != data_hash:
+            raise ValueError(f"{job.run} was trained on other data than {args.data}: choose another --out, or delete it")
+        evaluated = report["step"] == recipe["max_steps"] and [r["length"] for r in report["results"]] == lengths
+    train = [str(REPO / "train.py"), "--config", str(args.config), "--pos", job.scheme, "--seed", str(job.seed), "--data_seed", str(job.seed)]
+    train += ["--data_dir", str(args.data), "--out_dir", str(job.run), "--resume", "true"]
+    evaluate = [str(REPO / "eval.py"), "--run", str(job.run), "--data", str(args.data), "--json", str(job.report)]
+    evaluate += ["--max_targets", str(MAX_TARGETS), "--lengths", *map(str, lengths)]
     job.stages = [] if evaluated else [("evaluating", evaluate)] if trained else [("training", train), ("evaluating", evaluate)]
 
 
@@ -128,29 +149,34 @@ def run_all(jobs: list[Job], parallel: int, steps: int) -> None:
 # ---- the table
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
+def seed_interval(values: np.ndarray) -> tuple[float, float]:
     """95 % t interval of a mean over seeds."""
     low, high = scipy.stats.t.interval(0.95, len(values) - 1, values.mean(), scipy.stats.sem(values))
     return float(low), float(high)
 
 
-def growth(row: dict, base: dict) -> tuple[float, float, float]:
-    """Difference of two rows on the same tokens, row - base in nats, with a paired bootstrap over documents."""
-    a, b = row["per_document"], base["per_document"]
-    difference, tokens = np.array(a["nll"]) - np.array(b["nll"]), np.array(a["tokens"])
-    mean = lambda d, n, axis: d.sum(axis) / n.sum(axis)  # noqa: E731
-    drawn = scipy.stats.bootstrap((difference, tokens), mean, paired=True, vectorized=True, n_resamples=2000, method="percentile", rng=np.random.default_rng(0))
-    return float(mean(difference, tokens, 0)), float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
+def paired(rows: list[dict], bases: list[dict]) -> str:
+    """Mean over seeds of row - base on the same tokens, in nats per token, with its interval: over seeds, or for one seed a
+    paired bootstrap over documents."""
+    if any(r["nats_per_token"] is None for r in (*rows, *bases)):
+        return "n/a"
+    if len(rows) > 1:
+        differences = np.array([r["nats_per_token"] - b["nats_per_token"] for r, b in zip(rows, bases)])
+        return "{:+.3f} [{:+.3f}, {:+.3f}]".format(differences.mean(), *seed_interval(differences))
+    difference = np.subtract(rows[0]["per_document"]["nll"], bases[0]["per_document"]["nll"])
+    tokens = np.array(rows[0]["per_document"]["tokens"])
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(difference.sum() / tokens.sum(), *(document_interval(difference, tokens, 2000, 0) or [np.nan, np.nan]))
 
 
-def cell(values: list[float], document_interval: list[float] | None, seeds: int) -> str:
-    low, high = interval(np.array(values)) if seeds > 1 else document_interval
+def cell(values: list[float], interval: list[float] | None, seeds: int) -> str:
+    low, high = seed_interval(np.array(values)) if seeds > 1 else interval or [np.nan, np.nan]
     return f"{np.mean(values):.3f} [{low:.3f}, {high:.3f}]"
 
 
 def make_table(jobs: list[Job], schemes: list[str], seeds: int, lengths: list[int], unit: str) -> str:
     train_length = lengths[0]
-    head = ["scheme", "parameters", "training loss", "tokens/s", *(f"{unit} at {n}" for n in lengths), f"growth, {lengths[-1]} less {train_length}"]
+    head = ["scheme", "parameters", "training loss", "tokens/s", *(f"{unit} at {n}" for n in lengths)]
+    head += [f"growth, {lengths[-1]} less {train_length}", *([f"less rope, at {train_length}"] if "rope" in schemes else [])]
     lines = [f"| {' | '.join(head)} |", "|---|" + "--:|" * (len(head) - 1)]
     for scheme in schemes:
         mine = [j for j in jobs if j.scheme == scheme and j.report.is_file()]
@@ -168,38 +194,37 @@ def make_table(jobs: list[Job], schemes: list[str], seeds: int, lengths: list[in
                 cells.append("n/a")
             else:
                 cells.append(cell([r[length]["nats_per_token"] for r in rows], rows[0][length]["interval"], len(mine)))
-        if rows[0][lengths[-1]]["nats_per_token"] is None:
-            cells.append("n/a")
-        elif len(mine) == 1:
-            cells.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(*growth(rows[0][lengths[-1]], rows[0][train_length])))
-        else:
-            grown = np.array([r[lengths[-1]]["nats_per_token"] - r[train_length]["nats_per_token"] for r in rows])
-            cells.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(grown.mean(), *interval(grown)))
+        cells.append(paired([r[lengths[-1]] for r in rows], [r[train_length] for r in rows]))
+        if "rope" in schemes:
+            base = {j.seed: json.loads(j.report.read_text()) for j in jobs if j.scheme == "rope"}
+            both = [j.seed for j in mine if j.seed in base]
+            of_rope = [next(r for r in base[seed]["results"] if r["length"] == train_length) for seed in both]
+            cells.append(paired([r[train_length] for j, r in zip(mine, rows) if j.seed in both], of_rope) if scheme != "rope" and both else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def notes(recipe: dict, report: dict, seeds: int, lengths: list[int], minutes: float | None) -> str:
-    tokens = recipe["max_steps"] * recipe["batch_tokens"]
+def notes(recipe: dict, reports: dict[str, dict], seeds: int, lengths: list[int], minutes: float | None) -> str:
+    report, tokens = next(iter(reports.values())), recipe["max_steps"] * recipe["batch_tokens"]
     if seeds == 1:
         intervals = "Brackets: 95 % bootstrap over documents. One seed: they say nothing about what another seed would give."
     else:
         intervals = f"Means over {seeds} seeds; brackets: 95 % t interval over seeds, on the same documents."
-    reasons = sorted({r["reason"] for r in report["results"] if r.get("reason")})
-    return "\n".join(
-        [
-            f"Recipe: {recipe['n_layer']} layers × {recipe['n_embd']}, training length {recipe['block_size']}, {recipe['max_steps']} steps × "
-            f"{recipe['batch_tokens']:,} tokens = {tokens / 1e6:.1f} M tokens ({report['tokenizer']['name']} tokenizer), one order of data and equal shared initial weights for all schemes.",
-            f"Evaluation: protocol same-targets, {report['results'][0]['tokens'] or 0:,} target tokens in {report['documents']} whole validation documents, the same for every length and scheme; "
-            f"{lengths[0]} is the training length and the cropping baseline. Lower is better; training loss is the mean of the last five logged steps.",
-            intervals,
-            "Documents differ more than schemes do, so overlapping brackets of two schemes do not mean that they tie; the growth column is paired by document.",
-            *(f"n/a: {reason}." for reason in reasons),
-            "What a run of this size can tell: whether a scheme trains, and what happens beyond the training length. What it cannot: which scheme is better at the "
-            "training length (differences there of a few thousandths of a nat are noise of one seed), or anything about larger models.",
-            *([f"This took {minutes:.1f} minutes."] if minutes else []),
-        ]
-    )
+    missing = {scheme: [r for r in report["results"] if r.get("reason")] for scheme, report in reports.items()}
+    reasons = [f"n/a: {rows[-1]['reason']}." for rows in missing.values() if rows]
+    lines = [
+        f"Recipe: {recipe['n_layer']} layers × {recipe['n_embd']}, training length {recipe['block_size']}, {recipe['max_steps']} steps × "
+        f"{recipe['batch_tokens']:,} tokens = {tokens / 1e6:.1f} M tokens ({report['tokenizer']['name']} tokenizer), one order of data and equal "
+        "shared initial weights for all schemes. Training loss is the mean of the last five logged steps; tokens/s is of one "
+        "process as the runs went, so compare speeds with scripts/bench.py instead.",
+        f"Evaluation: protocol same-targets, {report['results'][0]['tokens']:,} target tokens in {report['documents']} whole validation "
+        f"documents, the same for every length and scheme. {lengths[0]} is the training length and the cropping baseline. Lower is better.",
+        intervals + " The last two columns are paired differences on the same tokens; documents differ more than schemes do, so the brackets of two schemes may overlap although they differ.",
+        *reasons,
+        "What a run of this size can tell: whether a scheme trains, and what happens beyond the training length. What it cannot: which scheme is "
+        "better at the training length, where another seed moves a scheme by hundredths of a nat, or anything about larger models.",
+    ]
+    return "\n".join(lines + ([f"This took {minutes:.1f} minutes."] if minutes else []))
 
 
 def main() -> None:
@@ -211,43 +236,42 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=CONFIG, help="recipe (default: configs/quickstart.yaml)")
     parser.add_argument("--parallel", type=int, help="runs at a time (default: 1 on a GPU, else one a core and at most 2; one thread each if more than one)")
     args = parser.parse_args()
-    sys.path.insert(0, str(REPO))
-    from model import SCHEMES as known  # not earlier, so that --help answers at once
-    from model import nearest
-
+    args.schemes = list(dict.fromkeys(args.schemes))
     for scheme in args.schemes:
-        if scheme not in known:
-            parser.error(f"no scheme {scheme!r}{nearest(scheme, known)} Schemes: {', '.join(known)}")
+        if scheme not in KNOWN:
+            parser.error(f"no scheme {scheme!r}{nearest(scheme, KNOWN)} (schemes: {', '.join(KNOWN)})")
     if args.seeds < 1 or (args.parallel is not None and args.parallel < 1):
         parser.error("--seeds and --parallel must be at least 1")
-
-    import torch
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     started = time.monotonic()
     gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     parallel = args.parallel or (1 if gpu else min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()))
-    recipe = yaml.safe_load(args.config.read_text())
-    lengths = [recipe["block_size"] * n for n in (1, 2, 4, 8)]
     try:
+        recipe = yaml.safe_load(args.config.read_text())
+        lengths = [recipe["block_size"] * n for n in (1, 2, 4, 8)]
         if args.data == REPO / "data" / "builtin-byte":
             prepared = subprocess.run([sys.executable, str(REPO / "data" / "prepare.py"), "builtin", "--out", str(args.data)])
             if prepared.returncode:
                 sys.exit(prepared.returncode)
+        data_hash = open_data(args.data, verify=False).hash
         jobs = [Job(scheme, seed, args.out) for seed in range(1, args.seeds + 1) for scheme in args.schemes]
         for job in jobs:
-            plan(job, args.config, recipe, lengths, args.data)
+            plan(job, args, recipe, lengths, data_hash)
         fresh = all(len(j.stages) == 2 and not j.step() for j in jobs)
         todo = [j for j in jobs if j.stages]
         print(f"{len(jobs)} runs, {len(jobs) - len(todo)} already done; {parallel} at a time; logs in {args.out / 'logs'}", flush=True)
         run_all(jobs, parallel, recipe["max_steps"])
     except KeyboardInterrupt:
         sys.exit(130)
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        sys.exit(f"error: {f'{args.config} lacks {error}' if isinstance(error, KeyError) else error}")
     failed = [j for j in jobs if j.failed]
-    reports = [json.loads(j.report.read_text()) for j in jobs if not j.failed]
+    reports = {j.scheme: json.loads(j.report.read_text()) for j in jobs if not j.failed}
     if reports:
-        text = make_table([j for j in jobs if not j.failed], args.schemes, args.seeds, lengths, f"nats/{'byte' if reports[0]['tokenizer']['name'] == 'byte' else 'token'}")
-        text += "\n\n" + notes(recipe, reports[0], args.seeds, lengths, (time.monotonic() - started) / 60 if fresh else None) + "\n"
+        tokenizer = next(iter(reports.values()))["tokenizer"]["name"]
+        text = make_table([j for j in jobs if not j.failed], args.schemes, args.seeds, lengths, f"nats/{'byte' if tokenizer == 'byte' else 'token'}")
+        text += "\n\n" + notes(recipe, reports, args.seeds, lengths, (time.monotonic() - started) / 60 if fresh else None) + "\n"
         (args.out / "table.md").write_text(text)
         figure = args.out / "figure.png"
         subprocess.run([sys.executable, str(REPO / "scripts" / "plot.py"), *(str(j.run) for j in jobs if not j.failed), "--report", "quickstart.json", "--out", str(figure)], check=True)

@@ -11,6 +11,7 @@ import torch
 
 import checkpoint
 from data.tokenizer import load_tokenizer
+from model import SCHEMES
 from train import pick_device
 
 
@@ -33,9 +34,11 @@ def main() -> None:
         prompt = tokenizer.encode(args.prompt).astype("int64")
         if not len(prompt):
             raise ValueError("the prompt is empty: give at least one character")
+        c = model.config
+        if not SCHEMES[c.pos].extends and len(prompt) + args.tokens - 1 > c.block_size:
+            raise ValueError(f"{c.pos} positions end at {c.block_size}, and the prompt has {len(prompt)} tokens: use --tokens {max(0, c.block_size + 1 - len(prompt))} or fewer")
         generator = torch.Generator(device).manual_seed(args.seed)
         idx = torch.from_numpy(prompt)[None].to(device)  # (1, T)
-        # Padding ids of the vocabulary stand for no text: their logits are never the choice of a trained model
         out = model.generate(idx, args.tokens, args.temperature, args.top_k or None, generator)
         ids = out[0].tolist()
         end = ids.index(tokenizer.eot, len(prompt)) if tokenizer.eot in ids[len(prompt) :] else len(ids)

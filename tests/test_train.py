@@ -1,0 +1,1266 @@
+"""train.py, config.py, checkpoint.py: exact and repeatable training, checkpoints, ranks, and what bad input gets."""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+
+import checkpoint
+import config as config_module
+import train as train_module
+from config import RunConfig, check, parse, write_yaml
+from data.prepare import prepare
+from data.shards import WindowOrder, batch, open_data
+from model import GPT, SCHEMES, GPTConfig
+from train import Ranks, Validation, learning_rate, main, make_optimizer, resolve_batch, train
+
+REPO = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+TIMES = ("tokens_per_s", "mfu", "peak_memory")
+TINY = dict(
+    block_size=16, n_layer=1, n_head=2, n_embd=16, batch_tokens=128, micro_batch_size=4, max_steps=12, learning_rate=3e-3, min_lr=3e-4,
+    warmup_steps=3, eval_interval=5, eval_tokens=256, checkpoint_interval=4, log_interval=1, device="cpu",
+)  # fmt: skip
+
+
+# ---- helpers
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def write_text(path, seed, documents):
+    draw = random.Random(seed)
+    words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(1, 7))) for _ in range(60)]
+    lines = [json.dumps({"text": " ".join(draw.choices(words, k=120))}) for _ in range(documents)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Data folders: `small` (about 3,000 training tokens), `other` text, and small text in GPT-2's tokens."""
+    base = tmp_path_factory.mktemp("data")
+    small, other = write_text(base / "small.jsonl", 1, 7), write_text(base / "other.jsonl", 2, 7)
+    prepare("files", base / "small", small, "byte", val_tokens=600)
+    prepare("files", base / "other", other, "byte", val_tokens=600)
+    prepare("files", base / "gpt2", small, "gpt2", val_tokens=300)
+    return base
+
+
+@pytest.fixture
+def make(folders, tmp_path):
+    """make(name, field=value, …): the RunConfig of a tiny run in tmp_path/name."""
+
+    def config(name="run", **fields):
+        return RunConfig(**{**TINY, "data_dir": str(folders / "small"), "out_dir": str(tmp_path / name), **fields})
+
+    return config
+
+
+@pytest.fixture(scope="module")
+def plain(folders, tmp_path_factory):
+    """A finished run of TINY, to compare with: its folder. Not to be changed."""
+    run = tmp_path_factory.mktemp("runs") / "plain"
+    train(RunConfig(**TINY, data_dir=str(folders / "small"), out_dir=str(run)))
+    return run
+
+
+def arguments(config):
+    """The command line of a RunConfig."""
+    given = [(k, v) for k, v in vars(config).items() if v is not None]
+    return [text for k, v in given for text in (f"--{k}", json.dumps(v) if isinstance(v, (bool, dict)) else str(v))]
+
+
+def metrics(run):
+    """Lines of metrics.jsonl without times."""
+    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def losses(run, key="train/loss"):
+    return [line[key] for line in metrics(run) if key in line]
+
+
+def last(run):
+    return checkpoint.load(checkpoint.find(run))
+
+
+def same(a, b):
+    """Equality to the bit of nested dicts, lists and tensors."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b or a != a and b != b
+
+
+def same_run(a, b):
+    """Two runs ended with the same bits and logged the same figures."""
+    x, y = last(a), last(b)
+    assert same(metrics(a), metrics(b))
+    for key in ("model", "optimizer", "scaler", "step", "best_val_loss", "val_loss", "bad_steps"):
+        assert same(x[key], y[key]), key
+    return True
+
+
+def at_step(monkeypatch, actions):
+    """Call actions[s]() at the beginning of optimizer step s, once each."""
+    rate = learning_rate
+
+    def hooked(step, config):
+        actions.pop(step, lambda: None)()
+        return rate(step, config)
+
+    monkeypatch.setattr(train_module, "learning_rate", hooked)
+
+
+def kill(number):
+    return lambda: os.kill(os.getpid(), number)
+
+
+def crash():
+    raise RuntimeError("the power is out")
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+
+
+def start(command, cwd, **environment):
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=cwd, env=ENVIRONMENT | environment,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def finish(process, timeout=120):
+    """(exit status, stdout, stderr) of a process, which is ended where it takes too long."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        if process.poll() is None:
+            process.terminate()  # torchrun ends its ranks
+            process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def wait_for_lines(run, count, process):
+    """Until metrics.jsonl has so many lines."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until and process.poll() is None:
+        with contextlib.suppress(OSError):
+            if (Path(run) / "metrics.jsonl").read_bytes().count(b"\n") >= count:
+                return
+        time.sleep(0.02)
+    process.terminate()
+    raise AssertionError(f"no {count} lines: {process.communicate(timeout=60)}")
+
+
+# ---- the same command, the same bits
+
+
+@pytest.mark.parametrize("pos", ["learned", "comrope", "carope"])
+def test_the_same_config_gives_the_same_bits(make, pos):
+    a, b, c = (make(name, pos=pos, dropout=0.1, seed=seed) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    for config in (a, b, c):
+        torch.manual_seed(hash(config.out_dir))  # what happened before does not matter
+        train(config)
+    assert same_run(a.out_dir, b.out_dir)
+    assert not same(last(a.out_dir)["model"], last(c.out_dir)["model"])  # the comparison can fail
+
+
+def test_seeds_of_weights_and_of_order_are_apart(make):
+    runs = [make(name, seed=seed, data_seed=order) for name, seed, order in (("a", 1, 1), ("b", 1, 2), ("c", 2, 1))]
+    for config in runs:
+        train(config)
+    first = [metrics(config.out_dir)[0]["val/loss"] for config in runs]
+    assert first[0] == first[1] != first[2]
+    assert losses(runs[0].out_dir) != losses(runs[1].out_dir)
+
+
+@pytest.mark.parametrize("fields", [dict(eval_interval=0), dict(eval_interval=1), dict(log_interval=5), dict(checkpoint_interval=0), dict(checkpoint_interval=1, keep_checkpoints=1)])  # fmt: skip
+def test_watching_changes_nothing(make, plain, fields):
+    config = make(**fields)
+    train(config)
+    assert same(last(config.out_dir)["model"], last(plain)["model"])
+    assert same(last(config.out_dir)["optimizer"], last(plain)["optimizer"])
+
+
+def test_watching_changes_nothing_with_dropout(make):
+    a, b = make("a", dropout=0.2, eval_interval=0, checkpoint_interval=0), make("b", dropout=0.2, eval_interval=1, checkpoint_interval=1)
+    train(a)
+    train(b)
+    assert same(last(a.out_dir)["model"], last(b.out_dir)["model"])
+
+
+# ---- resuming
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_ends_the_step_and_resuming_is_exact(make, monkeypatch, number):
+    """With dropout, accumulation and an epoch edge: an epoch is about 28 steps."""
+    fields = dict(max_steps=36, dropout=0.1, pos="carope", micro_batch_size=2, eval_interval=6, checkpoint_interval=7)
+    whole, cut = make("whole", **fields), make("cut", **fields)
+    order = WindowOrder(len(open_data(whole.data_dir).split("train")), 16, 1)
+    assert 8 * 26 < order.windows < 8 * 31 and order.windows % 8  # an epoch ends inside a step, and inside the run
+    train(whole)
+    at_step(monkeypatch, {2: kill(number), 26: kill(number), 31: kill(number)})
+    ends = []
+    for _ in range(4):
+        ends.append(train(dataclasses.replace(cut, resume=True)))
+        assert last(cut.out_dir)["step"] == ends[-1]["step"]  # nothing was lost
+    assert [(end["step"], end["signal"]) for end in ends] == [(3, number), (27, number), (32, number), (36, 0)]
+    assert same_run(whole.out_dir, cut.out_dir)
+    assert ends[-1]["val_loss"] == losses(whole.out_dir, "val/loss")[-1]
+
+
+def test_a_crash_drops_what_lies_beyond_the_checkpoint(make, plain, monkeypatch):
+    config = make()
+    at_step(monkeypatch, {7: crash})
+    with pytest.raises(RuntimeError, match="power"):
+        train(config)
+    run = Path(config.out_dir)
+    assert metrics(run)[-1]["step"] == 7 and last(run)["step"] == 4
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "train/lo')  # a line cut short
+    (run / "checkpoints" / ".step_8.pt.partial").write_bytes(b"PK")
+    (run / ".last.pt.partial").symlink_to("nowhere")
+    train(dataclasses.replace(config, resume=True))
+    assert same_run(run, plain)
+    assert not [*run.rglob("*.partial")] and not os.path.lexists(run / ".last.pt.partial")
+
+
+def test_resume_starts_where_there_is_no_checkpoint(make, plain, monkeypatch):
+    config = make(resume=True)
+    at_step(monkeypatch, {2: crash})
+    with pytest.raises(RuntimeError):
+        train(config)  # before the first checkpoint
+    train(config)
+    assert same_run(config.out_dir, plain)
+
+
+def test_resuming_a_finished_run_changes_nothing_and_it_can_be_prolonged(make, plain, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(plain, run, symlinks=True)
+    before = {p.name: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != "config.yaml"}
+    result = train(make(resume=True))
+    assert "nothing to do" in capsys.readouterr().err
+    assert result == {"step": 12, "val_loss": losses(plain, "val/loss")[-1], "signal": 0}
+    assert before == {p.name: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != "config.yaml"}
+    assert train(make(resume=True, max_steps=14))["step"] == 14
+    assert [line["step"] for line in metrics(run) if "train/loss" in line] == list(range(1, 15))
+
+
+def test_a_damaged_checkpoint_is_passed_over(make, plain, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(plain, run, symlinks=True)
+    newest, before = checkpoint.step_files(run)
+    assert (newest.name, before.name) == ("step_12.pt", "step_8.pt")
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    train(make(resume=True, keep_checkpoints=1))
+    err = capsys.readouterr().err
+    assert "warning" in err and "step_12.pt is truncated or altered" in err
+    assert same_run(run, plain)
+
+
+def test_a_damaged_newer_checkpoint_never_pushes_out_a_good_one(make, plain, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(plain, run, symlinks=True)
+    (run / "checkpoints" / "step_12.pt").write_bytes(b"")
+    at_step(monkeypatch, {8: kill(signal.SIGTERM)})
+    train(make(resume=True, keep_checkpoints=1))
+    assert [f.name for f in checkpoint.step_files(run)] == ["step_9.pt"] and last(run)["step"] == 9
+    train(make(resume=True))
+    assert same_run(run, plain)
+
+
+def test_a_damaged_checkpoint_without_its_hash_is_passed_over_too(make, plain, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(plain, run, symlinks=True)
+    for name, content in (("step_12.pt", b""), ("step_8.pt", b"PK\x03\x04 not a checkpoint")):
+        (run / "checkpoints" / name).write_bytes(content)
+        (run / "checkpoints" / f"{name}.sha256").unlink()
+    with pytest.raises(ValueError, match="every checkpoint in .* is damaged") as info:
+        train(make(resume=True))
+    assert "delete" in str(info.value) and capsys.readouterr().err.count("warning: ") == 2
+
+
+def test_every_generator_is_restored(tmp_path):
+    checkpoint.save(tmp_path / "step_1.pt", {"model": {}, "config": {}, "step": 1, "generators": train_module.generators()})
+    first = torch.rand(3), random.gauss(0, 1), random.random()
+    train_module.restore_generators(checkpoint.load(tmp_path / "step_1.pt")["generators"], CPU)
+    assert same(first, (torch.rand(3), random.gauss(0, 1), random.random()))
+
+
+def test_resume_keeps_the_configs_hyperparameters(make, monkeypatch):
+    config = make(pos="comrope")
+    at_step(monkeypatch, {5: kill(signal.SIGTERM)})
+    train(config)
+    train(dataclasses.replace(config, resume=True, weight_decay=0.3, beta2=0.9, pos_lr_multiplier=4.0))
+    decayed, plain, positional = last(config.out_dir)["optimizer"]["param_groups"]
+    assert (decayed["weight_decay"], plain["weight_decay"], positional["weight_decay"]) == (0.3, 0.0, 0.0)
+    assert tuple(decayed["betas"]) == (0.9, 0.9) and positional["lr_multiplier"] == 4.0
+    assert positional["lr"] == pytest.approx(4 * decayed["lr"])
+
+
+def test_real_processes_killed_and_stopped_resume_exactly(make, folders, tmp_path):
+    fields = dict(schedule="constant", max_steps=100_000, checkpoint_interval=20, eval_interval=30, dropout=0.1)
+    run = tmp_path / "run"
+    command = [REPO / "train.py", *arguments(make(**fields, resume=True))]
+    process = start(command, tmp_path)
+    wait_for_lines(run, 60, process)
+    process.send_signal(signal.SIGKILL)
+    assert finish(process)[0] == -signal.SIGKILL
+    process = start(command, tmp_path)
+    wait_for_lines(run, 160, process)
+    process.send_signal(signal.SIGTERM)
+    status, _, err = finish(process)
+    step = last(run)["step"]
+    assert status == 128 + signal.SIGTERM and f"stopped by SIGTERM after step {step}" in err and "--resume true" in err
+    assert metrics(run)[-1]["step"] <= step
+    fields["max_steps"] = step + 5
+    train(make(**fields, resume=True))
+    train(make("whole", **fields))
+    assert same_run(run, tmp_path / "whole")
+
+
+# ---- batches, micro-batches, ranks
+
+
+def test_micro_batches_do_not_matter(make):
+    curves = []
+    for micro in (1, 2, 8, None):
+        config = make(f"micro{micro}", micro_batch_size=micro, max_steps=30)
+        train(config)
+        curves.append((losses(config.out_dir), losses(config.out_dir, "val/loss"), losses(config.out_dir, "grad_norm")))
+    for other in curves[1:]:
+        for mine, theirs in zip(curves[0], other):
+            assert len(mine) > 3 and theirs == pytest.approx(mine, rel=1e-5)
+
+
+def test_resolve_batch():
+    config = RunConfig(block_size=16, batch_tokens=16 * 24)
+    assert resolve_batch(config, Ranks()) == (24, 24)
+    assert resolve_batch(dataclasses.replace(config, micro_batch_size=3), Ranks(1, 4)) == (6, 3)
+    assert resolve_batch(RunConfig(block_size=4096, batch_tokens=4096 * 30), Ranks()) == (30, 3)  # at most 16,384 tokens
+    assert resolve_batch(RunConfig(block_size=32768, batch_tokens=32768 * 2), Ranks()) == (2, 1)
+    with pytest.raises(ValueError, match="micro_batch_size 5 .*these do: 1, 2, 3, 4, 6, 8, 12, 24"):
+        resolve_batch(dataclasses.replace(config, micro_batch_size=5), Ranks())
+    with pytest.raises(ValueError, match="24 windows of 16, which do not divide over 5 ranks.*: 1, 2, 3, 4, 6, 8, 12, 24"):
+        resolve_batch(config, Ranks(0, 5))
+
+
+DRIVER = """
+import os, signal, sys, time
+import train
+rank, rate = os.environ["RANK"], train.learning_rate
+prepare = train.find_state
+def slow_find_state(*a):  # ranks need not look at the run's folder at the same moment
+    time.sleep(float(os.environ.get("LATE", 0)) * int(rank))
+    return prepare(*a)
+def hooked(step, config):
+    if f"{rank}:{step}" == os.environ.get("SIGNAL_AT"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(float(os.environ.get("SLEEP", 0)))
+    return rate(step, config)
+train.find_state, train.learning_rate = slow_find_state, hooked
+train.main()
+"""
+
+
+def test_two_ranks(make, tmp_path):
+    """The same curve as one rank, one writer; SIGTERM to torchrun, or to one rank alone, ends in a checkpoint, and
+    resuming is exact with two ranks and equal up to rounding with one."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", driver]
+    fields = dict(max_steps=30, micro_batch_size=2, checkpoint_interval=5, keep_checkpoints=9, pos="comrope")
+
+    one, two, cut = make("one", **fields), make("two", **fields), make("cut", **fields, resume=True)
+    process = start([*torchrun, *arguments(two)], tmp_path, LATE="1.5")
+    train(one)
+    status, _, err = finish(process)
+    assert status == 0, err
+    assert [line.keys() for line in metrics(two.out_dir)] == [line.keys() for line in metrics(one.out_dir)]  # one writer
+    for key in ("train/loss", "val/loss", "grad_norm"):
+        assert losses(two.out_dir, key) == pytest.approx(losses(one.out_dir, key), rel=1e-5)
+    assert losses(two.out_dir)[0] > losses(two.out_dir)[-1] + 0.5  # something was learned
+
+    process = start([*torchrun, *arguments(cut)], tmp_path, SLEEP="0.1")
+    wait_for_lines(cut.out_dir, 4, process)
+    process.send_signal(signal.SIGTERM)
+    status, _, err = finish(process)
+    stopped = last(cut.out_dir)["step"]
+    assert status != 0 and f"stopped by SIGTERM after step {stopped}" in err and 3 <= stopped < 20
+
+    status, _, err = finish(start([*torchrun, *arguments(cut)], tmp_path, SIGNAL_AT="1:24"))
+    assert status != 0 and "stopped by SIGTERM after step 25" in err
+    there = checkpoint.load(checkpoint.find(two.out_dir, "25"))
+    for key in ("model", "optimizer"):
+        assert same(last(cut.out_dir)[key], there[key])
+    train(cut)
+    assert losses(cut.out_dir) == pytest.approx(losses(two.out_dir), rel=1e-5)
+    assert losses(cut.out_dir)[:25] == losses(two.out_dir)[:25]
+
+
+# ---- the optimizer, the schedule, the step itself
+
+
+def groups_of(model, **fields):
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = make_optimizer(model, RunConfig(**fields)).param_groups
+    return [{names[id(p)] for p in group["params"]} for group in groups], groups
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("pos", SCHEMES)
+def test_every_parameter_is_in_one_group(pos, bias):
+    model = GPT(GPTConfig(16, 64, 2, 2, 16, pos=pos, bias=bias))
+    (decayed, plain, positional), _ = groups_of(model)
+    names = [name for name, _ in model.named_parameters()]
+    assert sorted([*decayed, *plain, *positional]) == sorted(names)
+    assert "transformer.wte.weight" in decayed and "lm_head.weight" not in decayed  # tied: once
+    assert {"transformer.ln_f.weight", "transformer.h.0.ln_1.weight"} <= plain
+
+
+@pytest.mark.parametrize(
+    "pos, options, own_decayed, own_positional",
+    [
+        ("learned", {}, {"transformer.wpe.weight", "attn.c_attn.weight"}, set()),
+        ("sinusoidal", {}, {"attn.c_attn.weight"}, set()),
+        ("none", {}, {"attn.c_attn.weight"}, set()),
+        ("rope", {}, {"attn.c_attn.weight"}, set()),
+        ("crope", {}, {"attn.c_attn.A", "attn.c_attn.B"}, set()),
+        ("comrope", {}, {"attn.c_attn.weight"}, {"attn.P"}),
+        ("comrope", {"kind": "ld"}, {"attn.c_attn.weight"}, {"attn.P", "attn.theta"}),
+        ("carope", {}, {"attn.c_attn.weight", "attn.c_pos.weight"}, {"attn.c_pos.bias"}),
+        ("alibi", {}, {"attn.c_attn.weight"}, set()),
+    ],
+)
+def test_what_is_decayed_and_what_is_positional(pos, options, own_decayed, own_positional):
+    model = GPT(GPTConfig(16, 64, 1, 2, 16, bias=True, pos=pos, pos_options=options))
+    (decayed, plain, positional), groups = groups_of(model, weight_decay=0.2, pos_lr_multiplier=3.0)
+    short = lambda names: {name.removeprefix("transformer.h.0.") for name in names}
+    common = {"transformer.wte.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"}
+    assert short(decayed) == common | own_decayed and short(positional) == own_positional
+    assert all(model.get_parameter(name).dim() == 1 for name in plain)
+    assert [g["weight_decay"] for g in groups] == [0.2, 0.0, 0.0] and [g["lr_multiplier"] for g in groups] == [1.0, 1.0, 3.0]
+
+
+@pytest.mark.parametrize("pos, name", [("comrope", "P"), ("carope", "c_pos.bias")])
+def test_pos_lr_multiplier(make, pos, name):
+    key, moved, others = f"transformer.h.0.attn.{name}", [], []
+    for multiplier in (0.0, 1.0, 3.0):
+        config = make(f"x{multiplier}", pos=pos, pos_lr_multiplier=multiplier, max_steps=1, warmup_steps=0)
+        start = GPT(dataclasses.replace(config, vocab_size=320).model_config(), seed=1).state_dict()
+        train(config)
+        after = last(config.out_dir)["model"]
+        moved.append((after[key] - start[key]).double())
+        others.append(after["transformer.h.0.attn.c_attn.weight"])
+    assert moved[0].abs().max() == 0 and moved[1].abs().max() > 1e-4
+    torch.testing.assert_close(moved[2], 3 * moved[1], rtol=1e-3, atol=1e-6)
+    assert same(others[0], others[2])
+
+
+def by_hand(schedule, s, c):
+    """The schedules as config.py describes them, s counted from 0."""
+    if s < c.warmup_steps:
+        return c.learning_rate * (s + 1) / c.warmup_steps
+    if schedule == "cosine":
+        return c.min_lr + (c.learning_rate - c.min_lr) * (1 + math.cos(math.pi * (s - c.warmup_steps) / (c.max_steps - c.warmup_steps))) / 2
+    if schedule == "step":
+        return c.learning_rate * math.prod([c.lr_gamma] * (s // c.lr_step))
+    if schedule == "wsd":
+        first = c.max_steps - c.decay_fraction * c.max_steps
+        return c.learning_rate if s <= first else c.learning_rate + (c.min_lr - c.learning_rate) * (s - first) / (c.max_steps - first)
+    return c.learning_rate
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "step", "wsd", "constant"])
+def test_schedules(make, schedule):
+    config = make(schedule=schedule, max_steps=20, warmup_steps=4, lr_step=6, lr_gamma=0.5, decay_fraction=0.25, eval_interval=0)
+    train(config)
+    expected = [by_hand(schedule, s, config) for s in range(20)]
+    assert losses(config.out_dir, "lr") == pytest.approx(expected, rel=1e-12)
+    assert expected[0] == config.learning_rate / 4 and expected[3] == expected[4] == config.learning_rate  # the warm-up ends at the peak
+    assert learning_rate(20, config) == pytest.approx({"cosine": 3e-4, "wsd": 3e-4, "step": 3e-3 / 8, "constant": 3e-3}[schedule])
+    assert learning_rate(0, dataclasses.replace(config, warmup_steps=0)) == config.learning_rate
+    assert learning_rate(19, dataclasses.replace(config, warmup_steps=100)) == pytest.approx(0.2 * config.learning_rate)
+    if schedule == "wsd":
+        assert expected[15] == config.learning_rate > expected[16]
+    assert 0 <= learning_rate(19, dataclasses.replace(config, warmup_steps=0, decay_fraction=1.0)) <= config.learning_rate
+
+
+def test_training_is_what_plain_torch_does(make):
+    """Five steps again with whole-batch logits, cross_entropy, clipping by hand and a plain AdamW."""
+    config = make(pos="comrope", bias=True, max_steps=5, warmup_steps=2, grad_clip=0.6, weight_decay=0.5, pos_lr_multiplier=2.0, learning_rate=1e-3)
+    train(config)
+    model = GPT(GPTConfig(16, 320, 1, 2, 16, bias=True, pos="comrope"), seed=1)
+    named = dict(model.named_parameters())
+    positional = [p for name, p in named.items() if name.endswith("attn.P")]
+    decayed = [p for name, p in named.items() if name.endswith("weight") and ".ln_" not in name]
+    plain = [p for p in named.values() if all(p is not q for q in positional + decayed)]
+    assert len(positional) == 1 and len(decayed) == 5 and len(plain) == 10  # 3 norms with biases, 4 other biases
+    groups = [(decayed, 0.5, 1.0), (plain, 0.0, 1.0), (positional, 0.0, 2.0)]
+    optimizer = torch.optim.AdamW([{"params": p, "weight_decay": decay} for p, decay, _ in groups], betas=(0.9, 0.95), fused=False, foreach=False)
+    split = open_data(config.data_dir).split("train")
+    starts = WindowOrder(len(split), 16, 1).starts(0, 40)
+    norms, curve = [], []
+    for s in range(5):
+        x, y = map(torch.from_numpy, batch(split, starts[8 * s : 8 * s + 8], 16))
+        loss = F.cross_entropy(model(x)[0].view(-1, 320), y.view(-1))
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.stack([p.grad.square().sum() for p in model.parameters()]).sum().sqrt()
+        for p in model.parameters():
+            p.grad *= min(1.0, 0.6 / norm.item())
+        for group, (_, _, multiplier) in zip(optimizer.param_groups, groups):
+            group["lr"] = multiplier * by_hand("cosine", s, config)
+        optimizer.step()
+        norms.append(norm.item())
+        curve.append(loss.item())
+    assert min(norms) > 0.65  # clipping acted, and the log has the norm before it
+    assert losses(config.out_dir, "grad_norm") == pytest.approx(norms, rel=1e-5)
+    assert losses(config.out_dir) == pytest.approx(curve, rel=1e-6)
+    for name, value in last(config.out_dir)["model"].items():
+        torch.testing.assert_close(value, model.state_dict()[name], rtol=0, atol=1e-6, msg=name)
+
+
+def test_grad_clip_0_does_not_clip(make):
+    a, b, c = make("a", grad_clip=0.0), make("b", grad_clip=1e9), make("c", grad_clip=0.1)
+    for config in (a, b, c):
+        train(config)
+    assert same(last(a.out_dir)["model"], last(b.out_dir)["model"])
+    assert losses(a.out_dir, "grad_norm") == losses(b.out_dir, "grad_norm") != losses(c.out_dir, "grad_norm")
+
+
+# ---- half precision
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("pos", ["rope", "comrope", "carope"])
+def test_half_precision_stays_close(make, dtype, pos):
+    half, full = make("half", dtype=dtype, pos=pos, max_steps=25), make("full", pos=pos, max_steps=25)
+    train(half)
+    train(full)
+    assert losses(half.out_dir) == pytest.approx(losses(full.out_dir), rel=0.01) and losses(half.out_dir) != losses(full.out_dir)
+    assert not any("skipped" in line for line in metrics(half.out_dir))
+    state = last(half.out_dir)
+    assert all(p.dtype == torch.float32 for p in state["model"].values())
+    assert bool(state["scaler"]) == (dtype == "float16")
+
+
+def test_the_scaler_is_saved_and_restored(make, monkeypatch):
+    whole, cut = make("whole", dtype="float16"), make("cut", dtype="float16", resume=True)
+    train(whole)
+    at_step(monkeypatch, {5: kill(signal.SIGTERM)})
+    train(cut)
+    assert last(cut.out_dir)["scaler"]["_growth_tracker"] == 6
+    train(cut)
+    assert same_run(whole.out_dir, cut.out_dir) and last(cut.out_dir)["scaler"]["_growth_tracker"] == 12
+
+
+def test_a_run_may_be_resumed_in_another_dtype(make, monkeypatch):
+    for name, first, then in (("a", "float32", "float16"), ("b", "float16", "float32")):
+        config = make(name, dtype=first)
+        at_step(monkeypatch, {5: kill(signal.SIGTERM)})
+        train(config)
+        assert train(dataclasses.replace(config, dtype=then, resume=True))["step"] == 12
+        assert bool(last(config.out_dir)["scaler"]) == (then == "float16")
+
+
+# ---- loss and gradients that are not finite
+
+
+def poison(monkeypatch, bad_steps, value=math.nan, rows=2):
+    """Make the loss of the first forward pass of these steps (from 0; micro-batches of which there are `rows` a step)
+    not finite. Returns a list that receives the weights at the beginning of each step."""
+    forward, calls, weights = GPT.forward, [0], []
+
+    def poisoned(self, idx, targets=None, reduction="mean"):
+        out, loss = forward(self, idx, targets, reduction)
+        if targets is None or reduction != "mean":
+            return out, loss
+        step, part = divmod(calls[0], rows)
+        calls[0] += 1
+        if part == 0:
+            weights.append({k: v.clone() for k, v in self.state_dict().items()})
+        return out, loss * value if part == 0 and step in bad_steps else loss
+
+    monkeypatch.setattr(GPT, "forward", poisoned)
+    return weights
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_bad_step_is_skipped_and_counted(make, monkeypatch, capsys, dtype, value):
+    config = make(dtype=dtype, max_bad_steps=3)
+    weights = poison(monkeypatch, {3, 7, 8}, value)
+    train(config)
+    assert same(weights[3], weights[4]) and same(weights[7], weights[9]) and not same(weights[4], weights[5])
+    skipped = [line for line in metrics(config.out_dir) if "skipped" in line]
+    assert [line["step"] for line in skipped] == [4, 8, 9] and all(line["train/loss"] is None for line in skipped)
+    assert [line["step"] for line in metrics(config.out_dir) if "grad_norm" in line] == list(range(1, 13))
+    state = last(config.out_dir)
+    assert state["bad_steps"] == 0 and state["optimizer"]["state"][0]["step"] == 9
+    assert capsys.readouterr().err.count("skipped: loss") == 3
+    if dtype == "float16":
+        assert state["scaler"]["scale"] == 2**16 / 8
+
+
+def test_bad_steps_stop_the_run_and_good_checkpoints_stay(make, monkeypatch):
+    config = make(checkpoint_interval=1, max_bad_steps=3, eval_interval=0)
+    weights = poison(monkeypatch, range(6, 100))
+    with pytest.raises(ValueError, match=r"3 steps in a row up to step 9 .*learning rate .*windows at tokens \[\d+, ") as info:
+        train(config)
+    assert "step_6.pt holds the very weights that failed" in str(info.value)
+    assert [f.name for f in checkpoint.step_files(Path(config.out_dir))] == ["step_6.pt", "step_5.pt"]
+    assert same(last(config.out_dir)["model"], weights[6])
+    assert all(json.loads(line, parse_constant=pytest.fail) for line in (Path(config.out_dir) / "metrics.jsonl").read_text().splitlines())
+    monkeypatch.undo()
+    assert train(dataclasses.replace(config, resume=True))["step"] == 12  # once the cause is gone
+
+
+def test_a_checkpoint_that_is_due_in_a_bad_step_is_written_after_it(make, monkeypatch):
+    config = make(checkpoint_interval=4, keep_checkpoints=9)
+    poison(monkeypatch, {3, 4, 11})
+    train(config)
+    assert [f.name for f in checkpoint.step_files(Path(config.out_dir))] == ["step_12.pt", "step_8.pt", "step_6.pt"]
+    assert last(config.out_dir)["bad_steps"] == 1  # the end is written in any case
+
+
+def test_an_interruption_among_bad_steps_is_exact_and_removes_nothing(make, monkeypatch):
+    whole, cut = make("whole", checkpoint_interval=2), make("cut", checkpoint_interval=2, resume=True)
+    poison(monkeypatch, {5, 6, 7})
+    train(whole)
+    monkeypatch.undo()
+    poison(monkeypatch, {5, 6, 7})
+    at_step(monkeypatch, {6: kill(signal.SIGTERM)})
+    assert train(cut)["step"] == 7
+    assert [f.name for f in checkpoint.step_files(Path(cut.out_dir))] == ["step_7.pt", "step_4.pt", "step_2.pt"]
+    assert last(cut.out_dir)["bad_steps"] == 2
+    train(cut)
+    assert same_run(whole.out_dir, cut.out_dir)
+
+
+def test_an_absurd_learning_rate(make, command):
+    message = command(*arguments(make(learning_rate=1e38, schedule="constant", warmup_steps=0, max_bad_steps=2, eval_interval=1)))
+    assert "2 steps in a row up to step 3 had a loss or gradient that is not finite (learning rate 1e+38" in message
+
+
+# ---- validation
+
+
+def test_validation_is_the_mean_over_fixed_windows(make, plain):
+    config = dataclasses.replace(make(), vocab_size=320)
+    data = open_data(config.data_dir)
+    record, = data.manifest["splits"]["val"]
+    tokens = torch.from_numpy(np.fromfile(data.folder / record["file"], "<u2").astype(np.int64))
+    windows = (len(tokens) - 1) // 16
+    assert windows > 16  # fewer than all: eval_tokens 256
+    starts = [16 * (i * windows // 16) for i in range(16)]
+    for step in (12, 8):
+        model = GPT(config.model_config())
+        model.load_state_dict(checkpoint.load(plain / "checkpoints" / f"step_{step}.pt")["model"])
+        nll = [F.cross_entropy(model(tokens[None, s : s + 16])[0][0], tokens[s + 1 : s + 17]).double().item() for s in starts]
+        expected = sum(nll) / 16
+        torch.manual_seed(0)
+        before = torch.get_rng_state()
+        found = Validation(data.split("val"), config, 5, Ranks(), CPU).loss(model, torch.float32)
+        assert found == pytest.approx(expected, rel=1e-6)
+        assert model.training and torch.equal(before, torch.get_rng_state())
+        if step == 12:
+            assert losses(plain, "val/loss")[-1] == pytest.approx(expected, rel=1e-6)
+
+
+def test_validation_is_sharded_and_reads_nothing_twice(make):
+    config, split = make(eval_tokens=10**9), open_data(make().data_dir).split("val")
+    parts = [Validation(split, config, 4, Ranks(rank, 3), CPU).starts for rank in range(3)]
+    assert sorted(sum(parts, [])) == [16 * i for i in range((len(split) - 1) // 16)]
+    assert len(Validation(split, make(eval_tokens=1), 4, Ranks(), CPU).starts) == 1
+    with pytest.raises(ValueError, match="val split of .* fewer than one window of 5000"):
+        Validation(split, make(block_size=5000), 4, Ranks(), CPU)
+
+
+def test_validation_is_without_dropout(make):
+    model, split = GPT(GPTConfig(16, 320, 1, 2, 16, dropout=0.5)), open_data(make().data_dir).split("val")
+    validation = Validation(split, make(), 4, Ranks(), CPU)
+    assert validation.loss(model, torch.float32) == validation.loss(model, torch.float32)
+
+
+# ---- init_from
+
+
+def test_init_from_a_run(make, plain):
+    best = checkpoint.load(plain / "best.pt")["val_loss"]
+    for source, expected in ((plain, losses(plain, "val/loss")[-1]), (plain / "best.pt", best)):
+        config = make(f"from-{source.name}", init_from=str(source), max_steps=2, seed=9)
+        train(config)
+        assert metrics(config.out_dir)[0]["val/loss"] == expected
+        state = last(config.out_dir)
+        assert state["step"] == 2 and state["optimizer"]["state"][0]["step"] == 2  # weights only
+
+
+def test_init_from_with_another_block_size(make, tmp_path):
+    for pos in ("rope", "learned", "comrope"):
+        train(make(pos, pos=pos, max_steps=2))
+    source = lambda pos: last(tmp_path / pos)["model"]
+    for pos, size in (("rope", 32), ("rope", 8), ("learned", 8), ("comrope", 32)):
+        config = make(f"{pos}{size}", pos=pos, block_size=size, init_from=str(tmp_path / pos), max_steps=1, learning_rate=1e-30, min_lr=0.0)
+        train(config)
+        state = last(config.out_dir)
+        for name, value in state["model"].items():
+            torch.testing.assert_close(value, source(pos)[name][: len(value)])
+        if pos == "comrope":
+            assert state["config"]["pos_options"]["unit"] == 16.0  # the frequencies are the source's
+    with pytest.raises(ValueError, match="learned positions end at block_size 16; they cannot be extended to 32"):
+        train(make("grown", pos="learned", block_size=32, init_from=str(tmp_path / "learned")))
+    assert not (tmp_path / "grown").exists()
+
+
+def test_a_run_from_weights_resumes_without_them(make, tmp_path, monkeypatch):
+    fields = dict(pos="comrope", pos_options={"block": 4})
+    train(make("source", max_steps=2, block_size=8, **fields))
+    more = dict(init_from=str(tmp_path / "source"), pos="comrope")  # the options come with the weights
+    whole, cut = make("whole", **more), make("cut", **more)
+    train(whole)
+    at_step(monkeypatch, {5: kill(signal.SIGTERM)})
+    train(cut)
+    (tmp_path / "source").rename(tmp_path / "gone")
+    with pytest.raises(ValueError, match="pos_options was"):
+        train(dataclasses.replace(cut, resume=True, pos_options={"block": 8}))
+    train(dataclasses.replace(cut, resume=True))
+    assert same_run(whole.out_dir, cut.out_dir)
+    assert last(cut.out_dir)["config"]["pos_options"] == {"kind": "ap", "block": 4, "init": "rope", "base": 10000.0, "unit": 8.0}
+
+
+def test_init_from_gpt2_in_transformers_layout(make, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=256, eos_token_id=256)).eval()
+    theirs.save_pretrained(tmp_path / "hf")
+    fields = dict(init_from=str(tmp_path / "hf"), pos="learned", bias=True, vocab_size=300, n_layer=2, max_steps=1)
+    config = make(**fields)
+    train(config)
+    validation = Validation(open_data(config.data_dir).split("val"), config, 4, Ranks(), CPU)
+    nll = []
+    with torch.no_grad():
+        for start in validation.starts:
+            x, y = map(torch.from_numpy, batch(validation.split, [start], 16))
+            nll.append(F.cross_entropy(theirs(x).logits[0], y[0]).double().item())
+    assert metrics(config.out_dir)[0]["val/loss"] == pytest.approx(sum(nll) / len(nll), rel=1e-5)
+    with pytest.raises(ValueError, match=r"it needs --n_layer 2 \(the config says 1\), --bias True .*, --vocab_size 300 .*, --pos learned"):
+        train(make("no", **{**fields, "n_layer": 1, "bias": False, "vocab_size": None, "pos": "rope"}))
+    assert not (tmp_path / "no").exists()
+
+
+def test_init_from_refuses_what_does_not_fit(make, plain, folders, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for fields, message in (
+        (dict(init_from=str(plain), n_embd=32, n_head=4), r"another architecture than the config; it needs --n_head 2 .*, --n_embd 16 \(the config says 32\)"),
+        (dict(init_from=str(plain), pos="carope"), "--pos rope .the config says carope"),
+        (dict(init_from=str(plain), pos_options={"base": 500.0}), "--pos_options .*10000.0"),
+        (dict(init_from=str(plain), data_dir=str(folders / "gpt2")), "was trained with the tokenizer byte, which is not that of"),
+        (dict(init_from=str(tmp_path / "empty")), "holds no config.json"),
+        (dict(init_from=str(folders / "small.jsonl")), "cannot be read as a checkpoint"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            train(make("no", **fields))
+        assert not (tmp_path / "no").exists()
+
+
+# ---- checkpoints and the run's folder
+
+
+def test_what_a_checkpoint_holds(make, plain):
+    state = torch.load(plain / "last.pt", weights_only=True)
+    assert {"model", "optimizer", "scaler", "step", "config", "generators", "data_hash", "tokenizer"} <= state.keys()
+    data = open_data(make().data_dir)
+    assert state["step"] == 12 and state["data_hash"] == data.hash and state["tokenizer"]["sha256"] == data.tokenizer_hash
+    assert {f.name for f in dataclasses.fields(GPTConfig)} <= state["config"].keys() == {f.name for f in dataclasses.fields(RunConfig)}
+    assert state["config"]["vocab_size"] == 320 and state["config"]["pos_options"]["base"] == 10000.0
+    model = GPT(GPTConfig(**{f.name: state["config"][f.name] for f in dataclasses.fields(GPTConfig)}))
+    model.load_state_dict(state["model"])
+
+    def plain_types(x):
+        if isinstance(x, dict):
+            return all(map(plain_types, [*x.keys(), *x.values()]))
+        return all(map(plain_types, x)) if isinstance(x, (list, tuple)) else isinstance(x, (torch.Tensor, int, float, str, bool, type(None)))
+
+    assert plain_types(state)
+
+
+def test_the_runs_folder(plain):
+    assert sorted(p.name for p in plain.iterdir()) == [".lock", "best.pt", "best.pt.sha256", "checkpoints", "config.yaml", "last.pt", "metrics.jsonl"]
+    assert sorted(p.name for p in (plain / "checkpoints").iterdir()) == ["step_12.pt", "step_12.pt.sha256", "step_8.pt", "step_8.pt.sha256"]
+    assert os.readlink(plain / "last.pt") == "checkpoints/step_12.pt" and not (plain / "best.pt").is_symlink()
+    resolved = yaml.safe_load((plain / "config.yaml").read_text())
+    assert resolved == checkpoint.load(plain / "last.pt")["config"]
+    lines = [json.loads(line) for line in (plain / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0].keys() == {"step", "tokens", "val/loss"} and lines[0]["step"] == 0
+    assert [line["step"] for line in lines if "val/loss" in line] == [0, 5, 10, 12]
+    training = [line for line in lines if "train/loss" in line]
+    assert [line["step"] for line in training] == list(range(1, 13)) and [line["tokens"] for line in training] == list(range(128, 1537, 128))
+    assert training[0].keys() == {"step", "tokens", "train/loss", "lr", "grad_norm", *TIMES}
+    assert all(line["tokens_per_s"] > 0 and line["peak_memory"] > 2**20 for line in training)
+
+
+def test_a_moved_run_is_whole(plain, tmp_path):
+    shutil.copytree(plain, tmp_path / "moved", symlinks=True)
+    assert checkpoint.find(tmp_path / "moved").resolve() == (tmp_path / "moved" / "checkpoints" / "step_12.pt").resolve()
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_keep_checkpoints(make, keep):
+    config = make(checkpoint_interval=2, keep_checkpoints=keep, eval_interval=0)
+    train(config)
+    kept = [f"step_{n}.pt" for n in (12, 10, 8)[:keep]]
+    assert [f.name for f in checkpoint.step_files(Path(config.out_dir))] == kept
+    assert len([*Path(config.out_dir, "checkpoints").iterdir()]) == 2 * keep  # each with its hash, no others
+
+
+def test_best_is_the_best(make, monkeypatch):
+    weights, figures = [], [0.5, 5.0, 3.0, 4.0, math.nan, 3.5]  # the first is before training
+
+    def scripted(self, model, dtype):
+        weights.append({k: v.clone() for k, v in model.state_dict().items()})
+        return figures[len(weights) - 1]
+
+    monkeypatch.setattr(Validation, "loss", scripted)
+    config = make(eval_interval=1, max_steps=5)
+    train(config)
+    best = checkpoint.load(Path(config.out_dir) / "best.pt")
+    assert (best["step"], best["val_loss"]) == (2, 3.0) and same(best["model"], weights[2])
+    assert losses(config.out_dir, "val/loss") == [0.5, 5.0, 3.0, 4.0, None, 3.5] and last(config.out_dir)["best_val_loss"] == 3.0
+
+
+def test_best_survives_resuming(make, monkeypatch):
+    figures = iter([9.0, 3.0, 4.0, 5.0, 3.5, 3.2])
+    monkeypatch.setattr(Validation, "loss", lambda *_: next(figures))
+    at_step(monkeypatch, {2: kill(signal.SIGTERM)})
+    config = make(eval_interval=1, max_steps=5)
+    train(config)
+    train(dataclasses.replace(config, resume=True))
+    assert checkpoint.load(Path(config.out_dir) / "best.pt")["step"] == 1
+
+
+def test_loading_names_what_is_wrong(plain, tmp_path):
+    path = tmp_path / "step_1.pt"
+    state = checkpoint.load(plain / "last.pt")
+    checkpoint.save(path, state)
+    assert same(checkpoint.load(path), state)
+    content = path.read_bytes()
+    for altered in (content[:-1], content[:1000], b"", content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]):
+        path.write_bytes(altered)
+        with pytest.raises(ValueError, match="step_1.pt is truncated or altered"):
+            checkpoint.load(path)
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="no checkpoint of train.py: it lacks model"):
+        checkpoint.load(tmp_path / "other.pt")
+    with pytest.raises(OSError, match="nothing.pt"):
+        checkpoint.load(tmp_path / "nothing.pt")
+    with pytest.raises(OSError, match="no run"):
+        checkpoint.find(tmp_path / "nothing")
+    with pytest.raises(OSError, match="no checkpoint '7'; it has last.pt, best.pt, step_12.pt, step_8.pt"):
+        checkpoint.find(plain, "7")
+
+
+def files_of(run):
+    return {str(p.relative_to(run)): p.read_bytes() for p in Path(run).rglob("*") if p.is_file()}
+
+
+@contextlib.contextmanager
+def small_files(limit):
+    """No file may grow beyond `limit` bytes: a write that fails in the middle, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [2000, 100_000, 3_000_000])
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, size):
+    path = tmp_path / "step_1.pt"
+    state = {"model": {"w": torch.arange(10)}, "config": {}, "step": 1}
+    checkpoint.save(path, state)
+    before = files_of(tmp_path)
+    with small_files(5000), pytest.raises(OSError, match="File too large.*step_1.pt"):
+        checkpoint.save(path, {**state, "model": {"w": torch.zeros(size)}})
+    assert files_of(tmp_path) == before and same(checkpoint.load(path), state)
+
+
+@pytest.mark.parametrize("name", ["checkpoints/step_8.pt", "best.pt"])
+def test_a_full_disk_ends_the_run_and_loses_nothing(make, command, plain, tmp_path, monkeypatch, name):
+    """The disk is full from some file on; what was good before is there, and the run goes on when there is room."""
+    config = make(eval_interval=7 if name == "best.pt" else 0)
+    at_step(monkeypatch, {6: crash})
+    with pytest.raises(RuntimeError):
+        train(config)
+    before, write = files_of(tmp_path / "run"), checkpoint.HashingFile.write
+
+    def full(self, data):
+        if Path(name).name in self.file.name and self.file.tell() > 1000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, data)
+
+    monkeypatch.setattr(checkpoint.HashingFile, "write", full)
+    message = command(*arguments(config), "--resume", "true")
+    assert "No space left on device" in message and name in message
+    after = files_of(tmp_path / "run")
+    for changing in ("metrics.jsonl", "config.yaml"):
+        del before[changing], after[changing]
+    assert after == before
+    monkeypatch.undo()
+    train(dataclasses.replace(config, resume=True))
+    assert same(last(tmp_path / "run")["model"], last(plain)["model"])
+
+
+def test_a_file_in_the_way_of_the_folder(make, command, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    assert "run" in command(*arguments(make()))
+    assert "run" in command(*arguments(make("run/below")))
+    assert (tmp_path / "run").read_text() == "mine" and [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission(make, command, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert "ermission" in command(*arguments(make("locked/run")))
+
+
+# ---- wandb and torch.compile
+
+
+def test_wandb_is_not_imported_and_a_missing_compiler_is_no_error(make, tmp_path):
+    code = "import sys, train; train.main(); print('wandb' in sys.modules)"
+    config = make(compile=True, max_steps=2)
+    status, out, err = finish(start(["-c", code, *arguments(config)], tmp_path, CXX="/nonexistent", CC="/nonexistent"))
+    assert status == 0 and out.strip() == "False"
+    assert "warning: torch.compile does not work here, training goes on without it" in err and "Traceback" not in err
+    plain = make("eager", max_steps=2)
+    train(plain)
+    assert same(last(config.out_dir)["model"], last(plain.out_dir)["model"])
+
+
+def test_compiled_training_is_the_same_up_to_rounding(make):
+    if not train_module.compiler_works(CPU):
+        pytest.skip("no C++ compiler on this machine")
+    compiled, eager = make("compiled", compile=True, max_steps=8), make("eager", max_steps=8)
+    train(compiled)
+    train(eager)
+    assert losses(compiled.out_dir) == pytest.approx(losses(eager.out_dir), rel=1e-4)
+    assert losses(compiled.out_dir, "val/loss") == pytest.approx(losses(eager.out_dir, "val/loss"), rel=1e-4)
+    assert last(compiled.out_dir)["model"].keys() == last(eager.out_dir)["model"].keys()
+
+
+def test_wandb_without_a_login_goes_offline(make, tmp_path):
+    (home := tmp_path / "home").mkdir()
+    clean = {k: "" for k in ENVIRONMENT if k.startswith("WANDB")} | {"HOME": str(home), "XDG_CONFIG_HOME": str(home), "XDG_CACHE_HOME": str(home)}
+    config = make(wandb="online", max_steps=3)
+    status, _, err = finish(start([REPO / "train.py", *arguments(config)], tmp_path, **clean))
+    assert status == 0 and "Traceback" not in err
+    assert "warning: wandb is not logged in" in err and "wandb sync" in err
+    run, = Path(config.out_dir, "wandb").glob("offline-run-*")
+    assert [*run.glob("run-*.wandb")]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["home", "run"] and not [*home.iterdir()]
+    without = make("without", max_steps=3)
+    train(without)
+    assert same(last(config.out_dir)["model"], last(without.out_dir)["model"])
+
+
+class FakeWandb(types.ModuleType):
+    """Stands for wandb where the server cannot be reached."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.__spec__ = types.SimpleNamespace(name="wandb")
+        self.modes, self.lines = [], []
+
+    def login(self, **_):
+        return True
+
+    def teardown(self):
+        self.modes.append("teardown")
+
+    def init(self, mode, **_):
+        self.modes.append(mode)
+        if mode == "online":
+            raise self.Error("Timed out\nsecond line")
+        return types.SimpleNamespace(log=lambda values, step: self.lines.append(step), finish=lambda exit_code: self.modes.append(exit_code))
+
+
+def test_wandb_out_of_reach_goes_offline(make, monkeypatch, capsys):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("WANDB_CACHE_DIR", "unused")
+    train(make(wandb="online", max_steps=3))
+    assert fake.modes == ["online", "teardown", "offline", 0] and fake.lines == [0, 1, 2, 3, 3]
+    assert "warning: wandb cannot be reached, logging offline; `wandb sync` uploads later: Timed out\n" in capsys.readouterr().err
+
+
+# ---- bad input
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command(*arguments): the one line that `train.py …` ends with, having failed without a traceback."""
+
+    def run(*given):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, given)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as info:
+            main()
+        code, err = info.value.code, capsys.readouterr().err
+        message = code if isinstance(code, str) else err.strip()
+        assert code not in (0, None) and message.startswith("error: ") and "\n" not in message, message
+        return message
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        (dict(n_lyer=3), ["n_lyer", "did you mean n_layer?"]),
+        (dict(zzz=3), ["zzz"]),
+        (dict(n_layer="two"), ["n_layer", "int", "two"]),
+        (dict(n_layer=1.5), ["n_layer", "int", "1.5"]),
+        (dict(n_layer="null"), ["n_layer", "int", "None"]),
+        (dict(pos_options="null"), ["pos_options", "dict", "None"]),
+        (dict(learning_rate="fast"), ["learning_rate", "float", "fast"]),
+        (dict(learning_rate="nan"), ["learning_rate"]),
+        (dict(learning_rate=math.inf), ["learning_rate", "float", "inf"]),
+        (dict(bias="maybe"), ["bias", "bool", "maybe"]),
+        (dict(schedule="cosin"), ["schedule", "cosine", "step", "wsd", "constant"]),
+        (dict(dtype="fp16"), ["dtype", "float16"]),
+        (dict(wandb="yes"), ["wandb", "offline"]),
+        (dict(pos="ropes"), ["pos 'ropes' is no scheme", "did you mean rope?", "alibi"]),
+        (dict(pos_options={"bas": 3}), ["unknown option 'bas'", "did you mean base?", "rope takes base"]),
+        (dict(pos_options={"base": "big"}), ["base of rope cannot be 'big'"]),
+        (dict(pos_options="["), ["pos_options"]),
+        ({"pos": "comrope", "pos_options.block": "3"}, ["block of comrope cannot be 3", "(2, 4, 8)"]),
+        ({"pos_options.block": "["}, ["pos_options"]),
+        (dict(pos="comrope", n_embd=12, n_head=2), ["block 8 must divide the head width", "6"]),
+        (dict(n_head=16), ["head width", "must be even"]),
+        (dict(n_head=3), ["n_embd 16 must be a multiple of n_head 3"]),
+        (dict(batch_tokens=100), ["batch_tokens 100 must be a multiple of block_size 16, such as 96"]),
+        (dict(batch_tokens=4), ["batch_tokens 4", "such as 16"]),
+        (dict(micro_batch_size=3), ["micro_batch_size 3 does not divide", "1, 2, 4, 8"]),
+        (dict(micro_batch_size=0), ["micro_batch_size must be at least 1 or null, not 0"]),
+        (dict(n_layer=0, vocab_size=512), ["n_layer must be a positive whole number, not 0"]),
+        (dict(n_embd=-16), ["n_embd", "-16"]),
+        (dict(block_size=-16, batch_tokens=0, max_steps=-1), ["block_size must be at least 1, not -16", "batch_tokens", "max_steps"]),
+        (dict(eval_tokens=0, keep_checkpoints=0, log_interval=0, lr_step=0), ["eval_tokens", "keep_checkpoints", "log_interval", "lr_step"]),
+        (dict(eval_interval=-1, checkpoint_interval=-1, warmup_steps=-1), ["eval_interval", "checkpoint_interval", "warmup_steps"]),
+        (dict(weight_decay=-0.1, grad_clip=-1.0, pos_lr_multiplier=-1.0), ["weight_decay", "grad_clip", "pos_lr_multiplier"]),
+        (dict(beta1=1.0, beta2=-0.1, decay_fraction=0.0, lr_gamma=0.0), ["beta1", "beta2", "decay_fraction", "lr_gamma"]),
+        (dict(learning_rate=1e-4), ["min_lr 0.0003 exceeds learning_rate 0.0001"]),
+        (dict(dropout=1.0), ["dropout must lie in [0, 1), not 1.0"]),
+        (dict(seed=-1, data_seed=-1), ["seed must not be negative", "data_seed must not be negative"]),
+        (dict(data_seed=2**64), ["data_seed"]),
+        (dict(vocab_size=100), ["vocab_size 100 is smaller than the 257"]),
+        (dict(block_size=100_000, batch_tokens=100_000, micro_batch_size=1), ["too few for one window of block_size 100000"]),
+        (dict(data_dir="nowhere"), ["no data folder nowhere", "data/prepare.py"]),
+        (dict(data_dir="."), ["not a finished data folder"]),
+        (dict(device="gpu"), ["device 'gpu'"]),
+        (dict(device="meta"), ["device 'meta' cannot be used"]),
+        (dict(init_from="/nowhere/at/all"), ["/nowhere/at/all"]),
+    ],
+)
+def test_bad_fields(make, command, tmp_path, fields, expected):
+    good = {k: v for k, v in vars(make()).items() if v is not None and k not in fields and not (k == "pos_options" and "pos_options.block" in fields)}
+    given = [text for k, v in {**good, **fields}.items() for text in (f"--{k}", json.dumps(v) if isinstance(v, (bool, dict)) else str(v))]
+    message = command(*given)
+    for part in expected:
+        assert part in message, message
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_where_there_is_none(make, command, tmp_path):
+    assert "device 'cuda' cannot be used" in command(*arguments(make(device="cuda")))
+    assert not [*tmp_path.iterdir()]
+
+
+def test_wandb_where_it_is_not_installed(make, command, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "wandb is not installed: pip install wandb, or --wandb off" in command(*arguments(make(wandb="offline")))
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("n_lyer: 3", ["n_lyer", "did you mean n_layer?"]),
+        ("n_layer: two", ["n_layer", "two"]),
+        ("n_layer: [1\nbias: 2\n  : 3", ["line 2"]),
+        ("\tn_layer: 1", ["line 1"]),
+        ("- 1\n- 2", ["1"]),
+        ("just words", ["just words"]),
+        ("", []),
+        ("\x00\x01", []),
+        ("n_layer:\nseed: 1", ["n_layer must not be null"]),
+        ("pos_options:\nseed: 1", ["pos_options must not be null"]),
+        ("n_layer: ", ["n_layer"]),
+        ("min_lr: .inf", ["min_lr", "inf"]),
+        ("pos_options: [1]", ["pos_options"]),
+        ("model: {n_layer: 3}", ["model"]),
+    ],
+)
+def test_bad_config_files(make, command, tmp_path, text, expected):
+    (tmp_path / "bad.yaml").write_text(text)
+    message = command("--config", tmp_path / "bad.yaml", "--out_dir", tmp_path / "run")
+    assert all(part in message for part in expected), message
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.yaml"]
+
+
+def test_bad_command_lines(command, tmp_path):
+    assert "missing.yaml" in command("--config", tmp_path / "missing.yaml")
+    assert str(tmp_path) in command("--config", tmp_path)
+    assert "n_layer" in command("--n_layer")
+    assert "stray" in command("stray")
+    assert "--n_lay" in command("--n_lay", 3)  # no abbreviations: a field is named or it is wrong
+
+
+def test_damaged_data(make, command, folders, tmp_path):
+    shutil.copytree(folders / "small", tmp_path / "data")
+    shard, = (tmp_path / "data").glob("train_*.bin")
+    content = shard.read_bytes()
+    for altered in (content[:-2], bytes([content[0] ^ 1]) + content[1:]):
+        shard.write_bytes(altered)
+        assert shard.name in command(*arguments(make(data_dir=str(tmp_path / "data"))))
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_holds_a_run_is_left_alone(make, command, plain, tmp_path):
+    before = files_of(plain)
+    assert "already holds a run: continue it with --resume true, or choose another --out_dir" in command(*arguments(make(out_dir=str(plain))))
+    assert files_of(plain) == before
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        (dict(seed=2), "seed was 1, now 2"),
+        (dict(data_seed=2), "data_seed was 1, now 2"),
+        (dict(pos="carope"), "pos was rope, now carope"),
+        (dict(pos_options={"base": 500.0}), "pos_options was"),
+        (dict(block_size=8), "block_size was 16, now 8"),
+        (dict(batch_tokens=256), "batch_tokens was 128, now 256"),
+        (dict(n_embd=32, dropout=0.1, bias=True), "n_embd was 16, now 32; bias was False, now True; dropout was 0.0, now 0.1"),
+        (dict(vocab_size=512), "vocab_size was 320, now 512"),
+        (dict(data_dir="other"), "is not what the run began with"),
+        (dict(data_dir="gpt2"), "is not what the run began with"),
+    ],
+)
+def test_what_may_not_change_on_resume(make, command, plain, folders, fields, expected):
+    before = files_of(plain)
+    if "data_dir" in fields:
+        fields = {"data_dir": str(folders / fields["data_dir"])}
+    message = command(*arguments(make(out_dir=str(plain), resume=True, **fields)))
+    assert f"cannot resume {plain}: " in message and expected in message, message
+    assert files_of(plain) == before
+
+
+def test_a_real_process_says_one_line_and_fails(make, tmp_path):
+    status, out, err = finish(start([REPO / "train.py", *arguments(make(pos="roop"))], tmp_path))
+    assert status == 1 and out == "" and not [*tmp_path.iterdir()]
+    assert err.startswith("error: pos 'roop' is no scheme") and err.count("\n") == 1
+
+
+def test_a_second_interrupt_ends_at_once(make, monkeypatch, capsys):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    at_step(monkeypatch, {5: twice})
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments(make())])
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as info:
+        main()
+    assert info.value.code == 130 and "--resume true" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is handler and last(make().out_dir)["step"] == 4
+
+
+# ---- config
+
+
+def test_fields_come_from_defaults_the_file_and_the_command_line(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("learning_rate: 6e-4\nn_layer: 3\npos: comrope\npos_options: {block: 4, unit: 64}\n")
+    config = parse(["--config", str(path), "--n_layer", "5", "--min_lr=1e-5", "--bias", "true", "--micro_batch_size", "null"])
+    assert (config.learning_rate, config.n_layer, config.min_lr, config.bias, config.n_head) == (6e-4, 5, 1e-5, True, 12)
+    assert config.pos_options == {"block": 4, "unit": 64} and config.micro_batch_size is None
+    assert parse(["--config", str(path), "--pos_options.block", "2"]).pos_options["block"] == 2
+    assert parse(["--pos", "comrope", "--pos_options.init", "gaussian", "--pos_options.base", "1e3"]).pos_options == {"init": "gaussian", "base": 1000.0}
+    assert parse(["--pos_options", "{base: 500}"]).pos_options == {"base": 500}
+    assert parse([]) == RunConfig()
+
+
+def test_a_config_survives_its_file(tmp_path):
+    config = RunConfig(learning_rate=1e-5, pos="comrope", pos_options={"block": 4, "init": "rope", "unit": 64.0}, bias=True, out_dir="runs/ünï: x", micro_batch_size=3)
+    write_yaml(config, tmp_path / "config.yaml")
+    assert parse(["--config", str(tmp_path / "config.yaml")]) == config
+    for path in (REPO / "configs").glob("*.yaml"):
+        check(parse(["--config", str(path)]))
+
+
+def test_help_explains_every_field(capsys):
+    with pytest.raises(SystemExit) as info:
+        parse(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    explained = text.split("options:")[1]
+    assert info.value.code == 0
+    docs = Path(config_module.__file__).read_text()
+    for field in dataclasses.fields(RunConfig):
+        doc = " ".join(docs.split(f"\n    {field.name}: ")[1].split('"""')[1].split())
+        assert len(doc) > 10 and f"--{field.name} " in explained and doc in explained, field.name
+
+
+def test_two_processes_cannot_train_in_one_folder(make, tmp_path):
+    run = tmp_path / "run"
+    train(make(max_steps=4))
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"import fcntl, time; f = open({str(run / '.lock')!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="another process is training"):
+            train(make(max_steps=8, resume=True))
+        assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+    finally:
+        holder.kill()
+        holder.wait()
+    assert train(make(max_steps=8, resume=True))["step"] == 8  # a dead process holds nothing
