@@ -22,6 +22,8 @@ class RunConfig:
 
     data_dir: str = "data/fineweb-edu-gpt2"
     """Folder that data/prepare.py made."""
+    verify_data: bool = False
+    """Hash every shard at the start; otherwise those of folders up to 1 GiB, and sizes and fingerprints of larger ones."""
     out_dir: str = "runs/default"
     """The run's folder; one that already holds a run is an error unless resume is true."""
 

@@ -388,7 +388,7 @@ def find_state(config: RunConfig, data_hash: str, ranks: Ranks) -> dict | None:
     state = checkpoint.load_newest(run) if config.resume else None
     if state:
         check_resumable(state, config, data_hash)
-        shown = {k: (state["config"][k], v) for k, v in vars(config).items() if k not in (*FIXED_ON_RESUME, "resume", "out_dir", "data_dir", "micro_batch_size")}
+        shown = {k: (state["config"][k], v) for k, v in vars(config).items() if k not in (*FIXED_ON_RESUME, "resume", "out_dir", "data_dir", "verify_data", "micro_batch_size")}
         changed = [f"{k} {then} → {now}" for k, (then, now) in shown.items() if then != now]
         if changed and ranks.main:
             print(f"warning: {run} goes on with other settings than it began with: {', '.join(changed)}", file=sys.stderr)
@@ -441,7 +441,7 @@ def run_training(config: RunConfig, ranks: Ranks, device: torch.device) -> dict:
     run, dtype = Path(config.out_dir), pick_dtype(config.dtype, device)
     if config.wandb != "off" and importlib.util.find_spec("wandb") is None:
         raise ValueError("wandb is not installed: pip install wandb, or --wandb off")
-    data = open_data(config.data_dir)
+    data = open_data(config.data_dir, verify=config.verify_data or None)
     if config.vocab_size is None:
         config = dataclasses.replace(config, vocab_size=-(-data.vocab_size // 64) * 64)
     if config.vocab_size < data.vocab_size:

@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import errno
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -486,7 +487,7 @@ def join_units(folder, plan, corpus):
     if long < plan["long_tokens"]:
         note(f"no validation document has {plan['long_tokens']:,} tokens; val_long lists those of at least {long:,}")
     ordered = {split: dict(sorted(counts.items())) for split, counts in lengths.items()}
-    write_whole(folder / "lengths.svg", lengths_figure(ordered).encode())
+    write_whole(folder / "lengths.png", lengths_figure(ordered))
     write_manifest(folder, plan | {
         "revision": revision, "source": plan["source"] | totals | {"sha256": sha256, "bad": dict(bad)},
         "splits": {split: splits[split] for split in SPLITS if split in splits}, "lengths": ordered, "bins_per_doubling": OCTAVE,
@@ -672,30 +673,23 @@ def quantile(lengths, share):
 
 
 def lengths_figure(lengths):
-    """The histogram of document lengths as an SVG: {split: {bin: documents}} → text."""
-    per_bar = OCTAVE // 2  # two bars per doubling
-    colours = {"train": "#4c78a8", "val": "#f58518", "test": "#54a24b"}
-    bars = {split: collections.Counter() for split in lengths}
+    """The histogram of document lengths, shares of each split's documents: {split: {bin: documents}} → PNG bytes."""
+    from matplotlib.figure import Figure  # here: it takes longer to import than a small corpus to prepare
+
+    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+    axes = figure.subplots()
     for split, counts in lengths.items():
-        for b, n in counts.items():
-            bars[split][int(b) // per_bar] += n
-    low, high = min(map(min, bars.values())), max(map(max, bars.values()))
-    width, height, step = 640, 300, 560 / (high - low + 1)
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" font-size="11">',
-             f'<rect width="{width}" height="{height}" fill="white"/>',
-             '<text x="320" y="294" text-anchor="middle">tokens in a document</text>',
-             '<text x="12" y="140" text-anchor="middle" transform="rotate(-90 12 140)">share of a split\'s documents</text>']
-    top = max(n / sum(counts.values()) for counts in bars.values() for n in counts.values())
-    for i, (split, counts) in enumerate(bars.items()):
-        for b, n in sorted(counts.items()):
-            tall = 230 * n / sum(counts.values()) / top
-            parts.append(f'<rect x="{50 + (b - low + i / len(bars)) * step:.1f}" y="{255 - tall:.1f}" width="{step / len(bars) * 0.9:.1f}" '
-                         f'height="{tall:.1f}" fill="{colours[split]}"><title>{split}: {n:,}</title></rect>')
-        parts.append(f'<text x="520" y="{20 + 14 * i}" fill="{colours[split]}">{split} ({sum(counts.values()):,})</text>')
-    every = max(1, (high - low + 1) // 8)
-    parts += [f'<text x="{50 + (b - low) * step:.1f}" y="270" text-anchor="middle">{2 ** (b / 2):,.0f}</text>'
-              for b in range(low, high + 2, every)]
-    return "\n".join([*parts, f'<text x="46" y="30" text-anchor="end">{top:.0%}</text>', "</svg>", ""])
+        tokens = 2 ** ((np.array([int(b) for b in counts]) + 0.5) / OCTAVE)
+        documents = np.array(list(counts.values()))
+        low, high = np.floor(np.log2(tokens.min())), np.ceil(np.log2(tokens.max()) + 1e-9)
+        edges = 2 ** np.arange(low, high + 0.5, 0.5)  # two bars per doubling
+        axes.hist(tokens, edges, weights=documents / documents.sum(), alpha=0.5, label=f"{split} ({documents.sum():,})")
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="tokens in a document", ylabel="share of the split's documents")
+    axes.legend()
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=120)
+    return png.getvalue()
 
 
 def summary(data):
@@ -714,7 +708,7 @@ def summary(data):
     left_out = [f"{source['empty']:,} empty documents"] * bool(source["empty"]) + [f"{n:,} bad {kind}" for kind, n in source["bad"].items()]
     if left_out:
         lines.append(f"  left out: {', '.join(left_out)}")
-    return "\n".join([*lines, f"  lengths of documents: {data.folder / 'lengths.svg'}"])
+    return "\n".join([*lines, f"  lengths of documents: {data.folder / 'lengths.png'}"])
 
 
 def table():

@@ -2,7 +2,7 @@
 
 A data folder holds
     train_00000.bin, val_00000.bin, …   token ids, flat and little-endian: numpy.memmap(file, dtype) reads one
-    lengths.svg                         a histogram of the documents' lengths
+    lengths.png                         a histogram of the documents' lengths
     manifest.json                       what the shards are: corpus, tokenizer, counts, sha256 of each
     COMPLETE                            sha256 of manifest.json; written last, so without it nothing is to be trusted
 Documents are stored whole and in source order, each followed by the end-of-text token. The same input gives the same bytes.
