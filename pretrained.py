@@ -33,6 +33,7 @@ class Pretrained(nn.Module):
         except ImportError:
             raise ValueError("--model needs the transformers library: pip install -r requirements-dev.txt") from None
         transformers.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
         if not Path(name).is_dir() and (Path(name).exists() or name.count("/") > 1 or name.startswith(("/", "."))):
             raise OSError(f"no model folder {name}")
         try:
