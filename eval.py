@@ -4,7 +4,7 @@
     python eval.py --run runs/NAME --lengths 2048 --protocol same-targets per-position --scaling none yarn --factor 8
     python eval.py --compare runs/rope-seed1 runs/rope-seed2 runs/crope-seed1 runs/crope-seed2 --lengths 1024
     python eval.py --model gpt2 --data data/novels-gpt2 --lengths 512 1024
-    torchrun --standalone --nproc_per_node=8 eval.py --run …          # the same figures, sooner
+    torchrun --standalone --nproc_per_node=8 -- eval.py --run …       # the same figures, sooner; the -- keeps --run from torchrun
 
 Whole documents of the validation split that are longer than the longest length, or with --stream the split as one text. The
 scored tokens are the same for every length, and their hash stands in the report. Means are token-weighted, sums float64,
@@ -33,7 +33,7 @@ from data.tokenizer import load_tokenizer
 from intervals import document_interval, paired_difference, position_curve, row_figures
 from model import GPT, SCALINGS, SCHEMES, Attention, chunk_rows, head_dtype, nearest, no_autocast, wide
 from pretrained import Pretrained
-from probe import KEY, VALUE, make_trials
+from probe import KEY, VALUE, filler_tokens, make_trials
 from train import Ranks, autocast, pick_device, ranks_of, start_wandb
 from windows import PROTOCOLS, Windows, choose_targets, windows_of
 
@@ -54,13 +54,15 @@ def score_head(h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> 
     nll, hits = torch.empty(len(h), dtype=exact, device=h.device), torch.empty(len(h), dtype=torch.bool, device=h.device)
     with no_autocast(h.device):
         head = weight.to(dtype)
+        buffer = torch.empty(min(rows, len(h)), len(head), dtype=dtype, device=h.device)  # one for all chunks: new memory is slow
         for i in range(0, len(h), rows):
             part, target = slice(i, i + rows), targets[i : i + rows]
-            logits = (h[part].to(dtype) @ head.t()).to(exact)  # (rows, V)
-            peak, likeliest = logits.max(1)
-            ours = logits.gather(1, target[:, None]).squeeze(1)
+            logits = torch.mm(h[part].to(dtype), head.t(), out=buffer[: len(target)]).to(exact)  # (rows, V)
+            peak, ours = logits.amax(1), logits.gather(1, target[:, None]).squeeze(1)
+            hits[part] = ours == peak
+            level = hits[part].nonzero().squeeze(1)  # right, or one of several that are equal: then the first of them counts
+            hits[i + level] = logits[level].argmax(1) == target[level]
             nll[part] = logits.sub_(peak[:, None]).exp_().sum(1).log() + (peak - ours)
-            hits[part] = likeliest == target
     return nll, hits
 
 
@@ -287,7 +289,8 @@ def evaluate_probe(model, reason, data, split, count, seed, resamples, batch_tok
     tokens, spans = spans_of(data, split, False, 0)
     rows = []
     able, reasons = able_lengths(model, [n * model.config.block_size for n in (1, 2, 4, 8)], reason)
-    for length in able[::-1]:  # the trials are those of the longest length that has documents, the same for all
+    reasons |= {n: f"two times {KEY} + {VALUE} tokens do not fit into a length of {n}" for n in able if filler_tokens(n) < 1}
+    for length in [n for n in able if n not in reasons][::-1]:  # the trials are those of the longest length that has documents, the same for all
         try:
             trials = make_trials(tokens, spans, length, count, seed)
             break

@@ -34,15 +34,13 @@ class Trial:
 
 
 def filler_tokens(length: int) -> int:
+    """Tokens of filler at a length; none are left, or fewer, where it has no room for a pair and its question."""
     return length + 1 - 2 * (KEY + VALUE)
 
 
 def make_trials(split: Split, documents: np.ndarray, longest: int, count: int, seed: int) -> list[Trial]:
-    """`count` trials drawn from documents (n, 2), start and size. ValueError where the longest length has no room for a
-    pair and its question, or the documents are too few or too short."""
+    """`count` trials drawn from documents (n, 2), start and size. ValueError where they are too few or too short."""
     need = filler_tokens(longest)
-    if need < 1:
-        raise ValueError(f"a probe of {KEY} + {VALUE} tokens, twice, does not fit into a length of {longest}")
     fillers, spans = (np.flatnonzero(documents[:, 1] >= n) for n in (need, max(KEY, VALUE)))
     if not len(fillers) or len(spans) < 2:
         raise ValueError(f"the probe at length {longest} needs a document of {need:,} tokens, and another for its keys")

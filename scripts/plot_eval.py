@@ -67,8 +67,9 @@ def draw(reports: list[dict], out: Path, protocol: str) -> None:
     axes[0].set_xticks(sorted(found), [str(n) for n in sorted(found)])
     axes[0].minorticks_off()
     low, high = axes[0].get_ylim()
-    ticks = [t for t in (round(1.25**k, 1 if 1.25**k < 20 else 0) for k in range(60)) if low <= t <= high]
-    axes[0].set_yticks(ticks[:: max(1, len(ticks) // 8)])
+    decades = [[m * 10**k for k in range(8) for m in steps] for steps in ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 2, 5), (1,))]
+    inside = [[t for t in ticks if low <= t <= high] for ticks in decades]
+    axes[0].set_yticks(next((ticks for ticks in inside if len(ticks) <= 10), inside[-1]))
     axes[0].yaxis.set_major_formatter(ScalarFormatter())
     axes[0].yaxis.set_minor_formatter(NullFormatter())
     if curves:
