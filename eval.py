@@ -296,7 +296,7 @@ def evaluate_probe(model, reason, data, split, count, seed, resamples, batch_tok
             break
         except ValueError as error:
             reasons[length] = str(error)
-    for length in sorted([*able, *reasons]):
+    for length in sorted({*able, *reasons}):
         row = {"length": length, **variant}
         if length in reasons:
             rows.append(row | dict.fromkeys(("recall", "interval", "with_key", "without_key", "accuracy", "trials")) | {"reason": reasons[length]})

@@ -47,7 +47,7 @@ def export(*arguments):
 
 
 def straightforward(folder, data, length, stride):
-    """Mean NLL of all tokens of the long documents in windows every `stride` tokens, one at a time, as transformers' users do."""
+    """Mean NLL of all tokens of the long documents in windows every `stride` tokens, one at a time, by plain transformers."""
     net = transformers.AutoModelForCausalLM.from_pretrained(folder)
     ids = np.fromfile(data.folder / "val_00000.bin", "<u2").astype(np.int64)
     nll = []
@@ -55,16 +55,14 @@ def straightforward(folder, data, length, stride):
         doc, done = doc[doc != data.eot], 0
         for begin in range(0, len(doc) - 1, stride) if len(doc) > 48 else ():
             end = min(begin + length, len(doc) - 1)
-            window = torch.tensor(doc[begin : end + 1])[None]
-            labels = window.clone()
-            labels[:, : done + 1 - begin] = -100
+            window = torch.tensor(doc[begin : end + 1])
             with torch.no_grad():
-                loss = net(input_ids=window, labels=labels).loss
-            nll.append((loss.double().item(), end - max(done, begin)))
+                table = net(input_ids=window[None, :-1]).logits[0].double().log_softmax(-1)
+            nll += [-table[t - 1 - begin, doc[t]].item() for t in range(max(done, begin) + 1, end + 1)]
             done = end
             if end == len(doc) - 1:
                 break
-    return sum(n * k for n, k in nll) / sum(k for _, k in nll), sum(k for _, k in nll)
+    return np.mean(nll), len(nll)
 
 
 def figures(report):
