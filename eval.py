@@ -133,25 +133,24 @@ def write_json(path: Path, content: dict) -> None:
 # ---- the evaluation
 
 
-def spans_of(data: Data, split: str, stream: bool, longest: int) -> tuple[Split, np.ndarray]:
-    """The split's tokens, and start and size (n, 2) of what windows must stay inside: its documents of more than `longest`
-    tokens, or the whole. `val_long` is the part of val that the manifest lists. ValueError where nothing is long enough."""
+def spans_of(data: Data, split: str, stream: bool, longest: int) -> tuple[Split, np.ndarray, np.ndarray]:
+    """The split's tokens, all its documents, and what windows must stay inside: the documents of more than `longest`
+    tokens, or the whole; (n, 2), start and size of each. `val_long` is the part of val that the manifest lists. ValueError where nothing is long enough."""
     tokens = data.split("val" if split == "val_long" else split)
-    everything = tokens.documents()
+    documents = tokens.documents()
+    spans = np.array([[0, len(tokens)]]) if stream else documents
     if split == "val_long":
-        listed = [d["start"] for d in data.manifest.get("val_long") or []]
-        everything = everything[np.isin(everything[:, 0], listed)]
-    spans = np.array([[0, len(tokens)]]) if stream else everything
+        spans = spans[np.isin(spans[:, 0], [d["start"] for d in data.manifest.get("val_long") or []])]
     found = spans[spans[:, 1] >= longest + 1]
     if stream and split == "val_long":
         raise ValueError("--stream takes a whole split, and val_long is a list of documents: take --split val")
     if not len(found):
-        what = "the stream" if stream else f"the longest of the {len(everything):,} documents"
+        what = "the stream" if stream else f"the longest of the {len(spans):,} documents"
         raise ValueError(
             f"length {longest} needs {'a stream' if stream else 'a document'} of {longest + 1:,} tokens, and {what} "
             f"in {data.folder} ({split}) has {spans[:, 1].max(initial=0):,}: take smaller --lengths, or --data with longer documents"
         )
-    return tokens, found
+    return tokens, documents, found
 
 
 def evaluate(
@@ -181,11 +180,11 @@ def evaluate(
         raise ValueError(f"{data.folder} was made with another {tokenizer.name} tokenizer than this version has; prepare it again")
     if model.lm_head.weight.size(0) < data.vocab_size:
         raise ValueError(f"the model has a vocabulary of {model.lm_head.weight.size(0)}, and {data.folder} one of {data.vocab_size}")
-    tokens, spans = spans_of(data, split, stream, longest)
+    tokens, documents, spans = spans_of(data, split, stream, longest)
     variants = scaled_models(model, list(scalings), factor)
     results, hashes = [], {}
     for protocol in protocols:
-        intended = choose_targets(tokens, spans, protocol, longest, stride, max_targets)
+        intended = choose_targets(tokens, documents, spans, protocol, longest, stride, max_targets)
         hashes[protocol] = intended.sha256
         for scaling, (scaled, reason) in variants.items():
             able, reasons = able_lengths(scaled or model, lengths, reason)
@@ -201,17 +200,17 @@ def evaluate(
                     continue
                 targets = intended
                 if protocol == "per-position" and length < longest:
-                    targets = choose_targets(tokens, spans, protocol, longest, stride, max_targets, length)
+                    targets = choose_targets(tokens, documents, spans, protocol, longest, stride, max_targets, length)
                 windows = windows_of(targets, protocol, length, stride)
                 assert np.array_equal(windows.targets(), targets.positions), "every length scores the same tokens"
 
-                def figures():
+                def figures():  # called at once, by parts.get
                     label = f"{protocol} {length}" + (f" {scaling}" if scaling != "none" else "")
-                    with tqdm(total=int(windows.size.sum()), desc=label, unit="token", unit_scale=True, disable=None if ranks.main else True) as bar:  # noqa: B023 - called at once
-                        nll, hits = score(scaled, tokens, windows, batch_tokens, dtype, ranks, bar)  # noqa: B023
-                    found = row_figures(nll, hits, tokenizer.token_bytes[targets.ids], targets.document, resamples, seed)  # noqa: B023
-                    curve = {"curve": position_curve(nll, targets.document, length, resamples, seed)} if protocol == "per-position" else {}  # noqa: B023
-                    return found | {"targets_sha256": targets.sha256} | curve  # noqa: B023
+                    with tqdm(total=int(windows.size.sum()), desc=label, unit="token", unit_scale=True, disable=None if ranks.main else True) as bar:
+                        nll, hits = score(scaled, tokens, windows, batch_tokens, dtype, ranks, bar)
+                    found = row_figures(nll, hits, tokenizer.token_bytes[targets.ids], targets.document, resamples, seed)
+                    curve = {"curve": position_curve(nll, targets.document, length, resamples, seed)} if protocol == "per-position" else {}
+                    return found | {"targets_sha256": targets.sha256} | curve
 
                 key = row | {"targets": targets.sha256, "stride": stride, "resamples": resamples, "seed": seed}
                 results.append(row | parts.get(key, figures))
@@ -220,7 +219,7 @@ def evaluate(
         "split": split,
         "stream": stream,
         "stride": stride,
-        "documents": len(spans) if not stream else len(tokens.documents()),
+        "documents": len(documents) if stream else len(spans),
         "max_targets": max_targets,
         "targets_sha256": hashes,
         "interval": f"95 % percentile bootstrap over documents, {resamples} resamples, nats per token",
@@ -286,7 +285,7 @@ def backend(model: GPT | Pretrained) -> str:
 def evaluate_probe(model, reason, data, split, count, seed, resamples, batch_tokens, dtype, parts, ranks, variant) -> list[dict]:
     """Rows of the retrieval probe (probe.py) at 1, 2, 4 and 8 times the training length: recall, the NLL of the value
     without less with its key in context, in nats per token, with its 95 % bootstrap interval over trials."""
-    tokens, spans = spans_of(data, split, False, 0)
+    tokens, _, spans = spans_of(data, split, False, 0)
     rows = []
     able, reasons = able_lengths(model, [n * model.config.block_size for n in (1, 2, 4, 8)], reason)
     reasons |= {n: f"two times {KEY} + {VALUE} tokens do not fit into a length of {n}" for n in able if filler_tokens(n) < 1}
@@ -302,13 +301,13 @@ def evaluate_probe(model, reason, data, split, count, seed, resamples, batch_tok
             rows.append(row | dict.fromkeys(("recall", "interval", "with_key", "without_key", "accuracy", "trials")) | {"reason": reasons[length]})
             continue
 
-        def figures():
-            size = max(1, batch_tokens // length)  # noqa: B023 - called at once
+        def figures():  # called at once, by parts.get
+            size = max(1, batch_tokens // length)
             nll, hits = np.zeros((2, count)), np.zeros((2, count))  # with the key, without; mean over the value's tokens
             jobs = [(k, i) for k in (0, 1) for i in range(0, count, size)]
-            for number, (k, i) in enumerate(tqdm(jobs, desc=f"probe {length}", unit="batch", disable=None if ranks.main else True)):  # noqa: B023
+            for number, (k, i) in enumerate(tqdm(jobs, desc=f"probe {length}", unit="batch", disable=None if ranks.main else True)):
                 if number % ranks.world == ranks.rank:
-                    batch = np.stack([t.tokens(length, k == 0) for t in trials[i : i + size]])  # noqa: B023
+                    batch = np.stack([t.tokens(length, k == 0) for t in trials[i : i + size]])
                     found = score_tokens(model, batch, np.full(len(batch), VALUE), dtype)
                     nll[k, i : i + size], hits[k, i : i + size] = (f.reshape(-1, VALUE).mean(1) for f in found)
             nll, hits = sum_over_ranks(np.stack((nll, hits)), model.lm_head.weight.device, ranks)

@@ -62,8 +62,11 @@ class Targets:
         return hashlib.sha256(self.positions.tobytes() + self.ids.tobytes()).hexdigest()
 
 
-def choose_targets(split: Split, spans: np.ndarray, protocol: str, longest: int, stride: int, max_targets: int, length: int | None = None) -> Targets:
-    """The tokens that `protocol` scores in spans (n, 2), start and size, of at least longest+1 tokens each.
+def choose_targets(
+    split: Split, documents: np.ndarray, spans: np.ndarray, protocol: str, longest: int, stride: int, max_targets: int, length: int | None = None
+) -> Targets:
+    """The tokens that `protocol` scores in spans of at least longest+1 tokens each. spans and documents, all those of the
+    split: (n, 2), start and size.
 
     same-targets: blocks of `stride` targets, the first of a span ending at token index `longest`. nonoverlapping, sliding:
     every token but a span's first, in blocks of `longest`. per-position: whole windows of `longest`, of which the first
@@ -87,8 +90,7 @@ def choose_targets(split: Split, spans: np.ndarray, protocol: str, longest: int,
         blocks = blocks[np.arange(count) * len(blocks) // count]
     positions = np.concatenate([np.arange(first, last + 1) for _, first, last in blocks])
     ids = np.concatenate([split.read(first, last + 1) for _, first, last in blocks.tolist()])
-    starts = split.documents()[:, 0]
-    return Targets(blocks, positions, ids, np.searchsorted(starts, positions, side="right") - 1)
+    return Targets(blocks, positions, ids, np.searchsorted(documents[:, 0], positions, side="right") - 1)
 
 
 def windows_of(targets: Targets, protocol: str, length: int, stride: int) -> Windows:
