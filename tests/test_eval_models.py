@@ -168,3 +168,27 @@ def test_bench_of_evaluation_runs():
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0 and "| 64 |" in done.stdout, done.stderr
+
+
+def test_exported_model_runs_in_lm_evaluation_harness(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not among the requirements: pip install lm-eval")
+    from lm_eval.tasks import TaskManager
+
+    run, model = save(tmp_path, data, "rope")
+    assert export(run, "--out", tmp_path / "hf").returncode == 0
+    ids = data.split("val").read(0, 72)  # three windows of 24, each predicted from what is before
+    text = load_tokenizer(data.manifest["tokenizer"]["name"]).decode(ids)
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    task = {"task": "local_text", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "text.jsonl")}}, "test_split": "test"}
+    task |= {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}", "metric_list": [{"metric": "bits_per_byte"}]}
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "local.yaml").write_text(json.dumps(task))
+    manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
+    arguments = {"model": "hf", "model_args": f"pretrained={tmp_path / 'hf'}", "tasks": ["local_text"], "device": "cpu", "batch_size": 1, "bootstrap_iters": 0}
+    found = lm_eval.simple_evaluate(**arguments, task_manager=manager)["results"]["local_text"]["bits_per_byte,none"]
+    inputs = np.concatenate(([data.eot], ids[:-1])).reshape(3, 24)
+    with torch.no_grad():
+        nll = model(torch.from_numpy(inputs), torch.from_numpy(ids.reshape(3, 24)), reduction="none")[1].double().sum().item()
+    assert found == pytest.approx(nll / np.log(2) / len(text.encode()), abs=1e-4)
