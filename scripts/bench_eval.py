@@ -3,8 +3,8 @@ library, `model(input_ids=x, labels=x).loss` a window, in one interleaved run.
 
     python scripts/bench.py eval                     # 4 layers × 128, vocabulary 50,304, lengths 1,024, 2,048, 4,096
 
-Every token of every window is scored (nonoverlapping), float32, weights random, the same shape for both. Each variant and
-length lives in a process of its own, so that its peak memory is its own; they take turns. Speeds and ratios are medians over
+float32, weights random, the same shape for both. `nonoverlapping` scores every token of a window; `sliding` the last half,
+for which the usual loop sets the labels before to -100 and forms their logits all the same. Each variant, protocol and length lives in a process of its own, so that its peak memory is its own; they take turns. Speeds and ratios are medians over
 rounds, the first of which is a warm-up. Peak memory is the process's, the libraries' own some 300 MB included.
 """
 
@@ -22,8 +22,8 @@ OURS, PEER = "eval.py", "transformers"
 FLOOR, MEMORY_FLOOR, AT = 2.0, 0.2, 4096  # at the default shape: speed at least, memory at most, relative to transformers
 
 
-def work(variant: str, length: int, args: argparse.Namespace, pipe) -> None:
-    """A process: builds one model, then scores `windows` windows for each message, and answers (seconds, peak bytes)."""
+def work(variant: str, length: int, scored: int, args: argparse.Namespace, pipe) -> None:
+    """A process: builds one model, then scores the last `scored` tokens of each window for each message, and answers (seconds, peak bytes)."""
     import numpy as np
     import torch
 
@@ -42,11 +42,13 @@ def work(variant: str, length: int, args: argparse.Namespace, pipe) -> None:
         config = transformers.GPT2Config(n_positions=length + 1, bos_token_id=0, eos_token_id=0, **shape)
         model = transformers.GPT2LMHeadModel(config).to(device).eval()
         batch = torch.from_numpy(tokens).to(device)
+        labels = batch.clone()
+        labels[:, : length + 1 - scored] = -100
 
         @torch.no_grad()
         def score() -> None:
-            for row in batch:
-                model(input_ids=row[None], labels=row[None]).loss.item()
+            for x, y in zip(batch, labels):
+                model(input_ids=x[None], labels=y[None]).loss.item()
     else:
         from eval import score_tokens
         from model import GPT, GPTConfig
@@ -54,7 +56,7 @@ def work(variant: str, length: int, args: argparse.Namespace, pipe) -> None:
         model = GPT(GPTConfig(block_size=length, pos="learned", bias=True, **shape)).to(device).eval()
 
         def score() -> None:
-            score_tokens(model, tokens, np.full(windows, length), torch.float32)
+            score_tokens(model, tokens, np.full(windows, scored), torch.float32)
 
     while pipe.recv():
         start = time.perf_counter()
@@ -74,13 +76,14 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
     args = parser.parse_args(arguments)
     print(f"{args.n_layer} layers × {args.n_embd}, vocabulary {args.vocab_size:,}, float32, {args.batch_tokens:,} tokens a turn; median of {args.rounds} rounds\n")
-    print("| length | eval.py, tokens/s | transformers, tokens/s | speed (min … max) | peak memory, MB | transformers, MB | memory |\n|--:|--:|--:|--:|--:|--:|--:|")
+    print("| protocol | length | eval.py, input tokens/s | transformers | speed (min … max) | peak memory, MB | transformers | memory |\n|---|--:|--:|--:|--:|--:|--:|--:|")
     context = multiprocessing.get_context("spawn")
-    for length in args.lengths:
+    for protocol, length in [(p, n) for p in ("nonoverlapping", "sliding") for n in args.lengths]:
+        scored = length if protocol == "nonoverlapping" else length // 2
         pipes, seconds, memory = {}, {OURS: [], PEER: []}, {}
         for variant in (OURS, PEER):
             pipes[variant], theirs = context.Pipe()
-            context.Process(target=work, args=(variant, length, args, theirs), daemon=True).start()
+            context.Process(target=work, args=(variant, length, scored, args, theirs), daemon=True).start()
             theirs.close()  # so that a process that dies ends the wait below
         for round_ in range(args.rounds + 1):
             for variant in (OURS, PEER):
@@ -96,7 +99,7 @@ def main(arguments: list[str]) -> None:
         tokens = max(1, args.batch_tokens // length) * length
         ratios = [b / a for a, b in zip(seconds[OURS], seconds[PEER])]
         print(
-            f"| {length} | {tokens / statistics.median(seconds[OURS]):,.0f} | {tokens / statistics.median(seconds[PEER]):,.0f} "
+            f"| {protocol} | {length} | {tokens / statistics.median(seconds[OURS]):,.0f} | {tokens / statistics.median(seconds[PEER]):,.0f} "
             f"| {statistics.median(ratios):.2f} × ({min(ratios):.2f} … {max(ratios):.2f}) "
             f"| {memory[OURS] / 1e6:,.0f} | {memory[PEER] / 1e6:,.0f} | {memory[OURS] / memory[PEER]:.2f} × |",
             flush=True,

@@ -167,7 +167,7 @@ def test_bench_of_evaluation_runs():
         [sys.executable, str(REPO / "scripts" / "bench.py"), "eval", "--lengths", "64", "--n_layer", "1", "--n_embd", "16", "--n_head", "2", "--vocab_size", "128", "--batch_tokens", "128", "--rounds", "1", "--threads", "1"],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    assert done.returncode == 0 and "| 64 |" in done.stdout, done.stderr
+    assert done.returncode == 0 and "| nonoverlapping | 64 |" in done.stdout and "| sliding | 64 |" in done.stdout, done.stderr
 
 
 def test_exported_model_runs_in_lm_evaluation_harness(data, tmp_path, monkeypatch):
