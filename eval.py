@@ -155,7 +155,7 @@ def spans_of(data: Data, split: str, stream: bool, longest: int) -> tuple[Split,
 
 def evaluate(
     model: GPT | Pretrained, data: Data, lengths: list[int], protocols: list[str], *, split: str = "val", stride: int | None = None,
-    max_targets: int = 50_000, batch_tokens: int = 8192, dtype: torch.dtype = torch.float32, resamples: int = 2000, seed: int = 0,
+    max_targets: int = 50_000, batch_tokens: int = 4096, dtype: torch.dtype = torch.float32, resamples: int = 2000, seed: int = 0,
     stream: bool = False, scalings: list[str] = ("none",), factor: float = 1.0, probe: int = 0, parts: Parts | None = None, ranks: Ranks | None = None,
 ) -> dict:  # fmt: skip
     """Figures of a model at each length by each protocol: {"results": rows, and the conditions they were taken under}.
@@ -183,7 +183,7 @@ def evaluate(
     tokens, documents, spans = spans_of(data, split, stream, longest)
     variants = scaled_models(model, list(scalings), factor)
     results, hashes = [], {}
-    for protocol in protocols:
+    for protocol in dict.fromkeys(protocols):
         intended = choose_targets(tokens, documents, spans, protocol, longest, stride, max_targets)
         hashes[protocol] = intended.sha256
         for scaling, (scaled, reason) in variants.items():
@@ -464,7 +464,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scaling", nargs="+", choices=("none", *SCALINGS), default=["none"], help="frequency scaling, one or more (rope, crope, comrope; default: none)")
     parser.add_argument("--factor", type=float, help="of --scaling: the new context over the training length, the same for every length")
     parser.add_argument("--probe", type=int, default=0, metavar="TRIALS", help="trials of the retrieval probe at 1, 2, 4, 8 times the training length (default: 0, none; 200 is a good number)")
-    parser.add_argument("--batch_tokens", type=int, help="input tokens a forward pass (default: 8,192 on a CPU, else 65,536)")
+    parser.add_argument("--batch_tokens", type=int, help="input tokens a forward pass (default: 4,096 on a CPU, else 65,536)")
     parser.add_argument("--resamples", type=int, default=2000, help="bootstrap resamples of documents (default: 2,000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap and of the probe (default: 0)")
     parser.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
@@ -501,7 +501,7 @@ def options(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> dic
     return {
         **{name: getattr(args, name) for name in ("split", "stride", "max_targets", "resamples", "seed", "stream", "probe")},
         **{"scalings": args.scaling, "factor": args.factor or 1.0, "dtype": getattr(torch, args.dtype), "ranks": ranks},
-        "batch_tokens": args.batch_tokens or (8192 if device.type == "cpu" else 65536),
+        "batch_tokens": args.batch_tokens or (4096 if device.type == "cpu" else 65536),
     }
 
 

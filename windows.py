@@ -82,12 +82,14 @@ def choose_targets(
             lasts = np.minimum(firsts + longest - 1, size - 1)
             if protocol == "per-position":
                 firsts = firsts[lasts - firsts + 1 == longest]
-                lasts = firsts + (length or longest) - 1
+                lasts = firsts + longest - 1
         found.append(np.stack((np.full(len(firsts), start), start + firsts, start + lasts), 1))
     blocks = np.concatenate(found)
     count = max(1, round(len(blocks) * max_targets / (blocks[:, 2] - blocks[:, 1] + 1).sum())) if max_targets else len(blocks)
     if count < len(blocks):
         blocks = blocks[np.arange(count) * len(blocks) // count]
+    if length:  # of the same windows, their first part
+        blocks[:, 2] = blocks[:, 1] + length - 1
     positions = np.concatenate([np.arange(first, last + 1) for _, first, last in blocks])
     ids = np.concatenate([split.read(first, last + 1) for _, first, last in blocks.tolist()])
     return Targets(blocks, positions, ids, np.searchsorted(documents[:, 0], positions, side="right") - 1)

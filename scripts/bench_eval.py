@@ -19,7 +19,9 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
 OURS, PEER = "eval.py", "transformers"
-FLOOR, MEMORY_FLOOR, AT = 2.0, 0.2, 4096  # at the default shape: speed at least, memory at most, relative to transformers
+# Targets at the default shape on 2 CPU cores, relative to transformers: speed at least, memory at most. Measured: sliding reaches
+# the speed; nonoverlapping has 1.3 to 1.5, as the output layer's matrix product, which both must do, is most of its time.
+FLOOR, MEMORY_FLOOR, AT = 2.0, 0.2, 4096
 
 
 def work(variant: str, length: int, scored: int, args: argparse.Namespace, pipe) -> None:
@@ -68,7 +70,7 @@ def work(variant: str, length: int, scored: int, args: argparse.Namespace, pipe)
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="scripts/bench.py eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    for name, default in (("n_layer", 4), ("n_head", 4), ("n_embd", 128), ("vocab_size", 50304), ("batch_tokens", 8192)):
+    for name, default in (("n_layer", 4), ("n_head", 4), ("n_embd", 128), ("vocab_size", 50304), ("batch_tokens", 4096)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"(default: {default})")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096], help="(default: 1024 2048 4096)")
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds, after one warm-up (default: 5)")
