@@ -164,6 +164,36 @@ def rope_frequencies(width: int, base: float) -> torch.Tensor:
     return base ** (-torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
 
 
+def scale_frequencies(freqs: torch.Tensor, rule: str, factor: float, length: int, width: int, base: float) -> tuple[torch.Tensor, float]:
+    """Frequencies for a context `factor` times the training length, and what all attention logits are multiplied by.
+
+    freqs: any shape, float64, radians per token, of a model trained at `length` tokens.
+    pi    position interpolation, ω/s (Chen 2306.15595)
+    ntk   NTK-aware: RoPE's base becomes base·s^(D/(D-2)), D = `width` turning channels. Of a frequency alone, that is
+          ω·s^(-log ω / log ω_last) with ω_last = base^(-(D-2)/D), RoPE's slowest: the fastest stays, the slowest is
+          interpolated. Trained frequencies follow the same curve, clamped at both ends.
+    yarn  ω/s where a wavelength exceeds the training length, ω where 32 or more fit into it, a ramp in their number
+          between; logits times (0.1 ln s + 1)² (Peng 2309.00071)
+    ValueError for another rule, factor < 1, or ntk with fewer than 4 turning channels.
+    """
+    if not 1 <= factor < math.inf:
+        raise ValueError(f"factor must be at least 1, not {factor}: it is the new context over the training length")
+    if rule == "pi":
+        return freqs / factor, 1.0
+    if rule == "ntk":
+        if width < 4 or base <= 1:
+            raise ValueError(f"ntk needs at least 4 turning channels a head and a base above 1, not {width} and {base}")
+        share = (freqs.clamp_min(torch.finfo(freqs.dtype).tiny).log() / (-(width - 2) / width * math.log(base))).clamp(0, 1)
+        return freqs * factor**-share, 1.0
+    if rule == "yarn":
+        kept = ((length * freqs / (2 * math.pi) - 1) / (32 - 1)).clamp(0, 1)
+        return freqs * (kept + (1 - kept) / factor), (0.1 * math.log(factor) + 1) ** 2
+    raise ValueError(f"no frequency scaling {rule!r}{nearest(rule, SCALINGS)} There are: {', '.join(SCALINGS)}")
+
+
+SCALINGS = ("pi", "ntk", "yarn")
+
+
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn each channel pair (2i, 2i+1) of x by an angle: (x0 + i·x1)·(cos + i·sin).
 
@@ -1007,6 +1037,19 @@ class GPT(nn.Module):
         model = GPT(config).to(weight.device, weight.dtype)
         model.load_state_dict(state)
         return model.train(self.training)
+
+    @torch.no_grad()
+    def scaled(self, rule: str, factor: float) -> "GPT":
+        """The plain rope model with explicit frequencies whose frequencies are scaled by `rule` (see scale_frequencies) for
+        contexts of factor × block_size: evaluation beyond the training length. ValueError where to_rope() has none."""
+        model, c = self.to_rope(), self.config
+        width, base = round(c.pos_options.get("fraction", 1.0) * c.n_embd / c.n_head), c.pos_options.get("base", 10000.0)
+        for block in model.transformer["h"]:
+            freqs, logits = scale_frequencies(block.attn.frequencies(), rule, factor, c.block_size, width, base)
+            block.attn.freqs.copy_(freqs)
+            for parameter in block.attn.c_attn.parameters():  # the model's own copy: q carries the factor of the logits
+                parameter[: c.n_embd] *= logits
+        return model
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> "GPT":

@@ -3,6 +3,8 @@ library, in one interleaved run.
 
     python scripts/bench.py                      # 4 layers × 128, vocabulary 50,304, length 256, batch 16
     python scripts/bench.py --vocab_size 320     # the quickstart's size
+    python scripts/bench.py data --source …      # preparation of data; scripts/bench_data.py
+    python scripts/bench.py eval                 # evaluation instead of training; scripts/bench_eval.py, --help for its options
 
 Each variant lives in a process of its own, so that its peak memory is its own; the processes take turns, a few optimizer
 steps each, and only one works at a time. Ratios are taken within a round and their median over rounds is printed, so a
@@ -71,6 +73,14 @@ def work(variant: str, args: argparse.Namespace, pipe) -> None:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["eval"]:
+        import bench_eval
+
+        return bench_eval.main(sys.argv[2:])
+    if sys.argv[1:2] == ["data"]:
+        import bench_data
+
+        return bench_data.main(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="scripts/bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--schemes", nargs="+", default=["learned", "sinusoidal", "none", "crope", "comrope", "carope", "alibi"], help="schemes beside rope")
     for name, default in (("n_layer", 4), ("n_head", 4), ("n_embd", 128), ("vocab_size", 50304), ("block_size", 256), ("batch", 16)):

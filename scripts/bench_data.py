@@ -111,13 +111,13 @@ def prepare(path, out, workers, watch=False):
     return time.perf_counter() - start, peak
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(prog="scripts/bench_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--source", required=True, help="the corpus novels: a clone of its repository, or a .jsonl of {id, text}")
     parser.add_argument("--copies", type=int, default=1, help="how often the novels are repeated, each time cut elsewhere (default: 1)")
     parser.add_argument("--rounds", type=int, default=3, help="counted rounds, after one warm-up (default: 3)")
     parser.add_argument("--workers", type=int, help="processes and threads (default: all cores)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     from data.corpora import CORPORA
     from data.prepare import cores, source_files

@@ -18,6 +18,7 @@ from config import RunConfig
 from data.prepare import prepare
 from data.shards import open_data
 from data.tokenizer import load_tokenizer
+from intervals import row_figures
 from model import GPT, GPTConfig
 from train import train
 
@@ -91,11 +92,10 @@ def test_nonoverlapping_scores_every_token_of_the_documents_at_every_length(data
     for length in (16, 48, 128):
         nll = []
         for ids in long:
-            for block in range(0, len(ids) - 1, 128):  # the targets of a block of the longest length …
-                for start in range(block, min(block + 128, len(ids) - 1), length):  # … in windows of this one
-                    stop = min(start + length, block + 128, len(ids) - 1)
-                    scores = log_probabilities(gpt, ids[start:stop])
-                    nll += [-scores[j, ids[start + j + 1]].item() for j in range(stop - start)]
+            for start in range(0, len(ids) - 1, length):
+                stop = min(start + length, len(ids) - 1)
+                scores = log_probabilities(gpt, ids[start:stop])
+                nll += [-scores[j, ids[start + j + 1]].item() for j in range(stop - start)]
         got = row(report, length, "nonoverlapping")
         assert got["tokens"] == len(nll) == sum(len(ids) - 1 for ids in long)
         assert got["nats_per_token"] == pytest.approx(np.mean(nll), abs=1e-6)
@@ -131,11 +131,11 @@ def test_learned_is_not_available_beyond_its_table_and_says_why(data):
 
 def test_means_weight_tokens_not_documents():
     nll, document = np.array([1.0, 1.0, 1.0, 5.0]), np.array([0, 0, 0, 2])
-    figures = evaluation.statistics(nll, np.array([1, 2, 1, 4]), document, 1000, 0)
-    assert figures["nats_per_token"] == 2.0 and figures["documents"] == 2
+    figures = row_figures(nll, np.array([True, True, False, False]), np.array([1, 2, 1, 4]), document, 1000, 0)
+    assert figures["nats_per_token"] == 2.0 and figures["documents"] == 2 and figures["accuracy"] == 0.5
     assert figures["bits_per_byte"] == pytest.approx(8 / math.log(2) / 8)
     assert figures["interval"] == [1.0, 5.0]  # two documents: resamples reach both extremes
-    assert evaluation.statistics(nll, nll, np.zeros(4, int), 1000, 0)["interval"] is None
+    assert row_figures(nll, nll > 2, nll, np.zeros(4, int), 1000, 0)["interval"] is None
     assert figures["per_document"] == {"document": [0, 2], "nll": [3.0, 5.0], "tokens": [3, 1]}
 
 
@@ -145,7 +145,7 @@ def test_bootstrap_interval_covers_as_it_says():
     for trial in range(100):
         means = generator.normal(2.0, 0.3, 40)
         nll = np.repeat(means, 5)
-        low, high = evaluation.statistics(nll, np.ones(200), np.repeat(np.arange(40), 5), 1000, trial)["interval"]
+        low, high = row_figures(nll, nll > 2, np.ones(200), np.repeat(np.arange(40), 5), 1000, trial)["interval"]
         hits += low <= 2.0 <= high
     assert 86 <= hits <= 100
 
@@ -189,7 +189,7 @@ def test_command_writes_a_report_that_names_its_conditions(run, data, capsys):
     printed = capsys.readouterr().out
     (path,) = (run / "eval").glob("*.json")
     report = json.loads(path.read_text())
-    assert {(r["length"], r["protocol"]) for r in report["results"]} == {(n, p) for n in (16, 32, 64) for p in evaluation.PROTOCOLS}
+    assert {(r["length"], r["protocol"]) for r in report["results"]} == {(n, p) for n in (16, 32, 64) for p in ("same-targets", "nonoverlapping")}
     assert f"{row(report, 64)['nats_per_token']:.4f}" in printed
     assert report["data_hash"] == open_data(data.folder).hash and report["step"] == 4
     assert report["checkpoint_sha256"] == (run / "checkpoints" / "step_4.pt.sha256").read_text().strip()
