@@ -57,7 +57,7 @@ def draw(runs: list[dict], out: Path) -> None:
     if lengths:
         trained = runs[0]["config"]["block_size"]
         far.axvline(trained, color="black", linestyle=":", linewidth=1)
-        far.annotate("training length", (trained, 0.02), xycoords=("data", "axes fraction"), rotation=90, va="bottom", ha="right", fontsize=8)
+        far.annotate("training length", (trained, 0.4), xycoords=("data", "axes fraction"), rotation=90, va="center", ha="right", fontsize=8)
         far.set_xscale("log", base=2)
         far.set_xticks(lengths, [str(n) for n in lengths])
     token = "byte" if all(r["tokenizer"] == "byte" for r in runs) else "token"
