@@ -33,6 +33,7 @@ from model import SCHEMES as KNOWN
 from model import nearest
 
 CONFIG = REPO / "configs" / "quickstart.yaml"
+BUILTIN = Path(os.path.relpath(REPO / "data" / "builtin-byte"))  # relative, since the runs record it
 SCHEMES = ("learned", "rope", "crope", "comrope", "carope")
 MAX_TARGETS = 16384  # scored bytes an evaluation
 
@@ -232,7 +233,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="seeds a scheme, paired over schemes (default: 1)")
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), help=f"schemes to compare (default: {' '.join(SCHEMES)})")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of the runs (default: runs/quickstart)")
-    parser.add_argument("--data", type=Path, default=REPO / "data" / "builtin-byte", help="data folder (default: data/builtin-byte, made if missing)")
+    parser.add_argument("--data", type=Path, default=BUILTIN, help="data folder (default: data/builtin-byte, made if missing)")
     parser.add_argument("--config", type=Path, default=CONFIG, help="recipe (default: configs/quickstart.yaml)")
     parser.add_argument("--parallel", type=int, help="runs at a time (default: 1 on a GPU, else one a core and at most 2; one thread each if more than one)")
     args = parser.parse_args()
@@ -250,7 +251,7 @@ def main() -> None:
     try:
         recipe = yaml.safe_load(args.config.read_text())
         lengths = [recipe["block_size"] * n for n in (1, 2, 4, 8)]
-        if args.data == REPO / "data" / "builtin-byte":
+        if args.data == BUILTIN:
             prepared = subprocess.run([sys.executable, str(REPO / "data" / "prepare.py"), "builtin", "--out", str(args.data)])
             if prepared.returncode:
                 sys.exit(prepared.returncode)
