@@ -1,5 +1,12 @@
-"""One thread a process: the suite runs in two processes (pytest.ini), and more threads than cores slow both down."""
+"""What holds for every test process."""
 
 import os
+import signal
+import threading
 
+# The suite runs in two processes (pytest.ini), and more threads than cores slow both down
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell starts background jobs with Ctrl-C ignored, which would pass on to the programs that the tests interrupt
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
