@@ -9,6 +9,7 @@
 """
 
 import hashlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -144,6 +145,11 @@ def find(run: str | Path, which: str = "last") -> Path:
         have = [f.name for f in [run / "last.pt", run / "best.pt", *step_files(run)] if f.exists()]
         raise OSError(f"{run} has no checkpoint {which!r}; it has {', '.join(have) or 'none: was it trained?'}")
     return path
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """The whole lines of a run's metrics.jsonl, which may be being written. OSError where there is none."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
 
 
 def build_model(state: dict, **changes) -> GPT:

@@ -174,14 +174,12 @@ def initial_model(config: RunConfig, tokenizer_hash: str) -> GPT:
         state = checkpoint.load(checkpoint.find(config.init_from))
         if state["tokenizer"]["sha256"] != tokenizer_hash:
             raise ValueError(f"init_from {config.init_from} was trained with the tokenizer {state['tokenizer']['name']}, which is not that of {config.data_dir}")
-        model = checkpoint.build_model(state, block_size=config.block_size, dropout=config.dropout)
     else:
-        model = GPT.from_pretrained(config.init_from)
-        gpt2 = load_tokenizer("gpt2")
-        if model.config.vocab_size == gpt2.n_vocab and gpt2.sha256 != tokenizer_hash:
+        pretrained, gpt2 = GPT.from_pretrained(config.init_from), load_tokenizer("gpt2")
+        if pretrained.config.vocab_size == gpt2.n_vocab and gpt2.sha256 != tokenizer_hash:
             raise ValueError(f"init_from {config.init_from} has GPT-2's vocabulary, and {config.data_dir} another tokenizer")
-        state = {"config": dataclasses.asdict(model.config), "model": model.state_dict()}
-        model = checkpoint.build_model(state, block_size=config.block_size, dropout=config.dropout)
+        state = {"config": dataclasses.asdict(pretrained.config), "model": pretrained.state_dict()}
+    model = checkpoint.build_model(state, block_size=config.block_size, dropout=config.dropout)
     differ = []
     for name in ("n_layer", "n_head", "n_embd", "bias", "vocab_size", "pos", "pos_options"):
         have, asked = getattr(model.config, name), getattr(config, name)
@@ -479,8 +477,7 @@ def run_training(config: RunConfig, ranks: Ranks, device: torch.device) -> dict:
             model, device_ids=[device.index] if device.type == "cuda" else None, forward_sync_buffers=False, gradient_as_bucket_view=True
         )
     log, stop = Log(config, run, ranks, step), Stop()
-    failed, flops = True, peak_flops(device)
-    tokens_per_flops = raw_model.flops_per_token()
+    failed, flops, flops_per_token = True, peak_flops(device), raw_model.flops_per_token()
     if step == 0:
         c = config
         log.say(
@@ -494,6 +491,10 @@ def run_training(config: RunConfig, ranks: Ranks, device: torch.device) -> dict:
             log.write(**{"step": 0, "tokens": 0, "val/loss": val_loss})
         if step >= config.max_steps:
             log.say(f"{run} is at step {step} of {config.max_steps}: nothing to do")
+
+        def state_now() -> dict:
+            return snapshot(raw_model, optimizer, scaler, config, data, step, best, bad_steps, val_loss)
+
         clock, clock_step, saved, owed = time.monotonic(), step, step, False
         while step < config.max_steps:
             # --- one optimizer step
@@ -539,7 +540,7 @@ def run_training(config: RunConfig, ranks: Ranks, device: torch.device) -> dict:
                 speed = (step - clock_step) * config.batch_tokens / (now - clock)
                 clock, clock_step = now, step
                 memory, loss = peak_memory(device), loss_sum.item()
-                mfu = speed * tokens_per_flops / (flops * ranks.world) if flops else None
+                mfu = speed * flops_per_token / (flops * ranks.world) if flops else None
                 log.write(
                     **{"step": step, "tokens": step * config.batch_tokens, "train/loss": loss, "lr": rate, "grad_norm": norm.item()},
                     **{"tokens_per_s": speed, "mfu": mfu, "peak_memory": memory},
@@ -556,12 +557,12 @@ def run_training(config: RunConfig, ranks: Ranks, device: torch.device) -> dict:
                 if val_loss < best:
                     best = val_loss
                     if ranks.main:
-                        checkpoint.save(run / "best.pt", snapshot(raw_model, optimizer, scaler, config, data, step, best, bad_steps, val_loss))
+                        checkpoint.save(run / "best.pt", state_now())
             owed = owed or bool(config.checkpoint_interval) and step % config.checkpoint_interval == 0
             if end or interrupted or (owed and not bad_steps):  # while steps are bad, no checkpoint takes the place of a good one
                 if ranks.main:
                     keep = config.keep_checkpoints if not bad_steps else sys.maxsize
-                    checkpoint.save_step(run, snapshot(raw_model, optimizer, scaler, config, data, step, best, bad_steps, val_loss), keep)
+                    checkpoint.save_step(run, state_now(), keep)
                 saved, owed = step, False
                 if end or interrupted:
                     ranks.wait()  # torchrun ends the others when one has left

@@ -16,6 +16,9 @@ VOCABULARY_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b772
 PIECE = 2**18  # characters; a longer text is encoded in pieces
 # Before a single space between other characters every one of the patterns begins a new word, whatever surrounds them.
 SAFE_CUT = re.compile(r"(?<=\S) (?=\S)")
+# How GPT-2's files write bytes, in the order of its first 256 ids: the printable ones as themselves, the others as chr(256), ….
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+BYTE_CHARACTERS = {b: chr(b) for b in _PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(sorted({*range(256)} - {*_PRINTABLE}))}
 # GPT-2's pattern, in the form that tiktoken found to be equivalent and faster.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
@@ -99,11 +102,8 @@ def _gpt2():
         raise DataError(f"GPT-2's vocabulary {VOCABULARY} cannot be read ({error}); restore it: git checkout data") from None
     if hashlib.sha256(merges).hexdigest() != VOCABULARY_SHA256:
         raise DataError(f"GPT-2's vocabulary {VOCABULARY} is not the published one; restore it: git checkout data")
-    # The file writes bytes as characters: the printable ones as themselves, which come first, the others as chr(256), ….
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in printable]
-    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-    tokens = [bytes([b]) for b in printable + others]
+    byte_of = {character: b for b, character in BYTE_CHARACTERS.items()}
+    tokens = [bytes([b]) for b in BYTE_CHARACTERS]
     for line in merges.decode().splitlines()[1:]:  # after the version: one merge a line, in order of rank
         tokens.append(bytes(byte_of[c] for c in line if c != " "))
     encoding = tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks={t: i for i, t in enumerate(tokens)},

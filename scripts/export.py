@@ -18,7 +18,7 @@ sys.path.insert(0, str(REPO))
 import torch
 
 import checkpoint
-from data.tokenizer import VOCABULARY, load_tokenizer
+from data.tokenizer import BYTE_CHARACTERS, VOCABULARY, load_tokenizer
 from model import GPT
 
 REASONS = {
@@ -86,9 +86,7 @@ def tokenizer_of(name: str):
     import transformers
 
     ours = load_tokenizer(name)
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # byte-level BPE writes the others as chr(256), …
-    character = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in printable)}
-    vocabulary = {"".join(character[b] for b in token): i for i, token in enumerate(ours.tokens)} | {"<|endoftext|>": ours.eot}
+    vocabulary = {"".join(BYTE_CHARACTERS[b] for b in token): i for i, token in enumerate(ours.tokens)} | {"<|endoftext|>": ours.eot}
     merges = []
     if name == "gpt2":
         merges = [tuple(line.split(" ")) for line in lzma.decompress(VOCABULARY.read_bytes()).decode().splitlines()[1:]]

@@ -15,6 +15,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import yaml
 
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+from checkpoint import read_metrics
+
 # Okabe & Ito's colours, which colour-blind readers can tell apart; markers for print
 STYLES = {
     "learned": ("#000000", "o"), "sinusoidal": ("#999999", "P"), "none": ("#999999", "x"), "rope": ("#0072B2", "s"),
@@ -24,12 +29,10 @@ STYLES = {
 
 def read(run: Path, report: str) -> dict:
     """Config, metrics and an evaluation of a run's folder. OSError, ValueError or KeyError for what is missing or broken."""
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
-    path = run / "eval" / report
-    evaluation = json.loads(path.read_text())
+    evaluation = json.loads((run / "eval" / report).read_text())
     return {
         "config": yaml.safe_load((run / "config.yaml").read_text()),
-        "train": [(m["tokens"], m["train/loss"]) for m in metrics if m.get("train/loss") is not None],
+        "train": [(m["tokens"], m["train/loss"]) for m in read_metrics(run) if m.get("train/loss") is not None],
         "results": evaluation["results"],
         "tokenizer": evaluation["tokenizer"]["name"],
     }
@@ -67,7 +70,12 @@ def draw(runs: list[dict], out: Path) -> None:
     start = [value for r in runs for _, value in r["train"][len(r["train"]) // 10 :][:1]]
     if final and max(start) > min(final):
         loss.set_ylim(min(final) - 0.1, max(start) + 0.1)
-    for axes in (far, loss):
+    write(figure, out)
+
+
+def write(figure, out: Path) -> None:
+    """The common look of all panels, and the file."""
+    for axes in figure.axes:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)

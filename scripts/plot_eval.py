@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import NullFormatter, ScalarFormatter
-from plot import STYLES
+from plot import STYLES, write
 
 LINES = {"none": "-", "pi": ":", "ntk": "--", "yarn": "-."}
 
@@ -80,11 +80,7 @@ def draw(reports: list[dict], out: Path, protocol: str) -> None:
         for trained in {r["block_size"] for r in reports}:
             panel.axvline(trained, color="black", linestyle=":", linewidth=1)
             panel.annotate("training length", (trained, 0.98), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="right", fontsize=8)
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize=8)
-        panel.spines[["top", "right"]].set_visible(False)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=150)
+    write(figure, out)
 
 
 def main() -> None:

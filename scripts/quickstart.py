@@ -27,6 +27,7 @@ sys.path.insert(0, str(REPO))
 
 import torch
 
+from checkpoint import read_metrics
 from data.shards import open_data
 from eval import document_interval
 from model import SCHEMES as KNOWN
@@ -66,9 +67,7 @@ class Job:
         return self.run / "eval" / "quickstart.json"
 
     def metrics(self) -> list[dict]:
-        path = self.run / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.is_file() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        return read_metrics(self.run) if (self.run / "metrics.jsonl").is_file() else []
 
     def step(self) -> int:
         return max((m["step"] for m in self.metrics()), default=0)
