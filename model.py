@@ -11,8 +11,10 @@ Channels of a head are paired as neighbours, (0,1)(2,3)…, each pair one comple
     _, loss = model(idx, targets)       # mean cross-entropy, scalar; targets of -1 are ignored
 """
 
+import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import inspect
 import json
@@ -147,11 +149,11 @@ def linear_nll(h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> 
     dtype, exact = head_dtype(h), wide(h.dtype)
     nll = torch.zeros(targets.shape, dtype=exact, device=h.device)
     with no_autocast(h.device):
-        keep = targets >= 0
-        scored, target, head = h[keep].to(dtype), targets[keep], weight.to(dtype)  # (n, C), (n,): no logits for the rest
+        keep = ... if torch.compiler.is_compiling() else targets >= 0  # no logits for the rest; a graph's shapes are fixed
+        scored, target, head = h[keep].reshape(-1, h.size(-1)).to(dtype), targets[keep].reshape(-1), weight.to(dtype)  # (n, C), (n,)
         rows = chunk_rows(weight.size(0), h.device)
-        parts = [F.cross_entropy((x @ head.t()).to(exact), y, reduction="none") for x, y in zip(scored.split(rows), target.split(rows))]
-        nll[keep] = torch.cat(parts)
+        parts = [F.cross_entropy((x @ head.t()).to(exact), y, ignore_index=-1, reduction="none") for x, y in zip(scored.split(rows), target.split(rows))]
+        nll[keep] = torch.cat(parts).view(targets[keep].shape)
     return nll
 
 
@@ -238,13 +240,19 @@ class Context:
     dtype: torch.dtype  # of angles and phases: max(float32, model dtype)
     device: torch.device
     embedding: torch.Tensor | None = None  # (B, T, C) token embeddings
-    shared: Any = None  # what the scheme's `prepare` made for all layers
+    constants: list | None = None  # what the scheme's `constants` made of the parameters, an item a layer
+    block_mask: Any = None  # FlexAttention's causal mask, where a score bias goes through it
+    shared: Any = None  # what the scheme's `prepare` made for this layer
 
     @property
     def positions(self) -> torch.Tensor:
         """(T,) float64 on `double_device`: exact for every length."""
         end = self.start + self.length
         return torch.arange(self.start, end, dtype=torch.float64, device=double_device(self.device))
+
+    def of_layer(self, shared: Any) -> "Context":
+        """The same for one layer, with its own item of what `prepare` made."""
+        return Context(self.start, self.length, self.dtype, self.device, self.embedding, self.constants, self.block_mask, shared)
 
     def cos_sin(self, angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of float64 angles, in the dtype and on the device of this pass."""
@@ -260,7 +268,8 @@ class Attention(nn.Module):
 
     embedding    what is added to the token embeddings (learned, sinusoidal)
     projection   the Q/K/V projection (crope)
-    prepare      work shared by all layers, once per forward (rope's table, comrope's eigenproblem)
+    constants    work on parameters alone, without gradient: once per forward or optimizer step (comrope's eigenproblem)
+    prepare      other work for all layers, once per forward, outside compiled blocks (rope's table)
     turn         q and k, given positions and the block's normed input (rope, comrope, carope)
     score_bias   what is added to the scores (alibi)
     """
@@ -290,8 +299,15 @@ class Attention(nn.Module):
         return nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
 
     @classmethod
-    def prepare(cls, layers: list["Attention"], ctx: Context) -> Any:
-        """Made once per forward pass for all layers; found as `ctx.shared`."""
+    def constants(cls, layers: list["Attention"]) -> list | None:
+        """An item a layer, made of parameters alone, without gradient; `prepare` finds the list as `ctx.constants`. Once per
+        forward pass, or once within GPT.parameters_fixed."""
+        return None
+
+    @classmethod
+    def prepare(cls, layers: list["Attention"], ctx: Context) -> list | None:
+        """An item a layer, which that layer finds as `ctx.shared`; once per forward pass. A layer sees no other's item, so
+        that one compiled block serves all layers."""
         return None
 
     def project(self, x: torch.Tensor, ctx: Context) -> torch.Tensor:
@@ -347,9 +363,8 @@ class Attention(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
         if bias is None and ctx.length == 1:  # one new token sees every cached one
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        # FlexAttention compiles for each length, and is worth it in training, where there is one
-        if bias is not None and q.is_cuda and ctx.start == 0 and dropout == 0 and torch.is_grad_enabled():
-            return flex_attend(q, k, v, bias)
+        if bias is not None and ctx.block_mask is not None:
+            return flex_attend(q, k, v, bias, ctx.block_mask)
         # Dense mask and bias for a chunk of queries at a time: at most 2^24 elements (64 MB) exist at once
         rows = max(1, 2**24 // (q.size(1) * k.size(2)))
         heads = torch.arange(q.size(1), device=q.device).view(-1, 1, 1)
@@ -372,24 +387,38 @@ class Attention(nn.Module):
         return torch.cat(out, 2)
 
 
-def flex_attend(q, k, v, bias):
+def flex_fits(ctx: Context, dropout: float) -> bool:
+    """Whether a score bias goes through FlexAttention: it compiles for each length, and is worth it in training, where there is one."""
+    return ctx.device.type == "cuda" and ctx.start == 0 and dropout == 0 and torch.is_grad_enabled()
+
+
+def causal(batch, head, m, n):
+    """FlexAttention's mask_mod: whether query m may see key n."""
+    return n <= m
+
+
+@functools.lru_cache(maxsize=8)
+def causal_block_mask(length: int, device: torch.device):
+    """The causal mask of FlexAttention, made outside compiled blocks and kept: building it costs more than using it."""
+    import torch.nn.attention.flex_attention as flex
+
+    return flex.create_block_mask(causal, None, None, length, length, device=device)
+
+
+@functools.cache
+def compiled_flex_attention():
+    import torch.nn.attention.flex_attention as flex
+
+    return torch.compile(flex.flex_attention, dynamic=False)
+
+
+def flex_attend(q, k, v, bias, block_mask):
     """Causal attention with a score bias on a GPU, by FlexAttention: no (T, T) bias ever exists."""
     import torch.nn.attention.flex_attention as flex
 
-    T = q.size(2)
-    key = (T, str(q.device))
-    if key not in _block_masks:
-        _block_masks[key] = flex.create_block_mask(lambda b, h, m, n: n <= m, None, None, T, T, device=q.device)
-    attend = flex.flex_attention
-    if not torch.compiler.is_compiling():  # uncompiled, it would form all scores
-        if "attend" not in _compiled:
-            _compiled["attend"] = torch.compile(attend, dynamic=False)
-        attend = _compiled["attend"]
-    return attend(q, k, v, score_mod=lambda s, b, h, m, n: s + bias(b, h, m, n), block_mask=_block_masks[key])
-
-
-_block_masks: dict = {}
-_compiled: dict = {}
+    # Uncompiled, it would form all scores
+    attend = flex.flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
+    return attend(q, k, v, score_mod=lambda s, b, h, m, n: s + bias(b, h, m, n), block_mask=block_mask)
 
 
 class Learned(Attention):
@@ -479,7 +508,7 @@ class RoPE(Attention):
     @classmethod
     def prepare(cls, layers, ctx):
         """cos and sin (T, 1, 1, D/2), the same in all layers unless the frequencies are explicit."""
-        return None if layers[0].explicit else layers[0].angles(ctx)
+        return None if layers[0].explicit else [layers[0].angles(ctx)] * len(layers)
 
     def angles(self, ctx):
         frequencies = self.frequencies().to(double_device(ctx.device)).view(-1, self.head_width // 2)  # (1 or H, D/2)
@@ -529,6 +558,26 @@ class CRoPE(RoPE):
         return ComplexLinear(config.n_embd, config.bias)
 
 
+def svd_of_small(M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """U, S, Vᵀ of M (..., n, n), S ≥ 0 in no order. 1×1 and 2×2 in closed form, which unlike torch.linalg.svd never makes a
+    CUDA device wait for the host; for n = 4, comrope's default block of 8, GPT.parameters_fixed keeps that to once a step."""
+    if M.size(-1) > 2:
+        return torch.linalg.svd(M)
+    if M.size(-1) == 1:
+        return torch.where(M < 0, -1.0, 1.0).to(M), M.abs()[..., 0], torch.ones_like(M)
+    # M = r·rot(α) + s·rot(β)·diag(1, -1): of singular values r + s and r - s, and of rotations by half sums and differences of angles
+    (a, b), (c, d) = (row.unbind(-1) for row in M.unbind(-2))
+    alpha, beta = torch.atan2(c - b, a + d), torch.atan2(c + b, a - d)
+    r, s = torch.hypot(a + d, c - b) / 2, torch.hypot(a - d, c + b) / 2
+
+    def rotation(angle):
+        cos, sin = angle.cos(), angle.sin()
+        return torch.stack((cos, -sin, sin, cos), -1).unflatten(-1, (2, 2))
+
+    signs = torch.stack((torch.ones_like(r), torch.where(r < s, -1.0, 1.0).to(r)), -1)
+    return rotation((alpha + beta) / 2) * signs.unsqueeze(-2), torch.stack((r + s, (r - s).abs()), -1), rotation((alpha - beta) / 2)
+
+
 def skew_canonical_form(A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A = Q (⊕_k ω_k [[0, -1], [1, 0]]) Qᵀ for skew-symmetric A (..., b, b), b even: Q (..., b, b) orthogonal,
     ω (..., b/2) ≥ 0, in A's dtype. No gradient.
@@ -552,7 +601,7 @@ def skew_canonical_form(A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             A = A - 2 * (A @ v) @ v.mT
             Q = Q - 2 * (Q @ v) @ v.mT
         # A maps even coordinates to odd ones by M and odd to even by -Mᵀ: M = U S Vᵀ gives A v_k = s_k u_k, A u_k = -s_k v_k
-        U, omega, Vh = torch.linalg.svd(A[..., 1::2, 0::2])
+        U, omega, Vh = svd_of_small(A[..., 1::2, 0::2])
         frame = torch.stack((Q[..., 0::2] @ Vh.mT, Q[..., 1::2] @ U), -1).flatten(-2)  # columns v_0 u_0 v_1 u_1 …
         return frame, omega
 
@@ -656,14 +705,18 @@ class ComRoPE(Attention):
         return A if self.theta is None else A * self.theta[..., None, None]
 
     @classmethod
-    def prepare(cls, layers, ctx):
-        """Generators, frames and frequencies of all layers by one batched decomposition: a list over layers of
-        A (H, D/b, b, b) with gradient, Q (H, D/b, b, b), ω (H, D/b, b/2) in float64 radians per token."""
-        with no_autocast(ctx.device):
+    def constants(cls, layers):
+        """Frames and frequencies of all layers by one batched decomposition: a layer's are Q (H, D/b, b, b) and
+        ω (H, D/b, b/2) in float64 radians per token."""
+        device = layers[0].P.device
+        with torch.no_grad(), no_autocast(device):
             A = torch.stack([layer.generators() for layer in layers])  # (L, H, D/b, b, b)
-            Q, omega = skew_canonical_form(A.to(double_device(ctx.device), torch.float64))
-            omega = omega / torch.tensor([layer.unit for layer in layers], dtype=omega.dtype, device=omega.device).view(-1, 1, 1, 1)
-            return {layer: item for layer, item in zip(layers, zip(A, Q, omega))}
+            Q, omega = skew_canonical_form(A.to(double_device(device), torch.float64))
+            return [(Q_l, omega_l / layer.unit) for layer, Q_l, omega_l in zip(layers, Q, omega)]
+
+    @classmethod
+    def prepare(cls, layers, ctx):
+        return ctx.constants
 
     def fold(self, Q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """c_attn's weight (3C, C) and bias with q and k in the frame: Qᵀ W_q, Qᵀ W_k."""
@@ -678,14 +731,16 @@ class ComRoPE(Attention):
         return turned(self.c_attn.weight), None if bias is None else turned(bias)
 
     def project(self, x, ctx):
-        _, Q, _ = ctx.shared[self]
+        Q, _ = ctx.shared
         with no_autocast(x.device):
             weight, bias = self.fold(Q)
         return F.linear(x, weight, bias)
 
     def turn(self, qk, x, ctx, cache):
-        A, Q, omega = ctx.shared[self]
-        if torch.is_grad_enabled() and A.requires_grad:
+        Q, omega = ctx.shared
+        if torch.is_grad_enabled() and self.P.requires_grad:
+            with no_autocast(x.device):
+                A = self.generators()
             qk = SkewGradient.apply(qk, A, Q, omega, self.unit, ctx.dtype, ctx.start)
         frequencies = omega.flatten(1)  # (H, D/2)
         return rotate(qk, *ctx.cos_sin(ctx.positions.view(-1, 1, 1, 1) * frequencies))
@@ -754,14 +809,18 @@ class ALiBi(Attention):
     by √D; slopes 2^(-8h/H), h = 1 … H, or the paper's interpolation where H is not a power of 2."""
 
     def slopes(self) -> torch.Tensor:
-        """(H,) float64."""
+        """(H,) float64, on the CPU."""
         power = 2 ** int(math.log2(self.n_head))
         slopes = [2 ** (-8 * h / power) for h in range(1, power + 1)]
         slopes += [2 ** (-4 * h / power) for h in range(1, 2 * (self.n_head - power), 2)]
-        return torch.tensor(slopes, dtype=torch.float64)
+        return torch.tensor(slopes, dtype=torch.float64, device="cpu")
+
+    @classmethod
+    def prepare(cls, layers, ctx):
+        return [layers[0].slopes().to(ctx.device, ctx.dtype)] * len(layers)
 
     def score_bias(self, ctx):
-        slopes = self.slopes().to(ctx.device, ctx.dtype)
+        slopes = ctx.shared
         return lambda batch, head, m, n: slopes[head] * (n - m)
 
 
@@ -894,6 +953,8 @@ class GPT(nn.Module):
             self.transformer["ln_f"] = LayerNorm(config.n_embd, config.bias)
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer["wte"].weight
+        self.losses = {"mean": linear_cross_entropy, "none": linear_nll}
+        self.fixed = None  # the scheme's constants, within parameters_fixed
         self.initialise(seed)
 
     # ---- parameters
@@ -950,16 +1011,19 @@ class GPT(nn.Module):
         if idx.device.type == "cpu" and not torch.compiler.is_compiling():
             self.check_tokens(idx, 0, "idx")
         embedding = self.transformer["wte"](idx)  # (B, T, C)
-        ctx = Context(start, idx.size(1), wide(embedding.dtype), idx.device, embedding)
-        layers = self.transformer["h"]
-        ctx.shared = scheme.prepare([block.attn for block in layers], ctx)
+        blocks, none = self.transformer["h"], [None] * self.config.n_layer
+        layers = [block.attn for block in blocks]
+        constants = scheme.constants(layers) if self.fixed is None else self.fixed
+        ctx = Context(start, idx.size(1), wide(embedding.dtype), idx.device, embedding, constants)
+        if scheme.score_bias is not Attention.score_bias and flex_fits(ctx, self.config.dropout if self.training else 0.0):
+            ctx.block_mask = causal_block_mask(ctx.length, ctx.device)
         x = embedding
         if "wpe" in self.transformer:
             positions = torch.arange(start, start + idx.size(1), device=idx.device)
             x = x + self.transformer["wpe"](positions).to(x.dtype)  # (T, C)
         x = F.dropout(x, self.config.dropout, self.training)
-        for block, cache in zip(layers, caches or [None] * len(layers)):
-            x = block(x, ctx, cache)
+        for block, shared, cache in zip(blocks, scheme.prepare(layers, ctx) or none, caches or none):
+            x = block(x, ctx.of_layer(shared), cache)
         return self.transformer["ln_f"](x)
 
     def forward(
@@ -980,8 +1044,36 @@ class GPT(nn.Module):
             return self.lm_head(x), None
         if targets.device.type == "cpu" and not torch.compiler.is_compiling():
             self.check_tokens(targets, -1, "targets")
-        loss = linear_cross_entropy if reduction == "mean" else linear_nll
-        return None, loss(x, self.lm_head.weight, targets)
+        return None, self.losses[reduction](x, self.lm_head.weight, targets)
+
+    @contextlib.contextmanager
+    def parameters_fixed(self):
+        """Within `with model.parameters_fixed():` the parameters do not change, as over the micro-batches of an optimizer
+        step: what depends on them alone and takes no gradient (comrope's frames and frequencies) is computed once, at the
+        entry. Values and gradients are those without it, bit for bit. Nothing is kept beyond it, or found by itself: an
+        optimizer's update need not show in a parameter's version."""
+        before = self.fixed
+        self.fixed = SCHEMES[self.config.pos].constants([block.attn for block in self.transformer["h"]])
+        try:
+            yield
+        finally:
+            self.fixed = before
+
+    def compile_parts(self, **options) -> None:
+        """torch.compile in place, by parts: each block, with one graph for all layers, and the loss. `options` are those of
+        torch.compile; shapes are static, and a graph break is an error. The names in the state dict stay.
+
+        Under DistributedDataParallel a block's gradients are there when its own backward ends, so that their reduction
+        overlaps with the backward of the blocks before it; one graph of the whole model has them all at its end.
+        """
+        import torch._dynamo
+
+        # A block is the grain that overlaps: without this, dynamo cuts its graph again at the sizes of DDP's buckets
+        torch._dynamo.config.optimize_ddp = False
+        options = {"fullgraph": True, "dynamic": False, **options}
+        for block in self.transformer["h"]:
+            block.compile(**options)
+        self.losses = {reduction: torch.compile(loss, **options) for reduction, loss in self.losses.items()}
 
     def check_length(self, length: int) -> None:
         """ValueError where the scheme cannot go to this length."""

@@ -107,7 +107,8 @@ def causal_scores(q, k):
 def layer_scores(attn, x, start, attended):
     """(H, T, T) scores of one attention layer for the normed input x (T, C), the first token at position `start`."""
     ctx = Context(start, x.size(0), x.dtype, x.device, x[None])
-    ctx.shared = attn.prepare([attn], ctx)
+    ctx.constants = attn.constants([attn])
+    (ctx.shared,) = attn.prepare([attn], ctx) or [None]
     attended.clear()
     attn(x[None], ctx)
     q, k, _ = attended[-1]
@@ -223,11 +224,13 @@ def test_bias_by_flex_attention_equals_the_dense_path(monkeypatch):
     model = build("alibi", torch.float32)
     attn, x = model.transformer.h[0].attn, torch.randn(2, 40, WIDTH)
     ctx = Context(0, 40, torch.float32, x.device)
+    (ctx.shared,) = attn.prepare([attn], ctx)
     q, k, v = torch.randn(3, 2, HEADS, 40, WIDTH // HEADS)
-    monkeypatch.setattr(model_module, "_compiled", {"attend": flex.flex_attention})
-    monkeypatch.setattr(model_module, "_block_masks", {})
-    fast = model_module.flex_attend(q, k, v, attn.score_bias(ctx))
-    close(fast, attn.attend(q, k, v, ctx), atol=2e-5)
+    dense = attn.attend(q, k, v, ctx)
+    monkeypatch.setattr(model_module, "compiled_flex_attention", lambda: flex.flex_attention)
+    ctx.block_mask = model_module.causal_block_mask(40, x.device)
+    fast = attn.attend(q, k, v, ctx)
+    close(fast, dense, atol=2e-5)
     assert not torch.allclose(fast, F.scaled_dot_product_attention(q, k, v, is_causal=True), atol=1e-2)
 
 
@@ -417,6 +420,8 @@ HARD_P = {
     "some zero": skew([[1.0, 0.0, 0.0, 2.0], [0.0, 0.0, 0.0, 0.5]], seed=3),
     "nearly zero": skew([[1.0, 1e-9, 1e-14, 2.0], [1e-5, 1e-30, 0.1, 0.5]], seed=4),
     "above pi": skew([[3.0, 6.0, 2 * math.pi, 7.0], [3.0, 2 * math.pi + 3.0, 1.0, 1.0 + 2 * math.pi]], seed=5),
+    "block 2": skew([[1.0], [-2.0], [0.0], [1e-10], [3.0], [7.0], [-1e-30], [0.5]]),
+    "block 4, aligned": skew([[1.0, -1.0], [-2.0, 0.5], [0.0, -3.0], [1.0, 1.0 + 1e-12]]),
     "block 4": skew([[1.0, 1.0], [0.0, 2.0], [0.0, 0.0], [3.0, 1e-10]], seed=6),
 }
 

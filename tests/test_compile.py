@@ -1,0 +1,172 @@
+"""GPT.compile_parts and GPT.parameters_fixed, in the loop that training has: micro-batches, validation, optimizer steps."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._dynamo.utils import counters
+from torch.nn.parallel import DistributedDataParallel
+
+import model as model_module
+from test_model import BLOCK, COMPILED, build, close, gradients, loss_and_gradients, tokens
+
+
+@pytest.fixture(autouse=True)
+def dynamo():
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(optimize_ddp=True):  # which compile_parts sets
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def decompositions(monkeypatch):
+    """The generators that were decomposed, an item a call."""
+    calls, decompose = [], model_module.skew_canonical_form
+    monkeypatch.setattr(model_module, "skew_canonical_form", lambda A: calls.append(A) or decompose(A))
+    return calls
+
+
+def train(model, steps=3, lr=1e-3):
+    """Steps of two micro-batches and clipped AdamW, a validation in the first; yields the graphs compiled so far and the gradients."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+    for step in range(steps):
+        if step == 0:
+            model.eval()
+            with torch.no_grad():
+                model(tokens(BLOCK), tokens(BLOCK, seed=1), reduction="none")
+            model.train()
+        with model.parameters_fixed():
+            for micro in range(2):
+                loss = model(tokens(BLOCK, seed=4 * step + micro), tokens(BLOCK, seed=4 * step + micro + 2))[1]
+                (loss / 2).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        yield counters["stats"]["unique_graphs"], gradients(model)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def graphs_of_training(case, backend, tolerance, layers=3):
+    """The number of graphs, the same after each step; the gradients are those of eager code."""
+    eager, model = (build(case, torch.float32, n_layer=layers) for _ in range(2))
+    names = list(model.state_dict())
+    model.compile_parts(backend=backend)
+    assert list(model.state_dict()) == names
+    (first, found), *later = train(model)
+    _, expected = next(train(eager))
+    for name in expected:
+        close(found[name], expected[name], rtol=tolerance, atol=tolerance * expected[name].abs().max().item(), msg=name)
+    assert [count for count, _ in later] == [first, first] and not counters["graph_break"]
+    return first
+
+
+@pytest.mark.parametrize("case", COMPILED)
+def test_blocks_compile_once(case):
+    """Training and validation of the block, whichever of 3, and of the loss: 4 graphs. Of carope with the embedding as source the first block
+    is told of one tensor twice, as its input and as the embedding, which dynamo takes for another graph."""
+    assert graphs_of_training(case, "aot_eager", 1e-4) == 4 + 2 * (case == "carope embedding")
+
+
+def test_blocks_compile_once_by_inductor():
+    assert graphs_of_training("comrope", "inductor", 1e-3) == 4
+
+
+def test_compiled_parts_with_dropout_and_autocast():
+    """Dropout draws other numbers in a graph; its share is the same. Under autocast the loss stays float32."""
+    model = build("rope", torch.float32, dropout=0.5)
+    model.compile_parts(backend="aot_eager")
+    idx, targets = tokens(BLOCK), tokens(BLOCK, seed=1)
+    losses = [model(idx, targets)[1].item() for _ in range(2)]
+    assert losses[0] != losses[1]
+    model.eval()
+    close(model(idx, targets)[1], build("rope", torch.float32)(idx, targets)[1], atol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = model(idx, targets)[1]
+    assert low.dtype == torch.float32
+    close(low, model(idx, targets)[1], rtol=2e-2)
+
+
+def test_compiled_parts_ignore_targets_and_generate():
+    model, idx, targets = build("rope", torch.float32), tokens(BLOCK), tokens(BLOCK, seed=1)
+    targets[0, :5] = -1
+    expected = [model(idx, targets)[1], model(idx, targets, reduction="none")[1], model.generate(idx, 3, temperature=0)]
+    model.compile_parts(backend="eager")
+    with torch.no_grad():
+        close(model(idx, targets)[1], expected[0], atol=1e-5)
+    close(model(idx, targets, reduction="none")[1], expected[1], atol=1e-5)
+    assert torch.equal(model.generate(idx, 3, temperature=0), expected[2])
+
+
+@pytest.mark.parametrize("case", ["comrope", "rope"])
+def test_compiled_parts_under_ddp(case):
+    """DDP around compiled blocks: the same gradients, and no graph cut at DDP's buckets."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model, idx, targets = build(case, torch.float32, n_embd=240), tokens(BLOCK), tokens(BLOCK, seed=1)
+        expected = loss_and_gradients(model, model, idx, targets)
+        model.compile_parts(backend="aot_eager")
+        parallel = DistributedDataParallel(model, bucket_cap_mb=1)
+        with model.parameters_fixed():
+            found = loss_and_gradients(model, parallel, idx, targets)
+        close(found[0], expected[0], atol=1e-5)
+        for name in expected[1]:
+            close(found[1][name], expected[1][name], atol=1e-5, rtol=1e-4, msg=name)
+        assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    finally:
+        dist.destroy_process_group()
+
+
+def test_flex_attention_in_compiled_blocks(monkeypatch):
+    """A score bias through FlexAttention, its block mask made outside; on a CPU that is possible without gradient only."""
+    model, idx = build("alibi", torch.float32, n_embd=96), tokens(40)
+    with torch.no_grad():
+        expected = model(idx)[0]
+        monkeypatch.setattr(model_module, "flex_fits", lambda ctx, dropout: True)
+        model.compile_parts(backend="aot_eager")
+        close(model(idx)[0], expected, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+# ------------------------------------------------------------------------------------------------
+# parameters_fixed
+
+
+@pytest.mark.parametrize("case", ["comrope", "comrope 4 ld", "comrope 2 unit"])
+def test_one_decomposition_a_step(case, decompositions):
+    model = build(case, torch.float32)
+    list(train(model, steps=3))
+    assert len(decompositions) == 3 + 1  # the validation lies outside
+
+
+@pytest.mark.parametrize("case", ["comrope", "comrope 4 ld", "rope", "carope"])
+def test_fixed_parameters_change_no_bit(case):
+    model = build(case, torch.float32)
+    micro_batches = [(tokens(BLOCK, seed=i), tokens(BLOCK, seed=i + 9)) for i in range(3)]
+    for x, y in micro_batches:
+        model(x, y)[1].backward()
+    expected = gradients(model)
+    model.zero_grad()
+    with model.parameters_fixed():
+        for x, y in micro_batches:
+            model(x, y)[1].backward()
+    for name, gradient in gradients(model).items():
+        assert torch.equal(gradient, expected[name]), name
+
+
+def test_nothing_is_kept_beyond_fixed_parameters(decompositions):
+    """Not after the end, not after an error inside, not into the next one: an update by p.data shows at once."""
+    model, idx = build("comrope"), tokens(BLOCK)
+    with model.parameters_fixed():
+        before = model(idx)[0]
+    with pytest.raises(KeyError), model.parameters_fixed():
+        raise KeyError
+    for block in model.transformer["h"]:
+        block.attn.P.data.mul_(1.5)
+    after = model(idx)[0]
+    assert not torch.allclose(after, before, atol=1e-3)
+    with model.parameters_fixed():
+        assert torch.equal(model(idx)[0], after)
+        with model.parameters_fixed():
+            pass
+        assert torch.equal(model(idx)[0], after)
+    assert len(decompositions) == 5  # at four entries, and in the one forward pass outside
