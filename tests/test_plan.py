@@ -181,8 +181,8 @@ def test_peak_is_what_the_allocator_hands_out(pos, accumulation):
 
 def test_memory_on_a_gpu_by_hand():
     """GPT-2 in bfloat16 with a flash kernel, every saved byte of a token: L blocks of C channels, H heads."""
-    C, L, H = 768, 12, 12
-    saved = simulate(GPTConfig(pos="none"), 4, torch.bfloat16, gpu=True).saved
+    C, L, H = 768, 2, 12
+    saved = simulate(GPTConfig(pos="none", n_layer=L), 4, torch.bfloat16, gpu=True).saved
     tokens = 4 * 1024
     assert saved["attention"] == tokens * L * (2 * C + 2 * 3 * C + 2 * C + 4 * H) + 24 * L  # input, q k v, output; log-sum-exp in float32; random state
     assert saved["MLP"] == tokens * L * (2 * C + 2 * 4 * C + 2 * 4 * C)  # input, before and after GELU
@@ -191,9 +191,9 @@ def test_memory_on_a_gpu_by_hand():
     assert saved["autocast's weights"] == L * 12 * C**2 * 2
     gradients = 4 * 50304 * C + 4 * tokens * C + 4  # of the head's weight and its input, and the loss
     assert saved["loss head"] == gradients + 8  # and the count of targets
-    rope = simulate(GPTConfig(pos="rope"), 4, torch.bfloat16, gpu=True).saved["attention"]
+    rope = simulate(GPTConfig(pos="rope", n_layer=L), 4, torch.bfloat16, gpu=True).saved["attention"]
     assert rope - saved["attention"] == L * (tokens * 2 * 2 * C + 1024 * 64 // 2 * 8)  # q and k turned; a complex table
-    alibi = simulate(GPTConfig(pos="alibi"), 4, torch.bfloat16, gpu=True).saved["attention"]
+    alibi = simulate(GPTConfig(pos="alibi", n_layer=L), 4, torch.bfloat16, gpu=True).saved["attention"]
     assert 0 <= alibi - saved["attention"] <= L * H * 8  # FlexAttention: slopes, and no (T, T) matrix
 
 
