@@ -1,0 +1,354 @@
+"""plan.py: its figures against formulas worked out by hand, and against real passes of real models."""
+
+import dataclasses
+import math
+import random
+import resource
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import checkpoint
+from config import RunConfig
+from data.prepare import prepare
+from data.shards import open_data
+from model import GPT, SCHEMES, GPTConfig, chunk_rows
+from plan import main, memory, plan, scheme_table, show, simulate
+from train import autocast, make_optimizer
+
+CPU = torch.device("cpu")
+# Shape of the small models. The vocabulary is large enough for the loss head to work in chunks: 2^23 / 20,032 = 418 rows
+ROWS, LENGTH, LAYERS, HEADS, WIDTH, VOCAB = 5, 96, 3, 2, 64, 20032
+SHAPE = GPTConfig(block_size=LENGTH, vocab_size=VOCAB, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH)
+SMALL = RunConfig(block_size=1024, data_dir="nowhere")  # GPT-2 small, 19,000 steps of 524,288 tokens
+schemes = pytest.mark.parametrize("pos", SCHEMES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run(**fields):
+    """The RunConfig of a small run on the CPU: 4 × 5 windows a step."""
+    shape = {f: getattr(SHAPE, f) for f in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")}
+    return RunConfig(**{**shape, "data_dir": "nowhere", "batch_tokens": 4 * ROWS * LENGTH, "micro_batch_size": ROWS, "device": "cpu", **fields})
+
+
+def ids():
+    return torch.randint(VOCAB, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+# ---- parameters
+
+
+@schemes
+def test_parameters_add_up(pos):
+    p = plan(run(pos=pos, bias=True), details=False)
+    model = GPT(p.config.model_config())
+    assert sum(n for part, n in p.parameters.items() if part != "total") == p.parameters["total"] == model.parameter_count() == sum(p.groups.values())
+    assert p.flops_per_token == model.flops_per_token()
+    own = {n for n, _ in model.named_parameters()} - {n for n, _ in GPT(dataclasses.replace(p.config.model_config(), pos="none")).named_parameters()}
+    if pos != "crope":  # whose projection has other names
+        parameters = dict(model.named_parameters())
+        assert p.parameters.get("positional table", 0) + p.parameters.get("positional scheme", 0) == sum(parameters[n].numel() for n in own)
+
+
+def test_gpt2_small_parameters_by_part():
+    p = plan(dataclasses.replace(SMALL, pos="learned", bias=True, vocab_size=50257), details=False)
+    assert p.parameters["token embedding (tied)"] == 50257 * 768
+    assert p.parameters["positional table"] == 1024 * 768
+    assert p.parameters["attention projections"] == 12 * (4 * 768**2 + 4 * 768)
+    assert p.parameters["MLP"] == 12 * (8 * 768**2 + 5 * 768)
+    assert p.parameters["total"] == 124_439_808  # the figure everyone knows
+
+
+# ---- FLOPs
+
+
+@schemes
+def test_flops_of_a_real_pass(pos):
+    """All matrix products, attention aside, as torch's own counter sees them in a real model; and attention: the flash
+    kernel's seven products of T² scores (two forward, one recomputed, four backward) where the plain one has six."""
+    count = simulate(dataclasses.replace(SHAPE, pos=pos), ROWS, torch.bfloat16, gpu=True)
+    model = GPT(dataclasses.replace(SHAPE, pos=pos))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        with autocast(CPU, torch.bfloat16):  # in float32 on a CPU the head's accumulation is an operation that the counter does not know
+            loss = model(ids(), ids())[1]
+        loss.backward()
+    assert count.attention == 14 * LAYERS * WIDTH * LENGTH * ROWS * LENGTH
+    assert counter.get_total_flops() == count.products - count.attention // 7
+
+
+@pytest.mark.parametrize("dtype, gpu", [("float32", False), ("bfloat16", True)])
+@schemes
+def test_flops_by_hand(pos, dtype, gpu):
+    """6 FLOPs per weight of a product and token, and what schemes add, worked out from their definitions."""
+    tokens, C, L = ROWS * LENGTH, WIDTH, LAYERS
+    count = simulate(dataclasses.replace(SHAPE, pos=pos), ROWS, getattr(torch, dtype), gpu)
+    added = 0
+    if pos == "carope":  # one Linear, C → H
+        added = 6 * L * C * HEADS * tokens
+    if pos == "comrope":
+        b = 8
+        frame = 8 * b * C**2  # Qᵀ W_q and Qᵀ W_k, and the same for the weights' gradient
+        moments = 4 * b * C * tokens  # M_m = Σ g yᵀ of q and k
+        tridiagonal = 12 * b**2 * (b - 2) + b**3  # b - 2 reflections of A from both sides and of Q from one; Q V and Q U
+        gradient = 12 * b**3  # J K J twice and Q E Qᵀ
+        added = L * (frame + moments + C // b * (tridiagonal + gradient))
+    attention = count.attention or 12 * L * C * LENGTH * tokens  # alibi's dense scores on a CPU are plain products
+    assert count.products == tokens * (6 * L * 12 * C**2 + 6 * VOCAB * C) + attention + added
+    if gpu or pos != "alibi":
+        assert count.attention == 14 * L * C * LENGTH * tokens
+
+
+def test_rotation_is_elementwise_work():
+    """rope turns q and k, and their gradients back: C complex products of six operations a token and layer each way."""
+    plain, rope = (simulate(dataclasses.replace(SHAPE, pos=pos), ROWS, torch.float32, gpu=False) for pos in ("none", "rope"))
+    rotation = 12 * LAYERS * WIDTH * ROWS * LENGTH
+    assert rotation <= rope.elementwise - plain.elementwise <= 1.02 * rotation  # and a table of T angles
+
+
+# ---- memory
+
+
+def saved_by_a_real_pass(model, dtype=torch.float32):
+    """Bytes of the storages that autograd keeps, parameters and token ids aside: of real tensors, by its hooks."""
+    storages, idx = {}, ids()
+    not_counted = {t.untyped_storage().data_ptr() for t in [idx, *model.parameters()]}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in not_counted:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(CPU, dtype):
+        loss = model(idx, idx)[1]
+    return sum(storages.values()) + 4 * bool(loss.dim() == 0)  # the loss itself lives too
+
+
+def allocated_by_a_real_step(config, micro_batches):
+    """The most bytes that the CPU's allocator handed out at once in one step of training, beside parameters and moments."""
+    model, idx = GPT(config.model_config()), ids()
+    optimizer = make_optimizer(model, config)
+
+    def step():
+        for _ in range(micro_batches):
+            model(idx, idx)[1].backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()  # makes the moments
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    events = sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    live = peak = 0
+    for event in events:
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+CASES = [*SCHEMES, "learned with dropout", "rope in bfloat16", "alibi in bfloat16"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_saved_for_backward_is_what_a_real_model_saves(case):
+    config = dataclasses.replace(SHAPE, pos=case.split()[0], dropout=0.1 if "dropout" in case else 0.0)
+    dtype = torch.bfloat16 if "bfloat16" in case else torch.float32
+    assert sum(simulate(config, ROWS, dtype, gpu=False).saved.values()) == saved_by_a_real_pass(GPT(config), dtype)
+
+
+@pytest.mark.parametrize("pos, accumulation", [*((pos, 1) for pos in SCHEMES), ("rope", 4), ("comrope", 4)])
+def test_peak_is_what_the_allocator_hands_out(pos, accumulation):
+    """All of a step's memory; with accumulation the gradients lie there during the next forward pass. Kernels' own
+    buffers, some kB, are not in the estimate."""
+    config = run(pos=pos, batch_tokens=accumulation * ROWS * LENGTH)
+    p = plan(config)
+    parts = p.memory["cpu"]
+    real = allocated_by_a_real_step(p.config, min(accumulation, 2))
+    estimate = parts["total"] - parts["parameters"] - parts["AdamW's moments"] - parts["input"]
+    assert sum(n for part, n in parts.items() if part != "total") == parts["total"]
+    assert estimate == pytest.approx(real, rel=0.005)
+    assert parts["gradients"] == parts["parameters"] == parts["AdamW's moments"] / 2 == 4 * p.parameters["total"]
+
+
+def test_memory_on_a_gpu_by_hand():
+    """GPT-2 in bfloat16 with a flash kernel, every saved byte of a token: L blocks of C channels, H heads."""
+    C, L, H = 768, 2, 12
+    saved = simulate(GPTConfig(pos="none", n_layer=L), 4, torch.bfloat16, gpu=True).saved
+    tokens = 4 * 1024
+    assert saved["attention"] == tokens * L * (2 * C + 2 * 3 * C + 2 * C + 4 * H) + 24 * L  # input, q k v, output; log-sum-exp in float32; random state
+    assert saved["MLP"] == tokens * L * (2 * C + 2 * 4 * C + 2 * 4 * C)  # input, before and after GELU
+    assert saved["norms"] == tokens * (2 * L + 1) * 2 * 4  # mean and 1/σ
+    assert saved["residual stream"] == tokens * (2 * L + 1) * 4 * C  # float32
+    assert saved["autocast's weights"] == L * 12 * C**2 * 2
+    gradients = 4 * 50304 * C + 4 * tokens * C + 4  # of the head's weight and its input, and the loss
+    assert saved["loss head"] == gradients + 8  # and the count of targets
+    rope = simulate(GPTConfig(pos="rope", n_layer=L), 4, torch.bfloat16, gpu=True).saved["attention"]
+    assert rope - saved["attention"] == L * (tokens * 2 * 2 * C + 1024 * 64 // 2 * 8)  # q and k turned; a complex table
+    alibi = simulate(GPTConfig(pos="alibi", n_layer=L), 4, torch.bfloat16, gpu=True).saved["attention"]
+    assert 0 <= alibi - saved["attention"] <= L * H * 8  # FlexAttention: slopes, and no (T, T) matrix
+
+
+def test_memory_of_the_loss_head_on_a_gpu():
+    """Its chunks of logits are larger than on a CPU: at least float32 logits and probabilities at once."""
+    p = plan(dataclasses.replace(SMALL, device="cuda", n_layer=2))
+    assert list(p.memory) == ["cuda"]
+    assert p.memory["cuda"]["temporary"] > 2 * 4 * chunk_rows(50304, torch.device("cuda")) * 50304
+
+
+def test_largest_micro_batch_fits_and_the_next_does_not():
+    p = plan(dataclasses.replace(SMALL, n_layer=3, n_embd=1536, n_head=12, device="cuda"))
+    n = p.largest_micro_batch
+
+    def total(micro):
+        return memory(simulate(p.config.model_config(), micro, torch.bfloat16, True, True), micro)["total"]
+
+    assert 512 % n == 0 and n < 512 and total(n) <= 80e9 < total(2 * n)
+
+
+def test_a_large_model_is_planned_without_its_memory():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    p = plan(dataclasses.replace(SMALL, n_layer=48, n_head=25, n_embd=1600), gpus=8, details=False)
+    assert p.parameters["total"] == 1_555_201_600
+    assert simulate(p.config.model_config(), 16, torch.bfloat16, True).peak > 50e9
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB; the parameters alone would be 6 GB
+
+
+def test_checkpoint_size(tmp_path):
+    config = run(n_layer=1)
+    model = GPT(config.model_config())
+    optimizer = make_optimizer(model, config)
+    model(ids(), ids())[1].backward()
+    optimizer.step()
+    checkpoint.save(tmp_path / "c.pt", {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    assert 0 <= (tmp_path / "c.pt").stat().st_size - plan(config).checkpoint < 50_000
+
+
+# ---- batch, time, money
+
+
+def test_hours_and_cost_by_hand():
+    """124M at length 1,024 on 10 B tokens, 8 A100 at 0.4: 6 · 123,568,128 + 12 · 12 · 768 · 1,024 FLOPs a token over
+    8 · 312e12 · 0.4 FLOP/s = 8,570 s."""
+    p = plan(SMALL, gpus=8, mfu=0.4, price_per_hour=2.5, details=False)
+    assert p.tokens == 19000 * 524288 and p.windows == 512
+    assert p.flops_per_token == 741_408_768 + 113_246_208
+    seconds = 19000 * 524288 * 854_654_976 / (8 * 312e12 * 0.4)
+    one, eight = p.hours["A100"]
+    assert eight == pytest.approx(seconds / 3600) and one == pytest.approx(8 * eight)
+    assert eight == pytest.approx(2.37, abs=0.005)
+    assert p.hours["H100"][1] == pytest.approx(eight * 312 / 989)
+    assert p.cost(eight, 8) == pytest.approx(8 * 2.37 * 2.5, abs=0.1) and p.cost(one, 1) == pytest.approx(p.cost(eight, 8))
+    assert plan(SMALL, world=8, mfu=0.2, details=False).hours["A100"][1] == pytest.approx(2 * eight)
+
+
+def test_measured_speed():
+    p = plan(run(), tokens_per_s=1000.0, price_per_hour=0.5)
+    hours = 19000 * 4 * ROWS * LENGTH / 1000 / 3600
+    assert p.measured_hours == pytest.approx(hours)
+    line = next(line for line in show(p).splitlines() if "as measured" in line)
+    assert line.split() == ["as", "measured", f"{hours:,.1f}", "h", "1,000", "tokens/s", "cost", f"{hours / 2:,.2f}"]
+    assert "not known without measuring" in show(plan(run())) and "not known" not in show(p)
+
+
+def test_batch_is_resolved_as_in_training():
+    p = plan(dataclasses.replace(SMALL, micro_batch_size=None), gpus=8, details=False)
+    assert (p.micro_batch_size, p.accumulation, p.windows) == (16, 4, 512)
+    with pytest.raises(ValueError, match="512 windows of 1024, which do not divide over 3 ranks.*1, 2, 4"):
+        plan(SMALL, gpus=3)
+    with pytest.raises(ValueError, match="micro_batch_size 7 does not divide"):
+        plan(dataclasses.replace(SMALL, micro_batch_size=7))
+
+
+def test_data_folder(tmp_path):
+    words = random.Random(0).choices(["to", "be", "or", "not"], k=6000)
+    (tmp_path / "text.txt").write_text("\n\n".join(" ".join(words[i : i + 100]) for i in range(0, 6000, 100)))
+    prepare("files", tmp_path / "data", tmp_path / "text.txt", "byte", val_tokens=600)
+    config = run(data_dir=str(tmp_path / "data"), vocab_size=None, max_steps=100, eval_interval=30, eval_tokens=2**20)
+    p = plan(config, details=False)
+    assert p.config.vocab_size == 320 and not p.vocabulary_assumed
+    assert p.epochs == 100 * 4 * ROWS * LENGTH / p.data_tokens and 10_000 < p.data_tokens < 20_000
+    assert "epochs of" in show(p) and "no data folder" not in show(p)
+    val = len(open_data(tmp_path / "data").split("val"))
+    windows = (val - 1) // LENGTH  # of all that there is; at steps 0, 30, 60, 90 and 100
+    assert p.validation == pytest.approx(5 * windows * LENGTH / 3 / p.tokens)
+    with pytest.raises(ValueError, match="vocab_size 64 is smaller than the 257"):
+        plan(dataclasses.replace(config, vocab_size=64))
+    (tmp_path / "data" / "COMPLETE").unlink()
+    with pytest.raises(ValueError, match="not a finished data folder"):
+        plan(config)
+
+
+def test_without_a_data_folder(tmp_path):
+    p = plan(dataclasses.replace(SMALL, data_dir=str(tmp_path / "none")), details=False)
+    assert p.config.vocab_size == 50304 and p.vocabulary_assumed and p.epochs is None and p.data_tokens is None
+    assert "no data folder" in show(p) and "vocabulary is assumed" in show(p)
+    assert plan(SMALL, vocab_size=257, details=False).config.vocab_size == 320
+    assert "assumed" not in show(plan(dataclasses.replace(SMALL, vocab_size=1000), vocab_size=257, details=False))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(mfu=0), "mfu must lie in"),
+        (dict(mfu=1.5), "mfu must lie in"),
+        (dict(mfu=math.nan), "mfu must lie in"),
+        (dict(gpus=0), "gpus must be a whole number from 1 on"),
+        (dict(price_per_hour=-1), "price_per_hour must not be negative"),
+        (dict(price_per_hour=math.nan), "price_per_hour"),
+        (dict(tokens_per_s=0), "tokens_per_s must be positive"),
+        (dict(vocab_size=0), "vocab_size must be at least 1"),
+        (dict(mfu=2, gpus=-1), "gpus.*mfu"),
+    ],
+)
+def test_arguments_out_of_range(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        plan(SMALL, **arguments)
+
+
+def test_config_out_of_range():
+    with pytest.raises(ValueError, match="max_steps must be at least 1"):
+        plan(run(max_steps=0))
+    with pytest.raises(ValueError, match="pos 'ropee' is no scheme; did you mean rope"):
+        plan(run(pos="ropee"))
+    with pytest.raises(ValueError, match="device 'gpu' cannot be used"):
+        plan(run(device="gpu"))
+
+
+# ---- text
+
+
+def test_command_line(capsys, tmp_path):
+    fields = "--n_layer 2 --n_head 2 --n_embd 64 --vocab_size 50304 --device cuda --data_dir".split() + [str(tmp_path / "none")]
+    main([*fields, "--gpus", "8", "--mfu", "0.5", "--price_per_hour", "3"])
+    text = capsys.readouterr().out
+    p = plan(RunConfig(n_layer=2, n_head=2, n_embd=64, vocab_size=50304, device="cuda", data_dir=str(tmp_path / "none")), gpus=8, mfu=0.5, price_per_hour=3.0)
+    assert text.rstrip("\n") == show(p)
+    one, eight = p.hours["A100"]
+    numbers = [f"{p.parameters['total']:,}", f"{p.flops_per_token:,}", f"{p.tokens:,}", "8 rank(s) × 4 × micro_batch_size 16", "MFU of 0.5", f"cost {3 * one:,.2f}"]
+    for expected in [*numbers, f"{p.memory['cuda']['total'] / 1e9:.2f} GB", "8 × H100", "80 GB: yes"]:
+        assert expected in text, expected
+    for bad, message in ((["--mfu", "2"], "mfu must lie in"), (["--gpus", "3"], "do not divide over 3 ranks")):
+        with pytest.raises(SystemExit, match=message):
+            main([*fields, *bad])
+
+
+def test_scheme_table(capsys):
+    main("--schemes --n_layer 2 --n_head 2 --n_embd 64 --vocab_size 320 --block_size 128".split())
+    rows = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")}
+    assert list(rows)[1:] == list(SCHEMES)
+    for pos in SCHEMES:
+        count = GPT(GPTConfig(128, 320, 2, 2, 64, pos=pos)).parameter_count()
+        assert rows[pos][0] == f"{count:,}" and rows[pos][2] == f"{count - GPT(GPTConfig(128, 320, 2, 2, 64)).parameter_count():+,}"
+    assert rows["carope"][4] == f"{6 * 2 * 64 * 2:,}" and rows["crope"][4] == "0"
+    assert rows["rope"][-1] == "1.000 |"
+    with pytest.raises(ValueError, match="no scheme 'alibbi'.*alibi"):
+        scheme_table(RunConfig(), ["alibbi"])
