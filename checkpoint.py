@@ -8,10 +8,13 @@
     runs/NAME/eval/*.json             what eval.py wrote
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,8 +37,8 @@ class HashingFile:
 
 
 def write_atomically(path: Path, write) -> None:
-    """write(file) into a temporary file, fsync, rename: `path` holds the old or the new, never a part. OSError
-    (disk full, no permission), which names `path`, leaves the old one and no remains."""
+    """write(file) into a temporary file, fsync, rename: `path` holds the old or the new, never a part, also after a
+    power loss. OSError (disk full, no permission), which names `path`, leaves the old one and no remains."""
     temporary = path.with_name(f".{path.name}.partial")
     try:
         with open(temporary, "wb") as file:
@@ -43,12 +46,61 @@ def write_atomically(path: Path, write) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except OSError as error:
         if error.errno is not None:  # what fails in the middle does not know the name
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """The names in a folder are on the disk, where the file system can do that."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def host_copy(state):
+    """A copy of nested dicts and lists with every tensor's values on the CPU: what is written while training goes on."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {k: host_copy(v) for k, v in state.items()}
+    return type(state)(map(host_copy, state)) if isinstance(state, (list, tuple)) else state
+
+
+class Writer:
+    """Writes in a thread beside the training, one file at a time."""
+
+    def __init__(self):
+        self.thread, self.error = None, None
+
+    def submit(self, write: Callable[[], None]) -> None:
+        """Call write() in the thread, once the one before has ended. What it raises is raised by the next wait()."""
+        self.wait()
+
+        def run():
+            try:
+                write()
+            except Exception as error:
+                self.error = error
+
+        self.thread = threading.Thread(target=run, daemon=True)  # a second Ctrl-C need not wait for it: files are written whole or not at all
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is being written."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+        if self.error:
+            error, self.error = self.error, None
+            raise error
 
 
 def save(path: Path, state: dict) -> None:

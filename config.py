@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -50,8 +51,9 @@ class RunConfig:
 
     batch_tokens: int = 524288
     """Tokens per optimizer step over all ranks, a multiple of block_size."""
-    micro_batch_size: int | None = None
-    """Windows per forward pass and rank; null is the largest that fits the batch and is at most 16,384 tokens."""
+    micro_batch_size: int | Literal["auto"] | None = None
+    """Windows per forward pass and rank; null is the largest that divides the batch and is at most 16,384 tokens; auto
+    is the largest that the GPU's memory holds, found once and recorded (on other devices as null)."""
     max_steps: int = 19000
     """Optimizer steps of the whole run."""
     learning_rate: float = 6e-4
@@ -88,8 +90,12 @@ class RunConfig:
     """How many of the newest step_N.pt to keep."""
     log_interval: int = 10
     """Steps between lines of metrics.jsonl."""
+    sample_interval: int = 0
+    """Steps between samples of text, which go to metrics.jsonl and the screen. 0: none."""
     max_bad_steps: int = 10
     """Steps in a row with a loss or gradient that is not finite (each is skipped) after which the run stops."""
+    rank_timeout: float = 600.0
+    """Seconds that ranks wait for one another before they end with an error."""
     resume: bool = False
     """Continue from the newest good checkpoint in out_dir, or start where there is none."""
     init_from: str | None = None
@@ -101,10 +107,11 @@ class RunConfig:
     """Seed of the order of data, apart from seed."""
     device: str = "auto"
     """auto (cuda, else mps, else cpu), or a torch device."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Autocast dtype; auto is bfloat16 on GPUs that have it, else float32."""
+    dtype: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = "auto"
+    """Autocast dtype; auto is bfloat16 on GPUs that have it, else float32. tf32 is float32 whose products on a GPU are
+    rounded to TF32: faster, and carope's phases lose 2 to 3 digits by it."""
     compile: bool = False
-    """torch.compile the model; falls back with a warning where no compiler works."""
+    """torch.compile each block and the loss; falls back with a warning where no compiler works."""
     wandb: Literal["off", "online", "offline"] = "off"
     """Weights & Biases; project and entity from WANDB_PROJECT and WANDB_ENTITY. Never asks for a login."""
 
@@ -128,21 +135,25 @@ def value_of(text: str):
     return float(text) if re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d+", text) else yaml.safe_load(text)
 
 
-def parse(arguments: list[str] | None = None) -> RunConfig:
+def parse(arguments: list[str] | None = None, modes: Callable[[ArgumentParser], None] | None = None) -> RunConfig | tuple[RunConfig, dict]:
     """The RunConfig of a command line: `--config FILE`, then `--field value …`. Exits with a message for what is
-    unknown or of a wrong type."""
+    unknown or of a wrong type. With modes, which adds arguments that are no fields of a run: (RunConfig, those)."""
     parser = Parser(prog="train.py", description="Train one GPT-2 with a positional scheme. Also under torchrun.", allow_abbrev=False)
+    if modes:
+        modes(parser)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of fields; later arguments override it.")
     parser.add_class_arguments(RunConfig)
     values = parser.parse_args(arguments).as_dict()
     values.pop("config")
+    others = {k: values.pop(k) for k in [*values] if k not in RunConfig.__dataclass_fields__}
     if absent := [f.name for f in dataclasses.fields(RunConfig) if values[f.name] is None and f.default is not None]:
         parser.error(f"{', '.join(absent)} must not be null")
     try:  # --pos_options.block 4 arrives as text
         options = {k: value_of(v) if isinstance(v, str) else v for k, v in values["pos_options"].items()}
     except yaml.YAMLError as error:
         parser.error(f"pos_options: {error}")
-    return RunConfig(**{**values, "pos_options": options})
+    config = RunConfig(**{**values, "pos_options": options})
+    return (config, others) if modes else config
 
 
 def check(config: RunConfig) -> None:
@@ -154,14 +165,14 @@ def check(config: RunConfig) -> None:
     for name in ("batch_tokens", "max_steps", "eval_tokens", "keep_checkpoints", "log_interval", "max_bad_steps", "lr_step", "block_size"):
         if getattr(config, name) < 1:
             problems.append(f"{name} must be at least 1, not {getattr(config, name)}")
-    for name in ("warmup_steps", "weight_decay", "grad_clip", "eval_interval", "checkpoint_interval", "min_lr", "pos_lr_multiplier", "seed", "data_seed"):
+    for name in ("warmup_steps", "weight_decay", "grad_clip", "eval_interval", "checkpoint_interval", "sample_interval", "min_lr", "pos_lr_multiplier", "seed", "data_seed"):
         if getattr(config, name) < 0:
             problems.append(f"{name} must not be negative, but is {getattr(config, name)}")
-    for name in ("learning_rate", "lr_gamma"):
+    for name in ("learning_rate", "lr_gamma", "rank_timeout"):
         if not getattr(config, name) > 0:
             problems.append(f"{name} must be positive, not {getattr(config, name)}")
     for name in ("micro_batch_size", "vocab_size"):
-        if getattr(config, name) is not None and getattr(config, name) < 1:
+        if getattr(config, name) not in (None, "auto") and getattr(config, name) < 1:
             problems.append(f"{name} must be at least 1 or null, not {getattr(config, name)}")
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(config, name) < 1:

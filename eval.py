@@ -34,7 +34,8 @@ from intervals import document_interval, paired_difference, position_curve, row_
 from model import GPT, SCALINGS, SCHEMES, Attention, chunk_rows, head_dtype, nearest, no_autocast, wide
 from pretrained import Pretrained
 from probe import KEY, VALUE, filler_tokens, make_trials
-from train import Ranks, autocast, pick_device, ranks_of, start_wandb
+from record import start_wandb
+from train import Ranks, autocast, pick_device, ranks_of
 from windows import PROTOCOLS, Windows, choose_targets, windows_of
 
 FIGURES = ("nats_per_token", "perplexity", "bits_per_byte", "accuracy", "tokens", "documents", "interval", "per_document")
@@ -569,7 +570,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     main_rank = os.environ.get("RANK", "0") == "0"
     try:
-        with ranks_of(args) as (ranks, device):
+        with ranks_of(args.device) as (ranks, device):
             torch.set_float32_matmul_precision("highest")  # evaluation in float32 is float32
             if args.compare:
                 text = compare_runs(args, ranks, device)

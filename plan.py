@@ -33,8 +33,8 @@ GPUS = ("A100", "H100")
 CARDS = (80, 40, 24)  # GB, 10^9 bytes: what this leaves of a card's GiB, 7 %, is for CUDA's context and the allocator's gaps
 GPT2_VOCABULARY = 50257
 # Where an MFU of 0.4 lies, both for GPT-2 124M at length 1,024 on 8 A100: nanoGPT's README has 600,000 iterations of
-# 491,520 tokens in about 4 days, 0.85 M tokens/s, an MFU of 0.29; llm.c (discussion 481) 10 B tokens in 90 minutes, about 0.6
-MFU_SOURCE = "GPT-2 124M on 8 A100: nanoGPT 0.29 (README, 4 days), llm.c about 0.6 (discussion 481, 90 minutes)"
+# 491,520 tokens in about 4 days, 0.85 M tokens/s, an MFU of 0.29; llm.c reports 1.75 M tokens/s, 0.60
+MFU_SOURCE = "GPT-2 124M on 8 A100: nanoGPT 0.29 (README, 4 days), llm.c 0.60 (1.75 M tokens/s)"
 
 
 # ---- one training pass on fake tensors

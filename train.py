@@ -5,33 +5,38 @@ out_dir. The order of data, dropout and validation depend on the step alone, nev
 interrupted run continues as if it had not been (`--resume true`).
 """
 
+import collections
 import contextlib
 import dataclasses
+import datetime
 import fcntl
 import gc
 import hashlib
 import importlib.util
-import json
 import math
 import os
+import platform
 import random
 import re
 import resource
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import checkpoint
 from config import RunConfig, check, parse, write_yaml
-from data.shards import Split, WindowOrder, batch, open_data
+from data.shards import Data, DataError, Split, WindowOrder, batch, open_data
 from data.tokenizer import load_tokenizer
 from model import GPT, resolve
+from record import Log, differences, environment, first_line
 
 # Peak dense FLOP/s of a GPU by a word of its name (NVIDIA's data sheets): bfloat16; float16 for the V100
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "V100": 125e12, "4090": 165e12}
@@ -60,6 +65,20 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def max(self, tensor: torch.Tensor) -> torch.Tensor:
+        """In-place maximum over ranks."""
+        if self.world > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor
+
+    def first(self, value):
+        """The first rank's value (a plain object), on every rank."""
+        if self.world > 1:
+            box = [value]
+            dist.broadcast_object_list(box)
+            return box[0]
+        return value
+
     def check_equal(self, number: int, device: torch.device, what: str) -> None:
         """ValueError on every rank unless all have the same number."""
         if self.world > 1:
@@ -75,21 +94,51 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def ranks_of(config: RunConfig):
-    """Join torchrun's process group, where there is one, with NCCL for CUDA and gloo elsewhere; yields (Ranks, device)."""
+def ranks_of(device_name: str, timeout: float = 600.0, tf32: bool = False):
+    """Join torchrun's process group, where there is one, with NCCL for CUDA and gloo elsewhere; yields (Ranks, device). Ranks
+    wait `timeout` seconds for one another; RankError where one is gone."""
     ranks = Ranks(*(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
-    device = pick_device(config.device, ranks)
+    device = pick_device(device_name, ranks)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # No TF32: under bfloat16 the few products left in float32 make phases, and TF32 would cost them 100 times their error
+        # TF32 only where asked: under bfloat16 the few products left in float32 make phases, and TF32 would cost them 100 times their error
+        torch.backends.cuda.matmul.allow_tf32 = tf32
     if ranks.world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+        cuda, wait = device.type == "cuda", datetime.timedelta(seconds=timeout)
+        store = fresh_store(ranks, wait)
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=ranks.rank, world_size=ranks.world, device_id=device if cuda else None, timeout=wait)
     try:
         yield ranks, device
+    except RuntimeError as error:
+        if ranks.world > 1 and lost_rank(error):
+            raise RankError(
+                f"rank {ranks.rank} of {ranks.world} lost another rank, which has died or has not answered for {timeout:g} s (rank_timeout); "
+                f"look at what that one said, and continue with --resume true ({first_line(error)})"
+            ) from error
+        raise
     finally:
         if ranks.world > 1:
             gc.collect()  # DDP, in reference cycles, would keep the group's threads alive: an abort at exit, about one run in six
             dist.destroy_process_group()
+
+
+def fresh_store(ranks: Ranks, timeout: datetime.timedelta) -> dist.Store:
+    """Where the ranks find one another. torchrun keeps one store over its restarts, in which a restarted rank finds the dead ones'
+    addresses (pytorch #135712, #167288): each restart gets its own part of it. Over several nodes the restarts are not counted
+    alike, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun does the same (scripts/train.sbatch)."""
+    store, *_ = next(iter(dist.rendezvous("env://", ranks.rank, ranks.world, timeout=timeout)))
+    one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(ranks.world)
+    return dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store) if one_node else store
+
+
+class RankError(ValueError):
+    """Another rank has died or hangs."""
+
+
+def lost_rank(error: RuntimeError) -> bool:
+    """Whether an error is that of a collective operation whose partner is gone."""
+    words = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL", "Socket Timeout")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
 def pick_device(name: str, ranks: Ranks | None = None) -> torch.device:
@@ -109,6 +158,10 @@ def pick_device(name: str, ranks: Ranks | None = None) -> torch.device:
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    if name == "tf32":
+        if device.type != "cuda":
+            raise ValueError(f"dtype tf32 needs a CUDA device, not {device.type}: choose float32")
+        return torch.float32
     return getattr(torch, name)
 
 
@@ -122,7 +175,7 @@ def compiler_works(device: torch.device) -> bool:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
         return True
     except Exception as error:
-        print(f"warning: torch.compile does not work here, training goes on without it: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        print(f"warning: torch.compile does not work here, training goes on without it: {first_line(error)}", file=sys.stderr)
         return False
 
 
@@ -146,23 +199,56 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def resolve_batch(config: RunConfig, ranks: Ranks) -> tuple[int, int]:
-    """(windows a step and rank, windows a forward pass). ValueError that lists what fits."""
+    """(windows a step and rank, windows a forward pass; where that is auto, as it is for null). ValueError that lists what fits."""
     windows = config.batch_tokens // config.block_size
     if windows % ranks.world:
-        fits = [n for n in range(1, windows + 1) if windows % n == 0]
+        fits = divisors(windows)
         raise ValueError(
             f"batch_tokens {config.batch_tokens} is {windows} windows of {config.block_size}, which do not divide over {ranks.world} ranks; "
             f"these numbers of ranks do: {', '.join(map(str, fits))}"
         )
     share = windows // ranks.world
-    fits = [n for n in range(1, share + 1) if share % n == 0]
-    micro = config.micro_batch_size or max([n for n in fits if n * config.block_size <= 16384] or [1])
+    fits, micro = divisors(share), config.micro_batch_size
+    if micro in (None, "auto"):
+        micro = max([n for n in fits if n * config.block_size <= 16384] or [1])
     if micro not in fits:
         raise ValueError(
             f"batch_tokens {config.batch_tokens} is {windows} windows of {config.block_size}, {share} a rank: "
             f"micro_batch_size {micro} does not divide them; these do: {', '.join(map(str, fits))}"
         )
     return share, micro
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def largest_micro_batch(model: GPT, share: int, ranks: Ranks, device: torch.device, dtype: torch.dtype) -> int:
+    """The largest divisor of `share` (windows a step and rank) whose forward and backward pass fit the GPU's memory on every
+    rank, with AdamW's moments and a tenth of the memory to spare. Tries them in ascending order; draws nothing, leaves no gradients."""
+    T, fits = model.config.block_size, 0
+    moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]  # AdamW makes them in the first step
+    idx = torch.zeros(1, T, dtype=torch.int64, device=device)
+    for micro in divisors(share):
+        try:
+            torch.cuda.reset_peak_memory_stats(device)
+            with autocast(device, dtype):
+                _, loss = model(idx.expand(micro, T).contiguous(), idx.expand(micro, T).contiguous())
+            loss.backward()
+            if micro > 1 and torch.cuda.max_memory_reserved(device) > 0.9 * torch.cuda.get_device_properties(device).total_memory:
+                break
+            fits = micro
+        except torch.OutOfMemoryError:
+            break
+        finally:
+            loss = None
+            model.zero_grad(set_to_none=True)
+    del moments
+    torch.cuda.empty_cache()
+    fits = -int(ranks.max(torch.tensor(-fits, device=device)))  # the least of all ranks
+    if not fits:
+        raise ValueError(f"not even one window of {T} tokens fits the memory of {torch.cuda.get_device_name(device)}: take a smaller model or block_size")
+    return fits
 
 
 def initial_model(config: RunConfig, tokenizer_hash: str) -> GPT:
@@ -229,6 +315,72 @@ def learning_rate(step: int, config: RunConfig) -> float:
     return peak
 
 
+# ---- between host and device
+
+
+def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """In memory from which a GPU copies by itself."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def to_device(arrays, device: torch.device) -> list[torch.Tensor]:
+    return [pinned(torch.from_numpy(a), device).to(device, non_blocking=True) for a in arrays]
+
+
+def to_host(values: torch.Tensor) -> Callable[[], list[float]]:
+    """Start to copy a few numbers to the host; the function that is returned waits for them."""
+    if values.device.type != "cuda":
+        return values.tolist
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> list[float]:
+        arrived.synchronize()
+        return host.tolist()
+
+    return wait
+
+
+class Feed:
+    """The batches of this rank in their order, each read by a thread while the one before is in use."""
+
+    def __init__(self, split: Split, config: RunConfig, share: int, micro: int, ranks: Ranks, device: torch.device):
+        self.split, self.block_size, self.share, self.micro, self.ranks, self.device = split, config.block_size, share, micro, ranks, device
+        self.order = WindowOrder(len(split), config.block_size, config.data_seed)
+        self.thread = ThreadPoolExecutor(1, "batches", *((torch.cuda.set_device, (device,)) if device.type == "cuda" else ()))
+        self.number, self.ahead = None, None  # of the micro-batch that is being read, counted from the run's first
+
+    def starts(self, step: int) -> np.ndarray:
+        """First tokens of this rank's windows in a step: (share,) int64."""
+        return self.order.starts((step * self.ranks.world + self.ranks.rank) * self.share, self.share)
+
+    def read(self, number: int) -> list[torch.Tensor]:
+        step, i = divmod(number, self.share // self.micro)
+        starts = self.starts(step)[i * self.micro : (i + 1) * self.micro]
+        return [pinned(torch.from_numpy(a), self.device) for a in batch(self.split, starts, self.block_size)]
+
+    def batches(self, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """x and y, (micro, T) int64 each on the device, of the micro-steps of a step. DataError where a shard is damaged."""
+        count = self.share // self.micro
+        for number in range(step * count, (step + 1) * count):
+            tensors = self.ahead.result() if number == self.number else self.read(number)
+            self.number, self.ahead = number + 1, self.thread.submit(self.read, number + 1)
+            yield tuple(t.to(self.device, non_blocking=True) for t in tensors)
+
+    def describe(self, step: int, parts: list[int]) -> str:
+        """Where the windows of some micro-steps of a step lie: shard, and offset in tokens."""
+        starts = self.thread.submit(self.starts, step).result()  # in the thread, which alone uses the order
+        places = [self.split.locate(int(s)) for part in parts for s in starts[part * self.micro : (part + 1) * self.micro]]
+        return ", ".join(f"{file.name} at token {offset}" for file, offset in places[:8]) + (" …" if len(places) > 8 else "")
+
+    def close(self) -> None:
+        self.thread.shutdown(wait=False, cancel_futures=True)
+
+
+
+
 # ---- validation
 
 
@@ -258,123 +410,32 @@ class Validation:
         return nll / count
 
 
-def to_device(arrays, device: torch.device):
-    tensors = [torch.from_numpy(a) for a in arrays]
-    if device.type == "cuda":
-        return [t.pin_memory().to(device, non_blocking=True) for t in tensors]
-    return [t.to(device) for t in tensors]
-
-
-# ---- logs
-
-
-class Log:
-    """metrics.jsonl, the progress line and, when asked, wandb. Only the first rank writes."""
-
-    def __init__(self, config: RunConfig, run: Path, ranks: Ranks, step: int):
-        self.main, self.max_steps = ranks.main, config.max_steps
-        if not self.main:
-            return
-        path = run / "metrics.jsonl"
-        if path.is_file():  # what an interrupted run logged beyond its checkpoint happens again
-            checkpoint.write_atomically(path, lambda file: file.writelines(lines_until(path, step)))
-        self.file = open(path, "a", buffering=1)
-        self.wandb = start_wandb(config, run, resumed=step > 0) if config.wandb != "off" else None
-        self.terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=config.max_steps, initial=step, desc=run.name, unit="step", disable=not self.terminal)
-        self.started, self.first_step = time.monotonic(), step
-
-    def write(self, **values) -> None:
-        if self.main:  # JSON has no nan
-            values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-            self.file.write(json.dumps(values) + "\n")
-            if self.wandb:
-                self.wandb.log(values, step=values["step"])
-
-    def say(self, text: str) -> None:
-        if self.main:
-            tqdm.write(text, file=sys.stderr)
-
-    def progress(self, step: int, text: str | None = None) -> None:
-        if not self.main:
-            return
-        self.bar.update(step - self.bar.n)
-        if text is not None:
-            if self.terminal:
-                self.bar.set_postfix_str(text)
-            else:
-                left = (time.monotonic() - self.started) / max(1, step - self.first_step) * (self.max_steps - step)
-                self.say(f"step {step}/{self.max_steps}  {text}  ETA {tqdm.format_interval(left)}")
-
-    def close(self, failed: bool) -> None:
-        if self.main:
-            self.bar.close()
-            self.file.close()
-            if self.wandb:
-                self.wandb.finish(exit_code=int(failed))
-
-
-def lines_until(path: Path, step: int) -> list[bytes]:
-    """The whole lines of metrics.jsonl up to a step; a fresh start (step 0) keeps none."""
-    kept = []
-    for line in path.read_bytes().splitlines(keepends=True):
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # a line cut short by the interruption
-            if step > 0 and line.endswith(b"\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
-    return kept
-
-
-def start_wandb(config: RunConfig, run: Path, resumed: bool):
-    os.environ.setdefault("WANDB_CACHE_DIR", str((run / "wandb" / "cache").resolve()))  # it would log under $HOME
-    import wandb
-
-    mode = config.wandb
-    if mode == "online" and not wandb.login(prompt=False, verify=False):
-        print("warning: wandb is not logged in (WANDB_API_KEY or `wandb login`): logging offline; `wandb sync` uploads later", file=sys.stderr)
-        mode = "offline"
-    # The id follows from the folder, so that a resumed run continues its curve
-    identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
-    project = os.environ.get("WANDB_PROJECT", "nanope")
-
-    def init(mode):
-        return wandb.init(project=project, name=run.name, id=identity, resume="allow" if resumed else None, mode=mode, dir=run, config=dataclasses.asdict(config))
-
-    try:
-        return init(mode)
-    except wandb.Error as error:
-        print(f"warning: wandb cannot be reached, logging offline; `wandb sync` uploads later: {str(error).partition(chr(10))[0]}", file=sys.stderr)
-        wandb.teardown()
-        return init("offline")
-
-
 # ---- interruption
 
 
 class Stop:
     """Remembers SIGINT, SIGTERM or SIGUSR1 until the end of the step; a second Ctrl-C ends at once."""
 
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
     def __init__(self):
         self.signal = 0
-        self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        self.before = {s: signal.signal(s, self.handle) for s in self.SIGNALS}
 
     def handle(self, number, frame):
         self.signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def agreed(self, ranks: Ranks, device: torch.device) -> int:
-        """The signal that any rank has received, or 0."""
-        if ranks.world == 1:
-            return self.signal
-        flag = torch.tensor(self.signal, device=device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return int(flag)
+    def flags(self) -> list[float]:
+        """One of SIGNALS has arrived, or none: what the sum over ranks tells to all of them."""
+        return [float(self.signal == s) for s in self.SIGNALS]
 
     def restore(self):
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
 
-# ---- the run
+# ---- the run's folder
 
 
 def find_state(config: RunConfig, data_hash: str, ranks: Ranks) -> dict | None:
@@ -386,11 +447,25 @@ def find_state(config: RunConfig, data_hash: str, ranks: Ranks) -> dict | None:
     state = checkpoint.load_newest(run) if config.resume else None
     if state:
         check_resumable(state, config, data_hash)
-        shown = {k: (state["config"][k], v) for k, v in vars(config).items() if k not in (*FIXED_ON_RESUME, "resume", "out_dir", "data_dir", "verify_data", "micro_batch_size")}
-        changed = [f"{k} {then} → {now}" for k, (then, now) in shown.items() if then != now]
+        quiet = (*FIXED_ON_RESUME, "resume", "out_dir", "data_dir", "verify_data", "micro_batch_size")
+        shown = {k: (state["config"].get(k), v) for k, v in vars(config).items() if k not in quiet}
+        changed = [f"{k} {then} → {now}" for k, (then, now) in shown.items() if then != now and k in state["config"]]
         if changed and ranks.main:
             print(f"warning: {run} goes on with other settings than it began with: {', '.join(changed)}", file=sys.stderr)
     return state
+
+
+def launch() -> str:
+    """The launch that this process belongs to, the same for all its restarts by torchrun --max-restarts."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return name if name != "none" else f"{platform.node()} {os.getppid()}"  # torchrun's own process
+
+
+def restarted(run: Path, ranks: Ranks) -> bool:
+    """Whether torchrun restarted these ranks after the same launch had begun the run in this folder: then it is to be resumed."""
+    lock = run / ".lock"
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return ranks.first(again and lock.is_file() and lock.read_text() == launch())
 
 
 def prepare_run(run: Path, ranks: Ranks):
@@ -400,13 +475,16 @@ def prepare_run(run: Path, ranks: Ranks):
     lock = None
     if ranks.main:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-        lock = open(run / ".lock", "w")
+        lock = open(run / ".lock", "a")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is training in {run}: wait for it, or choose another --out_dir") from None
         except OSError as error:
             print(f"warning: {run} is on a file system without locks ({error}): do not start a second run in it", file=sys.stderr)
+        lock.truncate(0)
+        lock.write(launch())
+        lock.flush()
         for left_over in [*run.glob(".*.partial"), *run.glob("checkpoints/.*.partial")]:
             left_over.unlink()
         if not os.access(run, os.W_OK):
@@ -427,179 +505,378 @@ def check_resumable(state: dict, config: RunConfig, data_hash: str) -> None:
         raise ValueError(f"cannot resume {config.out_dir}: {'; '.join(differ)}. Choose another --out_dir for a different run")
 
 
+# ---- the run
+
+
 def train(config: RunConfig) -> dict:
     """Run `config` to its end, or to a signal. Returns {"step", "val_loss", "signal"}: steps completed, the last
     validation loss in nats per token, the signal that ended it or 0. ValueError or OSError for what a user can mend."""
     check(config)
-    with ranks_of(config) as (ranks, device):
-        return run_training(config, ranks, device)
+    with ranks_of(config.device, config.rank_timeout, config.dtype == "tf32") as (ranks, device):
+        return Training(config, ranks, device).run()
 
 
-def run_training(config: RunConfig, ranks: Ranks, device: torch.device) -> dict:
-    run, dtype = Path(config.out_dir), pick_dtype(config.dtype, device)
-    if config.wandb != "off" and importlib.util.find_spec("wandb") is None:
-        raise ValueError("wandb is not installed: pip install wandb, or --wandb off")
-    data = open_data(config.data_dir, verify=config.verify_data or None)
+def with_vocabulary(config: RunConfig, data: Data) -> RunConfig:
+    """The config with vocab_size: the data's, rounded up to a multiple of 64, where it is not set. ValueError if it is too small."""
     if config.vocab_size is None:
         config = dataclasses.replace(config, vocab_size=-(-data.vocab_size // 64) * 64)
     if config.vocab_size < data.vocab_size:
         raise ValueError(f"vocab_size {config.vocab_size} is smaller than the {data.vocab_size} of {config.data_dir}")
-    share, micro = resolve_batch(config, ranks)
-    split = data.split("train")
-    order = WindowOrder(len(split), config.block_size, config.data_seed)
-    validation = Validation(data.split("val"), config, micro, ranks, device)
+    return config
 
-    state = find_state(config, data.hash, ranks)
-    ranks.check_equal(state["step"] if state else 0, device, f"the step to resume from: {run} must be one folder, shared by all nodes")
-    raw_model = checkpoint.build_model(state) if state else initial_model(config, data.tokenizer_hash)
-    config = dataclasses.replace(config, micro_batch_size=micro, pos_options=raw_model.config.pos_options)
-    lock = prepare_run(run, ranks)
-    raw_model.to(device)
-    optimizer = make_optimizer(raw_model, config)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    step, best, bad_steps, val_loss = 0, math.inf, 0, math.nan
-    if state:
-        fields = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        optimizer.load_state_dict(state["optimizer"])
-        for group, now in zip(optimizer.param_groups, fields):  # weight decay, betas and the like are the config's
+
+class Training:
+    """One run in progress. Its state is what a checkpoint holds; everything else follows from the config and the step.
+
+    On a GPU the host is one step ahead: it launches a step and then reads the outcome of the one before (`settle`), so
+    that the GPU never waits for it. A step whose loss or gradient is not finite is skipped on the device itself.
+    """
+
+    def __init__(self, config: RunConfig, ranks: Ranks, device: torch.device):
+        self.ranks, self.device, self.path = ranks, device, Path(config.out_dir)
+        self.dtype = pick_dtype(config.dtype, device)
+        if config.wandb != "off" and importlib.util.find_spec("wandb") is None:
+            raise ValueError("wandb is not installed: pip install wandb, or --wandb off")
+        self.data = data = open_data(config.data_dir, verify=config.verify_data or None)
+        config = with_vocabulary(config, data)
+        self.share, self.micro = resolve_batch(config, ranks)
+        WindowOrder(len(data.split("train")), config.block_size, config.data_seed)  # too little text is an error before anything is made
+        data.split("val")
+        config = dataclasses.replace(config, resume=config.resume or restarted(self.path, ranks))
+
+        state = find_state(config, data.hash, ranks)
+        ranks.check_equal(state["step"] if state else 0, device, f"the step to resume from: {self.path} must be one folder, shared by all nodes")
+        self.model = checkpoint.build_model(state) if state else initial_model(config, data.tokenizer_hash)
+        self.model.to(device)
+        if config.micro_batch_size == "auto":
+            found = state["config"]["micro_batch_size"] if state else None
+            if found and self.share % found == 0:
+                self.micro = found
+            elif device.type == "cuda":
+                self.micro = largest_micro_batch(self.model, self.share, ranks, device, self.dtype)
+        self.config = config = dataclasses.replace(config, micro_batch_size=self.micro, pos_options=self.model.config.pos_options)
+        self.validation = Validation(data.split("val"), config, self.micro, ranks, device)
+
+        self.lock = prepare_run(self.path, ranks)
+        self.optimizer = make_optimizer(self.model, config)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        # Steps completed; the last at which was done what watches; the last validation's loss, the lowest; bad steps in a row
+        self.step, self.watched, self.val_loss, self.best, self.bad_steps = 0, -1, math.nan, math.inf, 0
+        if state:
+            self.restore(state)
+        del state
+        if ranks.main and self.step < config.max_steps:  # a finished run keeps the record of how it was made
+            write_yaml(config, self.path / "config.yaml")
+
+        if config.compile and compiler_works(device):
+            self.model.compile_parts()
+        self.parallel = self.model  # what forward and backward go through
+        if ranks.world > 1:
+            # Blocks are compiled one by one inside: each one's gradients are reduced while the blocks below still compute theirs
+            self.parallel = DistributedDataParallel(
+                self.model, device_ids=[device.index] if device.type == "cuda" else None, forward_sync_buffers=False, gradient_as_bucket_view=True
+            )
+        self.feed = Feed(data.split("train"), config, self.share, self.micro, ranks, device)
+        self.tokenizer = load_tokenizer(data.manifest["tokenizer"]["name"]) if config.sample_interval else None
+        self.log = Log(config, ranks.main, self.step, environment(config, device, self.dtype, ranks.world, data.hash))
+        self.writer, self.saved, self.owed = checkpoint.Writer(), self.step, False
+        self.unwritten: OSError | None = None  # why the newest checkpoint could not be written
+        self.pending: collections.deque[Outcome] = collections.deque()
+        self.behind = 1 if device.type == "cuda" else 0  # outcomes that may be pending after a step
+        self.interrupted = 0
+        self.flops, self.flops_per_token = peak_flops(device), self.model.flops_per_token()
+
+    def restore(self, state: dict) -> None:
+        fields = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, now in zip(self.optimizer.param_groups, fields):  # weight decay, betas and the like are the config's
             group.update(now)
         if state["scaler"]:  # empty where the run was not float16
-            scaler.load_state_dict(state["scaler"])
-        step, best, bad_steps, val_loss = (state[k] for k in ("step", "best_val_loss", "bad_steps", "val_loss"))
-        restore_generators(state["generators"], device)
-    del state
-    if ranks.main and step < config.max_steps:  # a finished run keeps the record of how it was made
-        write_yaml(config, run / "config.yaml")
+            self.scaler.load_state_dict(state["scaler"])
+        self.step, self.best, self.bad_steps, self.val_loss = (state[k] for k in ("step", "best_val_loss", "bad_steps", "val_loss"))
+        self.watched = state.get("watched", self.step)
+        restore_generators(state["generators"], self.device)
 
-    model = torch.compile(raw_model) if config.compile and compiler_works(device) else raw_model
-    if ranks.world > 1:
-        model = DistributedDataParallel(
-            model, device_ids=[device.index] if device.type == "cuda" else None, forward_sync_buffers=False, gradient_as_bucket_view=True
+    # ---- from start to end
+
+    def run(self) -> dict:
+        """To the end or to a signal; see train()."""
+        c, stop, failed = self.config, Stop(), True
+        try:
+            if self.step == 0:
+                self.log.say(self.title())
+            elif self.step >= c.max_steps:
+                self.log.say(f"{self.path} is at step {self.step} of {c.max_steps}: nothing to do")
+            if self.watched != self.step:  # at the start, or owed by a run that was interrupted here
+                better = self.watch()
+                if 0 < self.step == c.max_steps:
+                    self.save_checkpoint(best=better)
+                elif better:
+                    self.save_best()
+            self.clock, self.clock_step = time.monotonic(), self.step
+            while self.step < c.max_steps and not self.interrupted:
+                self.optimizer_step(stop)
+                self.follow_up(stop)
+            self.finish_writing()
+            failed = False
+            return {"step": self.step, "val_loss": self.val_loss, "signal": self.interrupted}
+        except torch.OutOfMemoryError as error:
+            raise ValueError(self.out_of_memory(error)) from error
+        except RuntimeError as error:
+            if "DefaultCPUAllocator" in str(error):
+                raise ValueError(self.out_of_memory(error)) from error
+            raise
+        finally:
+            stop.restore()
+            if not isinstance(sys.exception(), KeyboardInterrupt):
+                self.writer.wait()  # what was good is to be on the disk
+            self.feed.close()
+            self.log.close(failed)
+            if self.lock:
+                self.lock.close()
+
+    def title(self) -> str:
+        c = self.config
+        return (
+            f"{self.path}: {c.pos} {c.pos_options}, {self.model.parameter_count():,} parameters; {c.max_steps} steps of {c.batch_tokens:,} tokens "
+            f"({self.share * self.ranks.world} windows of {c.block_size}, {self.ranks.world} rank(s) × {self.share // self.micro} × {self.micro}); "
+            f"{len(self.feed.split):,} training tokens, {c.max_steps * c.batch_tokens / len(self.feed.split):.2f} epochs; "
+            f"{self.device}, {str(self.dtype).removeprefix('torch.')}"
         )
-    log, stop = Log(config, run, ranks, step), Stop()
-    failed, flops, flops_per_token = True, peak_flops(device), raw_model.flops_per_token()
-    if step == 0:
-        c = config
-        log.say(
-            f"{run}: {c.pos} {c.pos_options}, {raw_model.parameter_count():,} parameters; {c.max_steps} steps of {c.batch_tokens:,} tokens "
-            f"({share * ranks.world} windows of {c.block_size}, {ranks.world} rank(s) × {share // micro} × {micro}); "
-            f"{len(split):,} training tokens, {c.max_steps * c.batch_tokens / len(split):.2f} epochs; {device}, {str(dtype).removeprefix('torch.')}"
+
+    def optimizer_step(self, stop: Stop) -> None:
+        """Launch one step: forward, backward, update; its outcome is pending."""
+        c, ranks = self.config, self.ranks
+        rate = learning_rate(self.step, c)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["lr_multiplier"]
+        if c.dropout:  # dropout too depends on the step alone
+            torch.manual_seed(int.from_bytes(hashlib.sha256(f"{c.seed}/{self.step}/{ranks.rank}".encode()).digest()[:8], "little") >> 1)
+        parts, weight = [], self.micro / self.share
+        with self.model.parameters_fixed():
+            for i, (x, y) in enumerate(self.feed.batches(self.step)):
+                last = i == self.share // self.micro - 1  # gradients are reduced over ranks once a step
+                with contextlib.nullcontext() if last or ranks.world == 1 else self.parallel.no_sync():
+                    with autocast(self.device, self.dtype):
+                        _, loss = self.parallel(x, y)
+                    self.scaler.scale(loss * weight).backward()
+                parts.append(loss.detach())
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.grad_clip or math.inf)
+        shared = sum(part * weight for part in parts).reshape(1) / ranks.world  # mean over micro-steps and ranks
+        if ranks.world > 1:
+            flags = pinned(torch.tensor(stop.flags()), self.device).to(self.device, non_blocking=True)
+            shared = ranks.sum(torch.cat((shared, flags)))
+        finite = torch.isfinite(norm) & torch.isfinite(shared[0])  # the same on every rank
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)  # skips by itself, and lowers its scale, where a gradient is not finite
+            self.scaler.update()
+        elif self.device.type != "mps" or finite:
+            self.optimizer.found_inf = (~finite).float()  # fused AdamW skips the update where this is 1, without asking the host
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.pending.append(Outcome(self.step, rate, to_host(torch.cat((norm.reshape(1), shared))), parts))
+
+    def due(self, interval: int) -> bool:
+        return bool(interval) and self.step % interval == 0
+
+    def follow_up(self, stop: Stop) -> None:
+        """What is due after a step: its outcome, log, validation, sample, checkpoint."""
+        c = self.config
+        end = self.step == c.max_steps
+        self.owed = self.owed or self.due(c.checkpoint_interval)
+        if self.ranks.world == 1:
+            self.interrupted = stop.signal
+        looked_at = end or self.owed or self.interrupted or any(map(self.due, (c.log_interval, c.eval_interval, c.sample_interval)))
+        self.settle(0 if looked_at else self.behind)
+        if self.interrupted:  # known from a step before this one
+            self.settle(0)
+        self.log.progress(self.step)
+        paused = time.monotonic()
+        better = not self.interrupted and self.watch()  # when interrupted at once to the checkpoint: the rest waits until the run is resumed
+        if end or self.interrupted or (self.owed and not self.bad_steps):  # while steps are bad, no checkpoint takes the place of a good one
+            self.save_checkpoint(best=better)
+        elif better:
+            self.save_best()
+        self.clock += time.monotonic() - paused  # tokens/s is of training alone
+
+    def settle(self, behind: int) -> None:
+        """Read the outcomes of all steps but the newest `behind`: count bad ones, log those that are due.
+        ValueError where max_bad_steps in a row were not finite."""
+        c = self.config
+        while len(self.pending) > behind:
+            outcome = self.pending.popleft()
+            norm, loss, *flags = outcome.values()
+            step, rate = outcome.step, outcome.rate
+            self.interrupted = self.interrupted or next((s for s, flag in zip(Stop.SIGNALS, flags) if flag), 0)
+            if not (math.isfinite(norm) and math.isfinite(loss)):
+                self.bad_steps += 1
+                self.log.say(f"warning: step {step} skipped: loss {loss}, gradient norm {norm}")
+                self.log.write(**{"step": step, "skipped": 1, "train/loss": None, "grad_norm": None, "lr": rate})
+                if self.bad_steps >= c.max_bad_steps:
+                    raise ValueError(self.diverged(outcome))
+                continue
+            self.bad_steps = 0
+            if step % c.log_interval == 0 or step == c.max_steps:
+                self.log_step(step, rate, loss, norm)
+
+    def log_step(self, step: int, rate: float, loss: float, norm: float) -> None:
+        tokens, now = self.config.batch_tokens, time.monotonic()
+        speed = (step - self.clock_step) * tokens / (now - self.clock)
+        self.clock, self.clock_step = now, step
+        memory = peak_memory(self.device)
+        mfu = speed * self.flops_per_token / (self.flops * self.ranks.world) if self.flops else None
+        self.log.write(
+            **{"step": step, "tokens": step * tokens, "train/loss": loss, "lr": rate, "grad_norm": norm},
+            **{"tokens_per_s": speed, "mfu": mfu, "peak_memory": memory},
         )
-    try:
-        if step == 0:
-            val_loss = validation.loss(raw_model, dtype)
-            log.write(**{"step": 0, "tokens": 0, "val/loss": val_loss})
-        if step >= config.max_steps:
-            log.say(f"{run} is at step {step} of {config.max_steps}: nothing to do")
+        text = f"loss {loss:.4f}  lr {rate:.2e}  norm {norm:.2f}  {speed:,.0f} tokens/s  {memory / 2**30:.2f} GiB"
+        self.log.progress(step, text + (f"  MFU {mfu:.1%}" if mfu else ""))
 
-        def state_now() -> dict:
-            return snapshot(raw_model, optimizer, scaler, config, data, step, best, bad_steps, val_loss)
+    # ---- what watches the training and leaves it as it is
 
-        clock, clock_step, saved, owed = time.monotonic(), step, step, False
-        while step < config.max_steps:
-            # --- one optimizer step
-            rate = learning_rate(step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["lr_multiplier"]
-            if config.dropout:  # dropout too depends on the step alone
-                torch.manual_seed(int.from_bytes(hashlib.sha256(f"{config.seed}/{step}/{ranks.rank}".encode()).digest()[:8], "little") >> 1)
-            starts = order.starts((step * ranks.world + ranks.rank) * share, share)
-            loss_sum = torch.zeros((), device=device)
-            for i in range(0, share, micro):
-                x, y = to_device(batch(split, starts[i : i + micro], config.block_size), device)
-                last = i + micro == share  # gradients are reduced over ranks once a step
-                with contextlib.nullcontext() if last or ranks.world == 1 else model.no_sync():
-                    with autocast(device, dtype):
-                        _, loss = model(x, y)
-                    scaler.scale(loss * (micro / share)).backward()
-                loss_sum += loss.detach() * (micro / share)
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
-            loss_sum = ranks.sum(loss_sum) / ranks.world
-            good = bool(torch.isfinite(norm) & torch.isfinite(loss_sum))  # the same on every rank
-            if good:
-                scaler.step(optimizer)
-            scaler.update()  # lowers its scale where a gradient was not finite
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
+    def watch(self) -> bool:
+        """Sample and validate where due; whether the validation loss is the lowest so far."""
+        self.watched = self.step
+        if self.step and self.due(self.config.sample_interval):
+            self.sample()
+        return (self.step in (0, self.config.max_steps) or self.due(self.config.eval_interval)) and self.validate()
 
-            # --- what is due after it
-            bad_steps = 0 if good else bad_steps + 1
-            if not good:
-                log.say(f"warning: step {step} skipped: loss {loss_sum.item()}, gradient norm {norm.item()}")
-                log.write(**{"step": step, "skipped": 1, "train/loss": None, "grad_norm": None, "lr": rate})
-                if bad_steps >= config.max_bad_steps:
-                    raise ValueError(
-                        f"{bad_steps} steps in a row up to step {step} had a loss or gradient that is not finite (learning rate {rate:.3g}, "
-                        f"windows at tokens {starts[:4].tolist()} …). Lower learning_rate, or look at the data there; the checkpoints in {run} are from before"
-                        + (f", but step_{saved}.pt holds the very weights that failed: delete it to go back further" if 0 < step - bad_steps <= saved else "")
-                    )
-            log.progress(step)
-            if good and (step % config.log_interval == 0 or step == config.max_steps):
-                now = time.monotonic()
-                speed = (step - clock_step) * config.batch_tokens / (now - clock)
-                clock, clock_step = now, step
-                memory, loss = peak_memory(device), loss_sum.item()
-                mfu = speed * flops_per_token / (flops * ranks.world) if flops else None
-                log.write(
-                    **{"step": step, "tokens": step * config.batch_tokens, "train/loss": loss, "lr": rate, "grad_norm": norm.item()},
-                    **{"tokens_per_s": speed, "mfu": mfu, "peak_memory": memory},
-                )
-                text = f"loss {loss:.4f}  lr {rate:.2e}  norm {norm.item():.2f}  {speed:,.0f} tokens/s  {memory / 2**30:.2f} GiB"
-                log.progress(step, text + (f"  MFU {mfu:.1%}" if mfu else ""))
-            interrupted = stop.agreed(ranks, device)
-            paused = time.monotonic()
-            end = step == config.max_steps
-            if end or (config.eval_interval and step % config.eval_interval == 0):
-                val_loss = validation.loss(raw_model, dtype)
-                log.write(**{"step": step, "tokens": step * config.batch_tokens, "val/loss": val_loss})
-                log.say(f"step {step}: validation loss {val_loss:.4f}")
-                if val_loss < best:
-                    best = val_loss
-                    if ranks.main:
-                        checkpoint.save(run / "best.pt", state_now())
-            owed = owed or bool(config.checkpoint_interval) and step % config.checkpoint_interval == 0
-            if end or interrupted or (owed and not bad_steps):  # while steps are bad, no checkpoint takes the place of a good one
-                if ranks.main:
-                    keep = config.keep_checkpoints if not bad_steps else sys.maxsize
-                    checkpoint.save_step(run, state_now(), keep)
-                saved, owed = step, False
-                if end or interrupted:
-                    ranks.wait()  # torchrun ends the others when one has left
-            clock += time.monotonic() - paused  # tokens/s is of training alone
-            if interrupted and not end:
-                log.say(f"stopped by {signal.Signals(interrupted).name} after step {step}, checkpoint written: continue with --resume true")
-                return {"step": step, "val_loss": val_loss, "signal": interrupted}
-        failed = False
-        return {"step": step, "val_loss": val_loss, "signal": 0}
-    finally:
-        stop.restore()
-        log.close(failed)
-        if lock:
-            lock.close()
+    def validate(self) -> bool:
+        """Validate, log; whether the loss is the lowest so far. That before training is not counted."""
+        self.val_loss = self.validation.loss(self.model, self.dtype)
+        self.log.write(**{"step": self.step, "tokens": self.step * self.config.batch_tokens, "val/loss": self.val_loss})
+        if self.step:
+            self.log.say(f"step {self.step}: validation loss {self.val_loss:.4f}")
+        return self.step > 0 and self.val_loss < self.best
+
+    def sample(self, length: int = 64) -> None:
+        """Log a text that the model writes, from a generator of its own."""
+        if not self.ranks.main:
+            return
+        length = min(length, self.config.block_size)
+        generator = torch.Generator(self.device).manual_seed(self.step)
+        prompt = torch.full((1, 1), self.data.eot, dtype=torch.int64, device=self.device)
+        eager = torch.compiler.set_stance("force_eager") if self.config.compile else contextlib.nullcontext()  # every length would be compiled
+        with eager, autocast(self.device, self.dtype):
+            ids = self.model.generate(prompt, length, top_k=50, generator=generator)[0, 1:].tolist()
+        text = self.tokenizer.decode([i for i in ids if i < self.data.vocab_size and i != self.data.eot])
+        self.log.write(step=self.step, sample=text)
+        self.log.say(f"step {self.step}, a sample: {text!r}")
+
+    # ---- checkpoints
+
+    def snapshot(self) -> dict:
+        """What a checkpoint holds: tensors and plain types only, copied to the host."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+            "config": dataclasses.asdict(self.config),
+            "generators": generators(),
+            "data_hash": self.data.hash,
+            "tokenizer": dict(self.data.manifest["tokenizer"]),
+            "best_val_loss": self.best,
+            "val_loss": self.val_loss,
+            "watched": self.watched,
+            "bad_steps": self.bad_steps,
+        }
+        return checkpoint.host_copy(state)
+
+    def save_checkpoint(self, best: bool = False) -> None:
+        """step_N.pt of this moment, and best.pt too; written by a thread while training goes on."""
+        self.owed = False
+        keep = self.config.keep_checkpoints if not self.bad_steps else sys.maxsize
+        self.write(best, lambda state: checkpoint.save_step(self.path, state, keep))
+
+    def save_best(self) -> None:
+        self.write(True, None)
+
+    def write(self, best: bool, save_step: Callable[[dict], None] | None) -> None:
+        self.writer.wait()  # at most one in flight
+        lowest = self.best
+        if best:
+            self.best = self.val_loss
+        if not self.ranks.main:
+            return
+        state = self.snapshot()
+
+        def job() -> None:
+            self.log.sync()  # a checkpoint never knows more steps than metrics.jsonl
+            if best and not self.attempt(lambda: checkpoint.save(self.path / "best.pt", state), state["step"]):
+                self.best = lowest
+            if save_step and self.attempt(lambda: save_step(state), state["step"]):
+                self.saved = state["step"]
+
+        self.writer.submit(job)
+
+    def attempt(self, save: Callable[[], None], step: int) -> bool:
+        """Whether a file could be written. If not, training goes on: there may be room, or the disk, the next time."""
+        try:
+            save()
+            self.unwritten = None
+            return True
+        except OSError as error:
+            self.unwritten = error
+            self.log.say(f"warning: at step {step} a checkpoint could not be written ({error}): training goes on; the newest good one is of step {self.saved}")
+            return False
+
+    def finish_writing(self) -> None:
+        """Until everything is on the disk. OSError where the last checkpoint could not be written, also not when tried again."""
+        self.writer.wait()
+        if self.unwritten and self.ranks.main:
+            self.save_checkpoint()
+            self.writer.wait()
+        if self.interrupted:
+            saved = "checkpoint written: continue with --resume true" if not self.unwritten else "but no checkpoint could be written"
+            self.log.say(f"stopped by {signal.Signals(self.interrupted).name} after step {self.step}, {saved}")
+        self.ranks.wait()  # torchrun ends the others when one has left
+        if self.unwritten:
+            raise OSError(f"the checkpoint of step {self.step} could not be written ({self.unwritten}); step {self.saved} is where --resume true continues")
+
+    # ---- what went wrong
+
+    def diverged(self, outcome: "Outcome") -> str:
+        self.writer.wait()
+        bad = [i for i, part in enumerate(outcome.parts) if not math.isfinite(part.item())]
+        what = "micro-batches whose loss is not finite" if bad else "all windows of the step"
+        places = self.feed.describe(outcome.step - 1, bad or list(range(len(outcome.parts))))
+        text = (
+            f"{self.bad_steps} steps in a row up to step {outcome.step} had a loss or gradient that is not finite (learning rate {outcome.rate:.3g}; rank {self.ranks.rank}, {what}: "
+            f"windows at {places}). Lower learning_rate, or look at the data there (python data/show.py {self.config.data_dir}); the checkpoints in {self.path} are from before"
+        )
+        if 0 < outcome.step - self.bad_steps <= self.saved:
+            text += f", but step_{self.saved}.pt holds the very weights that failed: delete it to go back further"
+        return text
+
+    def out_of_memory(self, error: Exception) -> str:
+        smaller = [n for n in divisors(self.share) if n < self.micro]
+        advice = f"try --micro_batch_size {max(smaller, default=1, key=lambda n: (n <= self.micro // 2, n))}" if smaller else "take a smaller model or block_size, or more ranks"
+        advice += ", or --micro_batch_size auto" if smaller and self.device.type == "cuda" else ""
+        return (
+            f"out of memory at micro_batch_size {self.micro} ({self.micro} windows of {self.config.block_size} tokens) on {self.device}: {advice}; "
+            f"the result does not depend on it. train.py --plan estimates the memory ({first_line(error)})"
+        )
 
 
-def snapshot(model, optimizer, scaler, config, data, step, best, bad_steps, val_loss) -> dict:
-    """What a checkpoint holds: tensors and plain types only."""
-    return {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        "step": step,
-        "config": dataclasses.asdict(config),
-        "generators": generators(),
-        "data_hash": data.hash,
-        "tokenizer": dict(data.manifest["tokenizer"]),
-        "best_val_loss": best,
-        "val_loss": val_loss,
-        "bad_steps": bad_steps,
-    }
+@dataclasses.dataclass
+class Outcome:
+    """A step's numbers on their way from the device."""
+
+    step: int  # steps completed with it
+    rate: float
+    values: Callable[[], list[float]]  # waits for: gradient norm, loss, and with several ranks how many got each signal
+    parts: list[torch.Tensor]  # this rank's losses of the micro-steps
 
 
 def generators() -> dict:
     version, internal, gauss = random.getstate()
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": [version, list(internal), gauss]}
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    old = {"kind": kind, "keys": torch.from_numpy(keys.astype(np.int64)), "position": position, "has_gauss": has_gauss, "cached": cached}
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": [version, list(internal), gauss], "numpy": old}
 
 
 def restore_generators(state: dict, device: torch.device) -> None:
@@ -608,18 +885,54 @@ def restore_generators(state: dict, device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"])
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
+    if numpy := state.get("numpy"):
+        np.random.set_state((numpy["kind"], numpy["keys"].numpy().astype(np.uint32), numpy["position"], numpy["has_gauss"], numpy["cached"]))
+
+
+# ---- the command
+
+
+def modes(parser) -> None:
+    """Arguments that are no fields of a run."""
+    parser.add_argument("--plan", action="store_true", help="Print parameters, FLOPs, memory and hours of the run; train nothing.")
+    parser.add_argument("--gpus", type=int, help="With --plan: the number of GPUs (default: the ranks of this launch).")
+    parser.add_argument("--mfu", type=float, default=0.4, help="With --plan: the model FLOPs utilisation to expect.")
+    parser.add_argument("--price_per_hour", type=float, help="With --plan: price of an hour of one GPU.")
+    parser.add_argument("--diff", metavar="RUN", help="Print where the config differs from that of another run's folder; train nothing. Exit status 1 where it does.")
+
+
+def show_differences(config: RunConfig, run: Path) -> int:
+    """Print them; 1 where there are any, else 0."""
+    data_hash = None
+    with contextlib.suppress(DataError):  # data that is not here yet leaves its fields open
+        data = open_data(config.data_dir, verify=False)
+        config, data_hash = with_vocabulary(config, data), data.hash
+    options = resolve(config.model_config() if config.vocab_size else dataclasses.replace(config.model_config(), vocab_size=1)).pos_options
+    micro = None if config.micro_batch_size == "auto" else resolve_batch(config, Ranks())[1] if config.micro_batch_size else None
+    lines = differences({**vars(config), "pos_options": options, "micro_batch_size": micro}, run, data_hash)
+    print("\n".join(lines) or f"no difference from {run}")
+    return int(bool(lines))
 
 
 def main() -> None:
     try:
-        result = train(parse())
+        config, mode = parse(modes=modes)
+        if mode["diff"]:
+            check(config)
+            sys.exit(show_differences(config, Path(mode["diff"])))
+        if mode["plan"]:
+            from plan import plan, show
+
+            return print(show(plan(config, gpus=mode["gpus"] or int(os.environ.get("WORLD_SIZE", 1)), mfu=mode["mfu"], price_per_hour=mode["price_per_hour"])))
+        result = train(config)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("interrupted: the last checkpoint, if there is one, is where --resume true continues", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     if result["signal"]:
-        sys.exit(128 + result["signal"])
+        # 75 (EX_TEMPFAIL) asks a scheduler to start the job again; Ctrl-C does not
+        sys.exit(128 + signal.SIGINT if result["signal"] == signal.SIGINT else os.EX_TEMPFAIL)
 
 
 if __name__ == "__main__":

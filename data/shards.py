@@ -165,6 +165,11 @@ class Split:
             done, shard = done + count, shard + 1
         return tokens
 
+    def locate(self, position):
+        """Where token `position` of the stream lies: (Path of its shard, its offset there in tokens)."""
+        shard = int(np.searchsorted(self._edges, position, side="right")) - 1
+        return self.files[shard], position - int(self._edges[shard])
+
     def documents(self):
         """(n, 2) int64: start and length, without its end-of-text token, of every document. Reads the whole split."""
         ends = [np.flatnonzero(self.read(at, min(at + SCAN, len(self))) == self.eot) + at for at in range(0, len(self), SCAN)]

@@ -30,155 +30,7 @@ from data.prepare import prepare
 from data.shards import WindowOrder, batch, open_data
 from model import GPT, SCHEMES, GPTConfig
 from train import Ranks, Validation, learning_rate, main, make_optimizer, resolve_batch, train
-
-REPO = Path(__file__).resolve().parents[1]
-CPU = torch.device("cpu")
-TIMES = ("tokens_per_s", "mfu", "peak_memory")
-TINY = dict(
-    block_size=16, n_layer=1, n_head=2, n_embd=16, batch_tokens=128, micro_batch_size=4, max_steps=12, learning_rate=3e-3, min_lr=3e-4,
-    warmup_steps=3, eval_interval=5, eval_tokens=256, checkpoint_interval=4, log_interval=1, device="cpu",
-)  # fmt: skip
-
-
-# ---- helpers
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def write_text(path, seed, documents):
-    draw = random.Random(seed)
-    words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(1, 7))) for _ in range(60)]
-    lines = [json.dumps({"text": " ".join(draw.choices(words, k=120))}) for _ in range(documents)]
-    path.write_text("\n".join(lines) + "\n")
-    return path
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Data folders: `small` (about 3,000 training tokens), `other` text, and small text in GPT-2's tokens."""
-    base = tmp_path_factory.mktemp("data")
-    small, other = write_text(base / "small.jsonl", 1, 7), write_text(base / "other.jsonl", 2, 7)
-    prepare("files", base / "small", small, "byte", val_tokens=600)
-    prepare("files", base / "other", other, "byte", val_tokens=600)
-    prepare("files", base / "gpt2", small, "gpt2", val_tokens=300)
-    return base
-
-
-@pytest.fixture
-def make(folders, tmp_path):
-    """make(name, field=value, …): the RunConfig of a tiny run in tmp_path/name."""
-
-    def config(name="run", **fields):
-        return RunConfig(**{**TINY, "data_dir": str(folders / "small"), "out_dir": str(tmp_path / name), **fields})
-
-    return config
-
-
-@pytest.fixture(scope="module")
-def plain(folders, tmp_path_factory):
-    """A finished run of TINY, to compare with: its folder. Not to be changed."""
-    run = tmp_path_factory.mktemp("runs") / "plain"
-    train(RunConfig(**TINY, data_dir=str(folders / "small"), out_dir=str(run)))
-    return run
-
-
-def arguments(config):
-    """The command line of a RunConfig."""
-    given = [(k, v) for k, v in vars(config).items() if v is not None]
-    return [text for k, v in given for text in (f"--{k}", json.dumps(v) if isinstance(v, (bool, dict)) else str(v))]
-
-
-def metrics(run):
-    """Lines of metrics.jsonl without times."""
-    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
-
-
-def losses(run, key="train/loss"):
-    return [line[key] for line in metrics(run) if key in line]
-
-
-def last(run):
-    return checkpoint.load(checkpoint.find(run))
-
-
-def same(a, b):
-    """Equality to the bit of nested dicts, lists and tensors."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b or a != a and b != b
-
-
-def same_run(a, b):
-    """Two runs ended with the same bits and logged the same figures."""
-    x, y = last(a), last(b)
-    assert same(metrics(a), metrics(b))
-    for key in ("model", "optimizer", "scaler", "step", "best_val_loss", "val_loss", "bad_steps"):
-        assert same(x[key], y[key]), key
-    return True
-
-
-def at_step(monkeypatch, actions):
-    """Call actions[s]() at the beginning of optimizer step s, once each."""
-    rate = learning_rate
-
-    def hooked(step, config):
-        actions.pop(step, lambda: None)()
-        return rate(step, config)
-
-    monkeypatch.setattr(train_module, "learning_rate", hooked)
-
-
-def kill(number):
-    return lambda: os.kill(os.getpid(), number)
-
-
-def crash():
-    raise RuntimeError("the power is out")
-
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
-
-
-def start(command, cwd, **environment):
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=cwd, env=ENVIRONMENT | environment,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
-def finish(process, timeout=120):
-    """(exit status, stdout, stderr) of a process, which is ended where it takes too long."""
-    try:
-        out, err = process.communicate(timeout=timeout)
-    finally:
-        if process.poll() is None:
-            process.terminate()  # torchrun ends its ranks
-            process.communicate(timeout=60)
-    return process.returncode, out, err
-
-
-def wait_for_lines(run, count, process):
-    """Until metrics.jsonl has so many lines."""
-    until = time.monotonic() + 60
-    while time.monotonic() < until and process.poll() is None:
-        with contextlib.suppress(OSError):
-            if (Path(run) / "metrics.jsonl").read_bytes().count(b"\n") >= count:
-                return
-        time.sleep(0.02)
-    process.terminate()
-    raise AssertionError(f"no {count} lines: {process.communicate(timeout=60)}")
-
+from training import CPU, ENVIRONMENT, REPO, TIMES, arguments, at_step, crash, finish, folders, kill, last, losses, make, metrics, one_thread, plain, same, same_run, start, wait_for_lines, write_text  # noqa: F401
 
 # ---- the same command, the same bits
 
@@ -340,7 +192,7 @@ def test_real_processes_killed_and_stopped_resume_exactly(make, folders, tmp_pat
     process.send_signal(signal.SIGTERM)
     status, _, err = finish(process)
     step = last(run)["step"]
-    assert status == 128 + signal.SIGTERM and f"stopped by SIGTERM after step {step}" in err and "--resume true" in err
+    assert status == os.EX_TEMPFAIL and f"stopped by SIGTERM after step {step}" in err and "--resume true" in err
     assert metrics(run)[-1]["step"] <= step
     fields["max_steps"] = step + 5
     train(make(**fields, resume=True))
@@ -372,59 +224,6 @@ def test_resolve_batch():
         resolve_batch(dataclasses.replace(config, micro_batch_size=5), Ranks())
     with pytest.raises(ValueError, match="24 windows of 16, which do not divide over 5 ranks.*: 1, 2, 3, 4, 6, 8, 12, 24"):
         resolve_batch(config, Ranks(0, 5))
-
-
-DRIVER = """
-import os, signal, sys, time
-import train
-rank, rate = os.environ["RANK"], train.learning_rate
-prepare = train.find_state
-def slow_find_state(*a):  # ranks need not look at the run's folder at the same moment
-    time.sleep(float(os.environ.get("LATE", 0)) * int(rank))
-    return prepare(*a)
-def hooked(step, config):
-    if f"{rank}:{step}" == os.environ.get("SIGNAL_AT"):
-        os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(float(os.environ.get("SLEEP", 0)))
-    return rate(step, config)
-train.find_state, train.learning_rate = slow_find_state, hooked
-train.main()
-"""
-
-
-def test_two_ranks(make, tmp_path):
-    """The same curve as one rank, one writer; SIGTERM to torchrun, or to one rank alone, ends in a checkpoint, and
-    resuming is exact with two ranks and equal up to rounding with one."""
-    driver = tmp_path / "driver.py"
-    driver.write_text(DRIVER)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", driver]
-    fields = dict(max_steps=30, micro_batch_size=2, checkpoint_interval=5, keep_checkpoints=9, pos="comrope")
-
-    one, two, cut = make("one", **fields), make("two", **fields), make("cut", **fields, resume=True)
-    process = start([*torchrun, *arguments(two)], tmp_path, LATE="1.5")
-    train(one)
-    status, _, err = finish(process)
-    assert status == 0, err
-    assert [line.keys() for line in metrics(two.out_dir)] == [line.keys() for line in metrics(one.out_dir)]  # one writer
-    for key in ("train/loss", "val/loss", "grad_norm"):
-        assert losses(two.out_dir, key) == pytest.approx(losses(one.out_dir, key), rel=1e-5)
-    assert losses(two.out_dir)[0] > losses(two.out_dir)[-1] + 0.5  # something was learned
-
-    process = start([*torchrun, *arguments(cut)], tmp_path, SLEEP="0.1")
-    wait_for_lines(cut.out_dir, 4, process)
-    process.send_signal(signal.SIGTERM)
-    status, _, err = finish(process)
-    stopped = last(cut.out_dir)["step"]
-    assert status != 0 and f"stopped by SIGTERM after step {stopped}" in err and 3 <= stopped < 20
-
-    status, _, err = finish(start([*torchrun, *arguments(cut)], tmp_path, SIGNAL_AT="1:24"))
-    assert status != 0 and "stopped by SIGTERM after step 25" in err
-    there = checkpoint.load(checkpoint.find(two.out_dir, "25"))
-    for key in ("model", "optimizer"):
-        assert same(last(cut.out_dir)[key], there[key])
-    train(cut)
-    assert losses(cut.out_dir) == pytest.approx(losses(two.out_dir), rel=1e-5)
-    assert losses(cut.out_dir)[:25] == losses(two.out_dir)[:25]
 
 
 # ---- the optimizer, the schedule, the step itself
@@ -635,7 +434,7 @@ def test_a_bad_step_is_skipped_and_counted(make, monkeypatch, capsys, dtype, val
 def test_bad_steps_stop_the_run_and_good_checkpoints_stay(make, monkeypatch):
     config = make(checkpoint_interval=1, max_bad_steps=3, eval_interval=0)
     weights = poison(monkeypatch, range(6, 100))
-    with pytest.raises(ValueError, match=r"3 steps in a row up to step 9 .*learning rate .*windows at tokens \[\d+, ") as info:
+    with pytest.raises(ValueError, match=r"3 steps in a row up to step 9 .*learning rate .*windows at train_00000.bin at token \d+, ") as info:
         train(config)
     assert "step_6.pt holds the very weights that failed" in str(info.value)
     assert [f.name for f in checkpoint.step_files(Path(config.out_dir))] == ["step_6.pt", "step_5.pt"]
@@ -822,7 +621,8 @@ def test_the_runs_folder(plain):
     resolved = yaml.safe_load((plain / "config.yaml").read_text())
     assert resolved == checkpoint.load(plain / "last.pt")["config"]
     lines = [json.loads(line) for line in (plain / "metrics.jsonl").read_text().splitlines()]
-    assert lines[0].keys() == {"step", "tokens", "val/loss"} and lines[0]["step"] == 0
+    assert lines[0].keys() == {"step", "environment"} and lines[0]["step"] == 0
+    assert lines[1].keys() == {"step", "tokens", "val/loss"} and lines[1]["step"] == 0
     assert [line["step"] for line in lines if "val/loss" in line] == [0, 5, 10, 12]
     training = [line for line in lines if "train/loss" in line]
     assert [line["step"] for line in training] == list(range(1, 13)) and [line["tokens"] for line in training] == list(range(128, 1537, 128))
@@ -916,26 +716,46 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, size):
     assert files_of(tmp_path) == before and same(checkpoint.load(path), state)
 
 
-@pytest.mark.parametrize("name", ["checkpoints/step_8.pt", "best.pt"])
-def test_a_full_disk_ends_the_run_and_loses_nothing(make, command, plain, tmp_path, monkeypatch, name):
-    """The disk is full from some file on; what was good before is there, and the run goes on when there is room."""
-    config = make(eval_interval=7 if name == "best.pt" else 0)
-    at_step(monkeypatch, {6: crash})
-    with pytest.raises(RuntimeError):
-        train(config)
-    before, write = files_of(tmp_path / "run"), checkpoint.HashingFile.write
+def full_disk(monkeypatch, name):
+    """There is no room for files called `name`, until the function that is returned is called."""
+    write, full = checkpoint.HashingFile.write, [True]
 
-    def full(self, data):
-        if Path(name).name in self.file.name and self.file.tell() > 1000:
+    def limited(self, data):
+        if full[0] and name in self.file.name and self.file.tell() > 1000:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(self, data)
 
-    monkeypatch.setattr(checkpoint.HashingFile, "write", full)
+    monkeypatch.setattr(checkpoint.HashingFile, "write", limited)
+    return lambda: full.__setitem__(0, False)
+
+
+@pytest.mark.parametrize("name", ["step_8.pt", "best.pt"])
+def test_training_goes_on_while_the_disk_is_full(make, plain, monkeypatch, capsys, name):
+    """It says so, what was good stays, and what there is room for later is written."""
+    config, room = make(eval_interval=5), full_disk(monkeypatch, name)
+    at_step(monkeypatch, {9: room})
+    train(config)
+    err = capsys.readouterr().err
+    assert err.count("a checkpoint could not be written") == 1 and "No space left on device" in err and name in err and "the newest good one is of step 4" in err
+    assert same_run(config.out_dir, plain)
+    kept = [f.name for f in checkpoint.step_files(Path(config.out_dir))]
+    assert kept == (["step_12.pt", "step_4.pt"] if name == "step_8.pt" else ["step_12.pt", "step_8.pt"])
+    assert same(checkpoint.load(Path(config.out_dir) / "best.pt")["model"], last(plain)["model"])
+    assert not [*Path(config.out_dir).rglob("*.partial")]
+
+
+def test_a_disk_that_stays_full_ends_the_run_with_an_error_and_loses_nothing(make, command, plain, tmp_path, monkeypatch):
+    config = make(eval_interval=0)
+    at_step(monkeypatch, {6: crash})
+    with pytest.raises(RuntimeError):
+        train(config)
+    before = files_of(tmp_path / "run")
+    full_disk(monkeypatch, "step_")
     message = command(*arguments(config), "--resume", "true")
-    assert "No space left on device" in message and name in message
+    assert "the checkpoint of step 12 could not be written" in message and "No space left on device" in message and "step 4 is where --resume true continues" in message
     after = files_of(tmp_path / "run")
-    for changing in ("metrics.jsonl", "config.yaml"):
-        del before[changing], after[changing]
+    for changing in ("metrics.jsonl", "config.yaml", "best.pt", "best.pt.sha256"):
+        before.pop(changing, None), after.pop(changing, None)
     assert after == before
     monkeypatch.undo()
     train(dataclasses.replace(config, resume=True))
@@ -1252,7 +1072,7 @@ def test_two_processes_cannot_train_in_one_folder(make, tmp_path):
     train(make(max_steps=4))
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     holder = subprocess.Popen(
-        [sys.executable, "-c", f"import fcntl, time; f = open({str(run / '.lock')!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"],
+        [sys.executable, "-c", f"import fcntl, time; f = open({str(run / '.lock')!r}, 'a'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"],
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:

@@ -1,0 +1,484 @@
+"""train.py where something goes wrong, or watches: full disks, lost folders, wandb, memory, bad steps; and nothing of it changes a run."""
+
+import dataclasses
+import errno
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import record
+from data.prepare import prepare
+from data.shards import WindowOrder, batch, fingerprint, open_data, write_manifest
+from model import GPT
+from record import Log
+from train import Feed, Ranks, Training, largest_micro_batch, main, train
+from training import CPU, REPO, arguments, at_step, environments, finish, folders, kill, last, losses, make, metrics, one_thread, plain, same, same_run, start, write_text  # noqa: F401
+
+# ---- what is due at the moment of an interruption
+
+
+@pytest.mark.parametrize("at", [4, 5, 9, 11], ids=["before", "validation", "both", "end"])
+def test_what_a_signal_puts_off_is_done_on_resuming(make, monkeypatch, at):
+    """A signal in step `at` + 1 is followed by its checkpoint at once; validation and sample of that step wait for the next start."""
+    fields = dict(eval_interval=3, sample_interval=5, pos="carope", dropout=0.1)
+    whole, cut = make("whole", **fields), make("cut", resume=True, **fields)
+    train(whole)
+    at_step(monkeypatch, {at: kill(signal.SIGTERM)})
+    assert train(cut)["signal"] == signal.SIGTERM
+    assert not [line for line in metrics(cut.out_dir) if line["step"] == at + 1 and ("val/loss" in line or "sample" in line)]
+    train(cut)
+    assert same_run(whole.out_dir, cut.out_dir)
+    assert same(checkpoint.load(Path(whole.out_dir) / "best.pt")["model"], checkpoint.load(Path(cut.out_dir) / "best.pt")["model"])
+
+
+def test_samples_are_logged_and_change_nothing(make, plain):
+    config = make(sample_interval=3)
+    train(config)
+    samples = [line for line in metrics(config.out_dir) if "sample" in line]
+    assert [line["step"] for line in samples] == [3, 6, 9, 12] and all(1 <= len(line["sample"]) <= 16 for line in samples)
+    assert same([line for line in metrics(config.out_dir) if "sample" not in line], metrics(plain)) and same(last(config.out_dir)["model"], last(plain)["model"])
+
+
+# ---- checkpoints beside the training
+
+
+def test_a_checkpoint_holds_its_moment_whenever_it_is_written(make, plain, monkeypatch):
+    """Writing is held up until two steps later; the file must hold the weights of its step, and the run does not wait."""
+    save, may_write, steps = checkpoint.save, threading.Event(), []
+
+    def slow(path, state):
+        assert may_write.wait(30)
+        steps.append(state["step"])
+        save(path, state)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    at_step(monkeypatch, {6: may_write.set})  # the checkpoint of step 4 is due before steps 4 and 5
+    config = make(keep_checkpoints=9, eval_interval=0)
+    train(config)
+    monkeypatch.undo()
+    reference = make("reference", keep_checkpoints=9, eval_interval=0)
+    train(reference)
+    assert sorted({s for s in steps}) == [4, 8, 12]
+    for step in "4", "8", "12":
+        mine, theirs = (checkpoint.load(checkpoint.find(c.out_dir, step)) for c in (config, reference))
+        assert same(mine["model"], theirs["model"]) and same(mine["optimizer"], theirs["optimizer"])
+
+
+def test_what_goes_wrong_in_the_writer_ends_the_run(make, monkeypatch):
+    """Anything but a disk's failure is a bug, and not to be passed over."""
+
+    def broken(*_):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(checkpoint, "save_step", broken)
+    with pytest.raises(TypeError, match="a bug"):
+        train(make())
+
+
+def test_one_write_at_a_time():
+    writer, running, most = checkpoint.Writer(), [0], []
+
+    def job():
+        running[0] += 1
+        most.append(running[0])
+        threading.Event().wait(0.02)
+        running[0] -= 1
+
+    for _ in range(5):
+        writer.submit(job)
+    writer.wait()
+    assert most == [1] * 5 and running == [0]
+
+
+def test_a_checkpoint_never_knows_more_than_metrics(make, monkeypatch):
+    """The lines of a step are on the disk before the checkpoint of that step is written."""
+    synced, save = [], checkpoint.save_step
+
+    def fsync(descriptor, real=os.fsync):
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real(descriptor)
+
+    def checked(run, state, keep):
+        synced[:] = [path for path in synced if path.endswith("metrics.jsonl") or "step_" in path]
+        assert synced and synced[-1].endswith("metrics.jsonl")
+        assert max(line["step"] for line in metrics(run)) >= state["step"]
+        save(run, state, keep)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(checkpoint, "save_step", checked)
+    config = make(eval_interval=0)
+    train(config)
+    assert last(config.out_dir)["step"] == 12
+
+
+# ---- folders and disks
+
+
+def test_a_folder_that_is_lost_is_made_again(make, plain, monkeypatch, capsys):
+    config = make()
+
+    def lose():
+        while Path(config.out_dir).exists():  # a checkpoint may be being written
+            shutil.rmtree(config.out_dir, ignore_errors=True)
+
+    at_step(monkeypatch, {6: lose})
+    train(config)
+    run = Path(config.out_dir)
+    assert same_run(run, plain) and (run / "config.yaml").is_file()
+    assert f"warning: {run} was lost" in capsys.readouterr().err
+
+
+def test_metrics_that_cannot_be_written_for_a_while_are_not_lost(make, plain, monkeypatch, capsys):
+    config, log = make(), []
+
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fill():
+        monkeypatch.setattr(record.checkpoint, "write_atomically", no_room)
+        log[0].file.close()
+        log[0].file = types.SimpleNamespace(write=no_room, close=lambda: None, fileno=lambda: -1)
+
+    def hooked(self, *args, init=Log.__init__):
+        init(self, *args)
+        log.append(self)
+
+    monkeypatch.setattr(Log, "__init__", hooked)
+    write = checkpoint.write_atomically
+    at_step(monkeypatch, {5: fill, 8: lambda: monkeypatch.setattr(record.checkpoint, "write_atomically", write)})
+    train(dataclasses.replace(config, checkpoint_interval=0))
+    assert same(metrics(config.out_dir), metrics(plain))
+    err = capsys.readouterr().err
+    assert err.count("metrics cannot be written") == 1 and "No space left on device" in err
+
+
+def test_a_real_process_with_no_room_for_checkpoints_trains_to_its_end(make, tmp_path):
+    code = "import resource, train; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); train.main()"
+    config = make(max_steps=30, log_interval=1)
+    status, _, err = finish(start(["-c", code, *arguments(config)], tmp_path))
+    assert status == 1 and "Traceback" not in err and "error: the checkpoint of step 30 could not be written" in err
+    assert losses(config.out_dir, "step")[-1] == 30 and not [*Path(config.out_dir).rglob("*.pt")] and not [*Path(config.out_dir).rglob("*.partial")]
+    assert train(dataclasses.replace(config, resume=True))["step"] == 30
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_under_the_screens_log_does_not_end_the_run(make, tmp_path):
+    config = make()
+    code = "import os, sys, train; os.dup2(os.open('/dev/full', os.O_WRONLY), 2); train.main()"
+    finish(start(["-c", code, *arguments(config)], tmp_path))
+    assert last(config.out_dir)["step"] == 12
+
+
+# ---- wandb
+
+
+class FailingWandb(types.ModuleType):
+    """Its service dies at the third line."""
+
+    Error = RuntimeError
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.__spec__, self.lines, self.finished = types.SimpleNamespace(name="wandb"), [], 0
+
+    def login(self, **_):
+        return True
+
+    def init(self, **_):
+        return self
+
+    def log(self, values, step):
+        self.lines.append(step)
+        if len(self.lines) == 3:
+            raise BrokenPipeError("the service\nis gone")
+
+    def finish(self, exit_code):
+        raise ConnectionError("gone")
+
+
+def test_a_wandb_that_fails_does_not_end_the_run(make, plain, monkeypatch, capsys):
+    fake = FailingWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("WANDB_CACHE_DIR", "unused")
+    config = make(wandb="online")
+    train(config)
+    assert same(metrics(config.out_dir), metrics(plain)) and len(fake.lines) == 3
+    assert capsys.readouterr().err.count("warning: wandb failed (the service)") == 1
+
+
+# ---- steps that are not finite
+
+
+def poison(monkeypatch, bad, rows):
+    """Make the loss of some (step, micro-step) not a number; `rows` micro-steps a step."""
+    forward, calls = GPT.forward, [0]
+
+    def poisoned(self, idx, targets=None, reduction="mean"):
+        out, loss = forward(self, idx, targets, reduction)
+        if targets is None or reduction != "mean":
+            return out, loss
+        at = divmod(calls[0], rows)
+        calls[0] += 1
+        return out, loss * math.nan if at in bad else loss
+
+    monkeypatch.setattr(GPT, "forward", poisoned)
+
+
+def test_the_message_names_the_windows_by_shard_and_offset(make, tmp_path, monkeypatch):
+    prepare("files", tmp_path / "shards", write_text(tmp_path / "text.jsonl", 3, 9), "byte", val_tokens=600, shard_tokens=1200)
+    config = make(data_dir=str(tmp_path / "shards"), max_bad_steps=2)
+    data = open_data(config.data_dir)
+    files = data.split("train").files
+    assert len(files) > 2
+    poison(monkeypatch, {(5, 1), (6, 1)}, 2)
+    with pytest.raises(ValueError, match="2 steps in a row up to step 7 .*learning rate 0.00232; rank 0, micro-batches whose loss is not finite") as info:
+        train(config)
+    split = data.split("train")
+    starts = WindowOrder(len(split), 16, 1).starts(6 * 8 + 4, 4)  # the second micro-batch of step 7
+    edges = np.cumsum([0] + [r["tokens"] for r in data.manifest["splits"]["train"]])
+    for s in map(int, starts):
+        shard = max(i for i in range(len(files)) if edges[i] <= s)
+        assert f"{files[shard].name} at token {s - edges[shard]}" in str(info.value)
+        there = np.fromfile(files[shard], data.manifest["dtype"])[s - edges[shard] :][:16]
+        assert np.array_equal(there, split.read(s, s + len(there)))
+    assert str(info.value).count(" at token ") == 4
+
+
+@pytest.mark.parametrize("log_interval", [1, 5])
+def test_a_host_one_step_ahead_gives_the_same_run(make, monkeypatch, log_interval):
+    """As on a GPU: outcomes are read a step late. Bad steps are skipped on the device, and everything logged is the same."""
+    runs = []
+    for behind in 0, 1:
+        config = make(f"behind{behind}", log_interval=log_interval, max_bad_steps=3, checkpoint_interval=5, eval_interval=7)
+        with monkeypatch.context() as patch:
+            poison(patch, {(3, 0), (6, 1), (7, 0)}, 2)
+            patch.setattr(Training, "run", lambda self, run=Training.run, behind=behind: setattr(self, "behind", behind) or run(self))
+            train(config)
+        runs.append(config.out_dir)
+    assert same_run(*runs)
+    assert [line["step"] for line in metrics(runs[0]) if "skipped" in line] == [4, 7, 8]
+
+
+def test_a_host_one_step_ahead_stops_for_bad_steps_and_keeps_good_checkpoints(make, monkeypatch):
+    config = make(log_interval=100, max_bad_steps=3, checkpoint_interval=4, eval_interval=0)
+    poison(monkeypatch, {(s, 0) for s in range(5, 100)}, 2)
+    monkeypatch.setattr(Training, "run", lambda self, run=Training.run: setattr(self, "behind", 1) or run(self))
+    with pytest.raises(ValueError, match="3 steps in a row up to step 8 "):
+        train(config)
+    assert [f.name for f in checkpoint.step_files(Path(config.out_dir))] == ["step_4.pt"]
+
+
+def test_no_number_is_read_from_the_device_inside_a_step(make, monkeypatch):
+    """A step that nothing is due after launches without asking for a value: what would be a host synchronisation on a GPU. (The
+    optimizer's and the model's own work on the CPU is left out: only tensor → Python conversions are caught.)"""
+    reads, inside = [], [False]
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "numpy", "cpu"):
+
+        def caught(self, *args, name=name, real=getattr(torch.Tensor, name)):
+            if inside[0]:
+                reads.append(name)
+            return real(self, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, caught)
+
+    def step(self, stop, real=Training.optimizer_step):
+        inside[0] = True
+        real(self, stop)
+        inside[0] = False
+
+    monkeypatch.setattr(Training, "optimizer_step", step)
+    monkeypatch.setattr(GPT, "check_tokens", lambda *_: None)  # on the CPU only
+    train(make(log_interval=100, eval_interval=0, max_steps=4, grad_clip=1.0))
+    assert not [r for r in reads if r not in ("numpy",)], reads
+
+
+# ---- memory
+
+
+def test_out_of_memory_says_what_to_try(make, monkeypatch):
+    def hungry(self, idx, targets=None, reduction="mean", forward=GPT.forward):
+        if len(idx) > 2 and reduction == "mean":
+            raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB\nmore")
+        return forward(self, idx, targets, reduction)
+
+    monkeypatch.setattr(GPT, "forward", hungry)
+    with pytest.raises(ValueError, match=r"out of memory at micro_batch_size 4 \(4 windows of 16 tokens\) on cpu: try --micro_batch_size 2; .*\(Tried to allocate 20.00 GiB\)"):
+        train(make())
+    assert train(make("smaller", micro_batch_size=2))["step"] == 12
+
+
+def fake_memory(monkeypatch, rows, total=100, reserved=10):
+    """A GPU, as far as largest_micro_batch asks, whose memory ends above `rows` windows."""
+    for name, value in (("reset_peak_memory_stats", None), ("empty_cache", None), ("max_memory_reserved", reserved), ("get_device_name", "a GPU")):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(total_memory=total))
+
+    def hungry(self, idx, targets=None, reduction="mean", forward=GPT.forward):
+        if len(idx) > rows:
+            raise torch.OutOfMemoryError("no")
+        return forward(self, idx, targets, reduction)
+
+    monkeypatch.setattr(GPT, "forward", hungry)
+
+
+def test_the_largest_micro_batch(make, monkeypatch):
+    model = GPT(dataclasses.replace(make(), vocab_size=320).model_config())
+    for rows, expected in ((1, 1), (5, 4), (7, 6), (100, 24)):
+        with monkeypatch.context() as patch:
+            fake_memory(patch, rows)
+            assert largest_micro_batch(model, 24, Ranks(), CPU, torch.float32) == expected
+            patch.setattr(Ranks, "max", lambda self, tensor: torch.maximum(tensor, torch.tensor(-3)))  # another rank has less
+            assert largest_micro_batch(model, 24, Ranks(), CPU, torch.float32) == min(3, expected)
+    fake_memory(monkeypatch, 8, reserved=95)
+    assert largest_micro_batch(model, 24, Ranks(), CPU, torch.float32) == 1  # nine tenths are full
+    fake_memory(monkeypatch, 0)
+    with pytest.raises(ValueError, match="not even one window of 16 tokens fits the memory of a GPU"):
+        largest_micro_batch(model, 24, Ranks(), CPU, torch.float32)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_auto_is_recorded_and_kept(make, monkeypatch):
+    config = make(micro_batch_size="auto", max_steps=4)
+    train(config)  # on a CPU as null
+    recorded = last(config.out_dir)["config"]["micro_batch_size"]
+    assert recorded == 8 and f"micro_batch_size: {recorded}" in (Path(config.out_dir) / "config.yaml").read_text()
+    other = make("other", micro_batch_size=2, max_steps=4)
+    train(other)
+    train(dataclasses.replace(other, micro_batch_size="auto", max_steps=6, resume=True))
+    assert last(other.out_dir)["config"]["micro_batch_size"] == 2  # found once
+
+
+# ---- the feed
+
+
+def test_the_feed_reads_ahead_and_in_order(make):
+    """Over an epoch's edge, for each of two ranks, as without reading ahead; also when a step is repeated or skipped."""
+    config = make()
+    split = open_data(config.data_dir).split("train")
+    order = WindowOrder(len(split), 16, 1)
+    for rank in 0, 1:
+        feed = Feed(split, config, 4, 2, Ranks(rank, 2), CPU)
+        for step in [0, 1, 2, 2, 9, *range(25, 32)]:
+            got = list(feed.batches(step))
+            x, y = batch(split, order.starts((step * 2 + rank) * 4, 4), 16)
+            assert len(got) == 2 and np.array_equal(torch.cat([g[0] for g in got]), x) and np.array_equal(torch.cat([g[1] for g in got]), y)
+        feed.close()
+
+
+def test_a_shard_that_is_damaged_during_the_run_ends_it_with_its_name(make, folders, tmp_path, monkeypatch, capsys):
+    shutil.copytree(folders / "small", tmp_path / "data")
+    shard = tmp_path / "data" / "train_00000.bin"
+    at_step(monkeypatch, {6: lambda: shard.write_bytes(shard.read_bytes()[:64])})
+    config = make(data_dir=str(tmp_path / "data"))
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments(config)])
+    with pytest.raises(SystemExit) as info:
+        main()
+    assert "train_00000.bin is truncated" in info.value.code
+    assert last(config.out_dir)["step"] == 4
+
+
+def test_memory_stays_flat_on_a_large_data_folder(tmp_path):
+    """2,000 steps over 1 GB of shards, windows all over them: the process does not grow with what it has read."""
+    folder = tmp_path / "large"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    prepare("files", tmp_path / "small", write_text(tmp_path / "text.jsonl", 1, 7), "byte", val_tokens=600)
+    manifest = json.loads((tmp_path / "small" / "manifest.json").read_text())
+    shutil.copy(tmp_path / "small" / "val_00000.bin", folder)
+    block, shards = rng.integers(0, 256, 2**24, dtype=np.uint16), []
+    for i in range(30):  # 30 × 32 MiB; more than memmapped pages could hide
+        path = folder / f"train_{i:05d}.bin"
+        path.write_bytes(np.roll(block, i).tobytes())
+        shards.append({**manifest["splits"]["train"][0], "file": path.name, "tokens": len(block), "sha256": "", "fingerprint": fingerprint(path)})
+    manifest["splits"]["train"] = shards
+    write_manifest(folder, {k: v for k, v in manifest.items() if k != "format"})
+    code = """
+import resource, sys, train, data.shards
+data.shards.VERIFY_LIMIT = 0
+sizes = []
+def rss():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
+rate = train.learning_rate
+def hooked(step, config):
+    if step in (400, 1999):
+        sizes.append(rss())
+    return rate(step, config)
+train.learning_rate = hooked
+train.main()
+print(*sizes)
+"""
+    fields = dict(data_dir=folder, out_dir=tmp_path / "run", block_size=16, n_layer=1, n_head=1, n_embd=4, batch_tokens=1024, max_steps=2000, eval_interval=0)
+    fields |= dict(eval_tokens=256, checkpoint_interval=500, log_interval=10, device="cpu", warmup_steps=10)
+    given = [text for k, v in fields.items() for text in (f"--{k}", str(v))]
+    if not Path("/proc/self/status").exists():
+        pytest.skip("this system has no /proc")
+    status, out, err = finish(start(["-c", code, *given], tmp_path), timeout=300)
+    assert status == 0, err
+    early, late = map(int, out.split())
+    assert late - early < 16 * 1024, f"{early} kB after 400 steps, {late} kB after 2,000"
+
+
+# ---- the environment, and the difference from another run
+
+
+def test_metrics_begin_with_the_environment(make, plain, monkeypatch):
+    there, = environments(plain)
+    data = open_data(make().data_dir)
+    assert there["data_hash"] == data.hash and (there["seed"], there["data_seed"], there["ranks"]) == (1, 1, 1)
+    assert there["torch"] == torch.__version__ and there["attention"] == "sdpa flash_attention" and there["dtype"] == "float32"
+    assert there["git"] is None or len(there["git"]["commit"]) == 40
+    config = make(pos="alibi", max_steps=4)
+    train(config)
+    assert "bias" in environments(config.out_dir)[0]["attention"]
+    train(dataclasses.replace(config, resume=True, max_steps=6))
+    assert len(environments(config.out_dir)) == 1  # nothing has changed
+    monkeypatch.setattr(record, "git_state", lambda _: {"commit": "0" * 40, "dirty": True})
+    train(dataclasses.replace(config, resume=True, max_steps=8))
+    assert [e["git"]["commit"] for e in environments(config.out_dir)[1:]] == ["0" * 40]
+
+
+def test_git_state_of_a_repository(tmp_path):
+    assert record.git_state(tmp_path) is None or "commit" in record.git_state(tmp_path)  # tmp_path may lie inside a repository
+    git = lambda *a: subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@y", *a], cwd=tmp_path, check=True, capture_output=True, text=True).stdout  # noqa: E731
+    git("init")
+    (tmp_path / "file").write_text("one")
+    git("add", "file")
+    git("commit", "-m", "one")
+    assert record.git_state(tmp_path) == {"commit": git("rev-parse", "HEAD").strip(), "dirty": False}
+    (tmp_path / "file").write_text("two")
+    assert record.git_state(tmp_path)["dirty"]
+
+
+def diff(monkeypatch, capsys, config, run):
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments(config), "--diff", str(run)])
+    with pytest.raises(SystemExit) as info:
+        main()
+    return info.value.code, capsys.readouterr().out.splitlines()
+
+
+def test_diff(make, plain, folders, monkeypatch, capsys, tmp_path):
+    assert diff(monkeypatch, capsys, make("mine"), plain) == (0, [f"no difference from {plain}"])
+    assert diff(monkeypatch, capsys, make("mine", vocab_size=320, pos_options={"base": 10000.0}), plain)[0] == 0
+    assert not (tmp_path / "mine").exists()
+    other = make("mine", learning_rate=1e-3, pos="comrope", pos_options={"block": 2}, micro_batch_size=2, data_dir=str(folders / "other"))
+    status, lines = diff(monkeypatch, capsys, other, plain)
+    assert status == 1 and lines[:2] == ["pos: rope there, comrope here", lines[1]] and "learning_rate: 0.003 there, 0.001 here" in lines
+    assert any(line.startswith("pos_options: ") and "'block': None" in line and "'block': 2" in line for line in lines)
+    assert any(line.startswith("data: its manifest's hash is ") for line in lines)
+    assert lines[-1] == "micro_batch_size: 4 there, 2 here (changes rounding at most)"
+    status, lines = diff(monkeypatch, capsys, make("mine", data_dir="not/yet", seed=2), plain)
+    assert status == 1 and lines[0] == "seed: 1 there, 2 here" and not any("vocab" in line for line in lines)
+    assert "error" in diff(monkeypatch, capsys, make("mine"), tmp_path / "nothing")[0]

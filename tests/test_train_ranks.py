@@ -1,0 +1,161 @@
+"""Several ranks, as real processes over gloo: the same curve, exact resume, lost ranks, restarts, and the job script's requeueing."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import checkpoint
+from train import train
+from training import DRIVER, REPO, arguments, environments, finish, folders, last, losses, make, metrics, one_thread, same, same_run, start, wait_for_lines  # noqa: F401
+
+
+@pytest.fixture
+def driver(tmp_path):
+    path = tmp_path / "driver.py"
+    path.write_text(DRIVER)
+    return path
+
+
+def torchrun(driver, config, ranks=2, *options):
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *options, driver, *arguments(config)]
+
+
+def test_the_number_of_ranks_does_not_matter(make, driver, tmp_path):
+    """1, 2 and 4 ranks, other micro-batches: one curve of 50 steps. A run begun by 4 ranks goes on with 1."""
+    fields = dict(max_steps=50, pos="comrope", eval_interval=20, checkpoint_interval=25)
+    one = make("one", micro_batch_size=8, **fields)
+    train(one)
+    for ranks, micro in (2, 2), (4, 1):
+        other = make(f"ranks{ranks}", micro_batch_size=micro, **fields)
+        status, _, err = finish(start(torchrun(driver, other, ranks), tmp_path, LATE="0.3"))
+        assert status == 0, err
+        assert [line.keys() for line in metrics(other.out_dir)] == [line.keys() for line in metrics(one.out_dir)]  # one writer
+        assert environments(other.out_dir)[0]["ranks"] == ranks
+        for key in ("train/loss", "val/loss", "grad_norm"):
+            assert losses(other.out_dir, key) == pytest.approx(losses(one.out_dir, key), rel=1e-5)
+    assert losses(one.out_dir)[0] > losses(one.out_dir)[-1] + 0.5  # something was learned
+    (Path(other.out_dir) / "checkpoints" / "step_50.pt").unlink()
+    train(dataclasses.replace(other, resume=True, micro_batch_size=4))
+    assert losses(other.out_dir) == pytest.approx(losses(one.out_dir), rel=1e-5) and len(environments(other.out_dir)) == 2
+
+
+def test_two_ranks_resume_exactly(make, driver, tmp_path):
+    """With dropout and accumulation: SIGKILL of everything, SIGTERM to torchrun, SIGUSR1 to one rank alone."""
+    fields = dict(max_steps=40, micro_batch_size=2, checkpoint_interval=5, keep_checkpoints=99, pos="carope", dropout=0.1)
+    whole, cut = make("whole", **fields), make("cut", **fields, resume=True)
+    status, _, err = finish(start(torchrun(driver, whole), tmp_path))
+    assert status == 0, err
+
+    process = start(torchrun(driver, cut), tmp_path, SLEEP="0.1")
+    wait_for_lines(cut.out_dir, 10, process)
+    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    for pid in (process.pid, *children):
+        os.kill(pid, signal.SIGKILL)
+    process.wait(), process.stderr.close(), process.stdout.close()
+
+    process = start(torchrun(driver, cut), tmp_path, SLEEP="0.1")
+    wait_for_lines(cut.out_dir, 19, process)
+    process.send_signal(signal.SIGTERM)
+    status, _, err = finish(process)
+    stopped = last(cut.out_dir)["step"]
+    assert status != 0 and f"stopped by SIGTERM after step {stopped}, checkpoint written" in err and 10 <= stopped < 33
+
+    status, _, err = finish(start(torchrun(driver, cut), tmp_path, SIGNAL_AT="1:34"))
+    assert status != 0 and "stopped by SIGUSR1 after step 35" in err and "exitcode  : 75" in err
+    there = checkpoint.load(checkpoint.find(whole.out_dir, "35"))
+    for key in ("model", "optimizer"):
+        assert same(last(cut.out_dir)[key], there[key])
+    status, _, err = finish(start(torchrun(driver, cut), tmp_path))
+    assert status == 0 and same_run(whole.out_dir, cut.out_dir), err
+
+
+def test_compiled_blocks_under_ddp_with_accumulation(make, driver, tmp_path):
+    fields = dict(max_steps=10, micro_batch_size=2, n_layer=2)
+    eager, compiled = make("eager", **fields), make("compiled", compile=True, **fields)
+    train(eager)
+    status, _, err = finish(start(torchrun(driver, compiled), tmp_path, BACKEND="aot_eager"))
+    assert status == 0, err
+    assert environments(compiled.out_dir)[0]["compile"]
+    for key in ("train/loss", "val/loss", "grad_norm"):
+        assert losses(compiled.out_dir, key) == pytest.approx(losses(eager.out_dir, key), rel=1e-5)
+
+
+def test_torchrun_restarts_and_the_run_resumes_by_itself(make, driver, tmp_path):
+    """A rank is killed in step 13; with --max-restarts the same launch continues, without --resume, and ends as if nothing had happened."""
+    fields = dict(max_steps=20, micro_batch_size=2, checkpoint_interval=5)
+    whole, cut = make("whole", **fields), make("cut", **fields)
+    status, _, err = finish(start(torchrun(driver, whole), tmp_path))
+    assert status == 0, err
+    status, _, err = finish(start(torchrun(driver, cut, 2, "--max-restarts=2"), tmp_path, DIE_AT="1:12", ONCE=str(tmp_path / "died")))
+    assert status == 0, err
+    assert (tmp_path / "died").exists() and same_run(whole.out_dir, cut.out_dir)
+
+    before = {p: p.read_bytes() for p in Path(whole.out_dir).rglob("*") if p.is_file()}
+    status, _, err = finish(start(torchrun(driver, dataclasses.replace(whole, max_steps=30), 2, "--max-restarts=1"), tmp_path))
+    assert status != 0 and err.count("already holds a run") >= 2  # a restart of this launch has no claim on another's run
+    assert {p: p.read_bytes() for p in Path(whole.out_dir).rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("how", ["DIE_AT", "HANG_AT"])
+def test_a_rank_that_is_gone_ends_the_others(make, driver, tmp_path, how):
+    """Without torchrun's agent, which would end them itself: killed at once, hanging after rank_timeout. The last checkpoint stays."""
+    config = make(max_steps=500, micro_batch_size=2, checkpoint_interval=5, rank_timeout=6.0)
+    port = 20000 + os.getpid() % 20000
+    group = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), SLEEP="0.01", **{how: "1:12"})
+    processes = [start([driver, *arguments(config)], tmp_path, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in (0, 1)]
+    try:
+        started = time.monotonic()
+        status, _, err = finish(processes[0], timeout=100)
+        assert status == 1 and time.monotonic() - started < 90
+        assert "Traceback" not in err and "error: rank 0 of 2 lost another rank" in err and "continue with --resume true" in err
+        assert last(config.out_dir)["step"] == 10
+    finally:
+        processes[1].kill()
+        processes[1].communicate()
+
+
+# ---- schedulers
+
+
+def test_exit_codes(make, tmp_path):
+    """75 asks to be started again, Ctrl-C does not; both leave a checkpoint of the last step."""
+    for number, expected in (signal.SIGUSR1, os.EX_TEMPFAIL), (signal.SIGTERM, os.EX_TEMPFAIL), (signal.SIGINT, 130):
+        config = make(f"signal{number}", max_steps=100_000, schedule="constant", checkpoint_interval=0)
+        process = start([REPO / "train.py", *arguments(config)], tmp_path)
+        wait_for_lines(config.out_dir, 20, process)
+        process.send_signal(number)
+        status, _, err = finish(process)
+        assert status == expected and "Traceback" not in err
+        assert last(config.out_dir)["step"] == losses(config.out_dir, "step")[-1]
+
+
+@pytest.mark.parametrize("ends", ["interrupted", "finished", "failed"])
+def test_the_job_script_requeues_what_was_interrupted(make, tmp_path, ends):
+    """scripts/train.sbatch with a stand-in for srun, which runs the command, and one for scontrol, which notes its arguments."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    config = make(max_steps=100_000 if ends == "interrupted" else 12, schedule="constant", **({"learning_rate": -1.0} if ends == "failed" else {}))
+    (tools / "srun").write_text('#!/bin/sh\nwhile [ "${1#--}" != "$1" ]; do shift; done\nexec "$@"\n')
+    (tools / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+    (tools / "torchrun").write_text(f'#!/bin/sh\nwhile [ "${{1#--}}" != "$1" ]; do shift; done\nexec {sys.executable} "$@"\n')
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "here", "OMP_NUM_THREADS": "1"}
+    environment |= {"SLURM_SUBMIT_DIR": str(REPO), "SLURM_GPUS_ON_NODE": "1"}
+    given = [a for a in arguments(config)]
+    process = subprocess.Popen(["bash", REPO / "scripts" / "train.sbatch", *given], env=environment, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if ends == "interrupted":
+        wait_for_lines(config.out_dir, 20, process)
+        process.send_signal(signal.SIGUSR1)
+    _, _, err = finish(process)
+    calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
+    assert [c for c in calls if c.startswith("requeue")] == (["requeue 7"] if ends == "interrupted" else []), err
+    if ends == "interrupted":
+        assert "stopped by SIGTERM" in err and checkpoint.find(config.out_dir).exists()
+    assert (process.returncode == 0) == (ends != "failed")
