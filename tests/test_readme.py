@@ -9,6 +9,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import model
+import plan
+from config import RunConfig
 from model import GPT, SCHEMES, Attention, GPTConfig
 
 REPO = Path(__file__).resolve().parents[1]
@@ -40,6 +42,10 @@ def test_the_scheme_of_the_readme_is_kerple(monkeypatch):
     assert all(block.attn.r1.grad.abs().min() > 0 and block.attn.r2.grad.abs().min() > 0 for block in gpt.transformer["h"])
     with pytest.raises(ValueError, match="kerple takes start"):
         GPT(GPTConfig(pos="kerple", pos_options={"begin": 1.0}))
+
+
+def test_the_table_of_schemes_is_what_the_command_prints():
+    assert plan.scheme_table(RunConfig()).strip() in README
 
 
 def test_files_and_fields_named_in_the_readme_exist():

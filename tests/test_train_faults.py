@@ -482,3 +482,15 @@ def test_diff(make, plain, folders, monkeypatch, capsys, tmp_path):
     status, lines = diff(monkeypatch, capsys, make("mine", data_dir="not/yet", seed=2), plain)
     assert status == 1 and lines[0] == "seed: 1 there, 2 here" and not any("vocab" in line for line in lines)
     assert "error" in diff(monkeypatch, capsys, make("mine"), tmp_path / "nothing")[0]
+
+
+def test_plan_trains_nothing(make, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments(make()), "--plan", "--gpus", "2", "--price_per_hour", "3"])
+    main()
+    out = capsys.readouterr().out
+    assert "8,240" in out and "8 windows of 16 = 2 rank(s) × 1 × micro_batch_size 4" in out and "2 × A100" in out and "cost at 3 per GPU-hour" in out
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments(make()), "--plan", "--gpus", "3"])
+    with pytest.raises(SystemExit) as info:
+        main()
+    assert "do not divide over 3 ranks" in info.value.code
