@@ -432,7 +432,7 @@ class Attention(nn.Module):
             mask = n <= m
             if bias is not None:
                 mask = bias(batch, heads, m, n).masked_fill(~mask, -math.inf)
-                mask = mask.expand(q.size(0), -1, -1, -1) if mask.dim() == 4 else mask
+                mask = mask.expand(q.size(0), q.size(1), -1, -1)  # with all four dimensions, a CPU's fused kernel takes it
             parts = part, k[:, :, :end], v[:, :, :end]
             if bias is not None:  # autocast would round the bias, large at a distance, to bfloat16
                 parts = [t.to(mask.dtype) for t in parts]
@@ -684,9 +684,11 @@ class SkewGradient(torch.autograd.Function):
     def backward(ctx, g):
         y, Q, omega = ctx.saved_tensors
         T, b, dtype = y.size(1), Q.size(-1), ctx.dtype
-        blocks = (-1, b)
+        # One product of views for each block of q and of k, 2 T H D/b of them: nothing is copied
+        g_blocks, y_blocks = (z.to(dtype).flatten(1).unflatten(1, (-1, b)) for z in (g, y))  # (B, 2 T H D/b, b)
         with no_autocast(g.device):  # which is still on where backward is called inside it
-            M = torch.einsum("btshjr,btshju->thjru", g.to(dtype).unflatten(-1, blocks), y.to(dtype).unflatten(-1, blocks))
+            M = torch.bmm(g_blocks.permute(1, 2, 0), y_blocks.transpose(0, 1))
+        M = M.view(T, 2, *Q.shape).sum(1)  # (T, H, D/b, b, b)
         sums = M.cumsum(0)
         N = torch.cat((sums[-1:].expand(ctx.start, *sums.shape[1:]), sums[-1] - sums))  # (start+T, H, D/b, b, b): N_t = Σ_{m > t} M_m
         middles = torch.arange(ctx.start + T, dtype=omega.dtype, device=omega.device).view(-1, 1, 1, 1, 1) + 0.5
