@@ -171,7 +171,7 @@ def main() -> None:
         return bench_data.main(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="scripts/bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--shape", default="small", choices=[*SHAPES, "all"], help="; ".join(f"{n}: {', '.join(map(str, v))}" for n, (v, _) in SHAPES.items()) + f" ({', '.join(FIELDS)})")
-    parser.add_argument("--schemes", nargs="*", default=["learned", "crope", "comrope", "carope", "alibi"], help="schemes beside rope (with --shape all: at small and bytes)")
+    parser.add_argument("--schemes", nargs="*", default=["learned", "crope", "comrope", "carope", "alibi"], help="schemes beside rope (with --shape all, where they have a target)")
     for name in FIELDS:
         parser.add_argument(f"--{name}", type=int, help="instead of the shape's")
     parser.add_argument("--rounds", type=int, default=7, help="counted rounds, after one warm-up (default: 7)")
@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="autocast dtype (default: as train.py)")
     parser.add_argument("--compile", action="store_true", help="torch.compile our models, by parts")
     parser.add_argument("--nanogpt", metavar="DIR", help="a folder with nanoGPT's model.py, to compare with")
-    parser.add_argument("--transformers", action="store_true", help="compare with transformers' GPT-2 (in requirements-dev.txt)")
+    parser.add_argument("--no_peer", action="store_true", help="leave transformers out (it is in requirements-dev.txt)")
     args = parser.parse_args()
     own = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
     for name, value in {**own, "rounds": args.rounds, "steps": args.steps, "threads": args.threads}.items():
@@ -199,8 +199,8 @@ def main() -> None:
     for name in SHAPES if args.shape == "all" else [args.shape]:
         values, steps = SHAPES[name]
         shape = dict(zip(FIELDS, values)) | own
-        schemes = [] if args.shape == "all" and name in ("medium", "gpt2") else [s for s in args.schemes if s != BASELINE]
-        variants = [BASELINE, *schemes, *(["nanogpt"] if args.nanogpt else []), *(["transformers"] if args.transformers else [])]
+        beside = [*(s for s in args.schemes if s != BASELINE), *(["nanogpt"] if args.nanogpt else []), *([] if args.no_peer else ["transformers"])]
+        variants = [BASELINE, *(v for v in beside if args.shape != "all" or v in TARGETS[name])]
         label = name if not own else ", ".join(f"{k} {v}" for k, v in shape.items())
         lines += rows(label, shape, variants, *measure(variants, shape, args.steps or steps, args))
     print(f"{', '.join(FIELDS)}: " + "; ".join(f"{n} {', '.join(map(str, v))}" for n, (v, _) in SHAPES.items()))
