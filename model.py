@@ -19,6 +19,7 @@ import hashlib
 import inspect
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Literal, get_args, get_origin, get_type_hints
@@ -48,6 +49,57 @@ def no_autocast(device: torch.device):
 
 
 # ------------------------------------------------------------------------------------------------
+# Matrix products
+
+
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Whether this is an AMD CPU of Zen 5 or later (family 26), whose AVX-512 is twice as wide as AVX2. MKL, PyTorch's BLAS,
+    stays with AVX2 there; oneDNN, which PyTorch has for other uses, takes 0.42 to 0.48 of its time for x Wᵀ and 0.5 to 0.65
+    for a weight's gradient (measured on one core). Known on Linux only."""
+    cpuinfo = Path("/proc/cpuinfo")
+    family = re.search(r"AuthenticAMD\ncpu family\s*: (\d+)", cpuinfo.read_text()) if cpuinfo.is_file() else None
+    amd = family is not None and int(family[1]) >= 26 and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return amd and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def by_onednn(x: torch.Tensor) -> bool:
+    """Whether products of the rows of x go through oneDNN: float32 on such a CPU in eager code, and rows enough to repay its set-up."""
+    if x.dtype != torch.float32 or x.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    return x.numel() >= 32 * x.size(-1) and onednn_is_faster()
+
+
+class Product(torch.autograd.Function):
+    """a (m, k), b (n, k) → a bᵀ (m, n) by oneDNN. Its derivatives are such products too, to any order."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, g):
+        a, b = ctx.saved_tensors
+        grad_a = Product.apply(g, b.t()) if ctx.needs_input_grad[0] else None
+        grad_b = Product.apply(a.t(), g.t()).t() if ctx.needs_input_grad[1] else None
+        return grad_a, grad_b
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x (..., K), weight (N, K), bias (N,) → x Wᵀ + bias (..., N): torch.nn.functional.linear, by the faster library."""
+    if not by_onednn(x):
+        return F.linear(x, weight, bias)
+    y = Product.apply(x.reshape(-1, x.size(-1)), weight).view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
+# ------------------------------------------------------------------------------------------------
 # The loss: linear head and cross-entropy in one, without (tokens × V) logits
 
 
@@ -74,26 +126,29 @@ class LinearCrossEntropy(torch.autograd.Function):
         need_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         head = weight.to(compute_dtype)
         total = torch.zeros((), dtype=exact, device=h.device)
+        fast = compute_dtype == h.dtype and by_onednn(h)
         if need_grad:
             grad_h = torch.empty_like(h)  # (N, C), of the summed loss
-            grad_weight = torch.zeros_like(weight, dtype=wide(weight.dtype))  # (V, C)
+            shape = weight.shape[::-1] if fast else weight.shape
+            grad_weight = torch.zeros(shape, dtype=wide(weight.dtype), device=weight.device)  # (V, C); (C, V) by oneDNN, its faster order
         rows = chunk_rows(weight.size(0), h.device)
         if compute_dtype == torch.float16:  # p.t() @ x sums over the chunk, and float16 ends at 65,504
             rows = min(rows, 2048)
-        # Fresh memory costs a CPU page faults, a tenth of the whole loss: two buffers serve all chunks
+        # Fresh memory costs a CPU page faults, a tenth of the whole loss: one buffer serves all chunks
         reuse = h.device.type == "cpu" and compute_dtype == exact and not torch.compiler.is_compiling()
-        shape = min(rows, h.size(0)), weight.size(0)
-        buffers = [h.new_empty(shape, dtype=exact), h.new_empty(shape, dtype=exact)] if reuse else None
+        buffer = h.new_empty(min(rows, h.size(0)), weight.size(0)) if reuse and not fast else None
         for start in range(0, h.size(0), rows):
             part = slice(start, start + rows)
             x, target = h[part].to(compute_dtype), targets[part]
-            out = [b[: x.size(0)] for b in buffers] if reuse else [None, None]
-            logits = torch.mm(x, head.t(), out=out[0]).to(exact)  # (n, V)
+            if fast:
+                logits = Product.apply(x, head)
+            else:
+                logits = torch.mm(x, head.t(), out=buffer[: x.size(0)] if reuse else None).to(exact)  # (n, V)
             keep = target >= 0
             index = target.clamp_min(0).unsqueeze(1)  # (n, 1)
             target_logit = logits.gather(1, index)
             peak = logits.amax(1, keepdim=True)
-            p = torch.softmax(logits, 1, out=out[1])
+            p = torch.softmax(logits, 1, out=logits if reuse else None)
             # log-sum-exp from the largest probability, which never underflows
             nll = peak - p.amax(1, keepdim=True).log() - target_logit
             total = total + (nll.squeeze(1) * keep).sum()
@@ -101,14 +156,16 @@ class LinearCrossEntropy(torch.autograd.Function):
                 p.scatter_add_(1, index, torch.full_like(nll, -1.0))
                 p = p.to(compute_dtype)
                 keep = keep.unsqueeze(1).to(compute_dtype)
-                grad_h[part] = (p @ head) * keep
-                if p.dtype == grad_weight.dtype:
+                grad_h[part] = (Product.apply(p, head.t()) if fast else p @ head) * keep
+                if fast:
+                    grad_weight += Product.apply((x * keep).t(), p.t())
+                elif p.dtype == grad_weight.dtype:
                     grad_weight.addmm_(p.t(), x * keep)
                 else:
                     grad_weight += p.t() @ (x * keep)
         count = (targets >= 0).sum()
         if need_grad:
-            ctx.save_for_backward(grad_h, grad_weight, count)
+            ctx.save_for_backward(grad_h, grad_weight.t() if fast else grad_weight, count)
             ctx.dtypes = h.dtype, weight.dtype
         return total / count
 
@@ -152,7 +209,7 @@ def linear_nll(h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> 
         keep = ... if torch.compiler.is_compiling() else targets >= 0  # no logits for the rest; a graph's shapes are fixed
         scored, target, head = h[keep].reshape(-1, h.size(-1)).to(dtype), targets[keep].reshape(-1), weight.to(dtype)  # (n, C), (n,)
         rows = chunk_rows(weight.size(0), h.device)
-        parts = [F.cross_entropy((x @ head.t()).to(exact), y, ignore_index=-1, reduction="none") for x, y in zip(scored.split(rows), target.split(rows))]
+        parts = [F.cross_entropy(linear(x, head).to(exact), y, ignore_index=-1, reduction="none") for x, y in zip(scored.split(rows), target.split(rows))]
         nll[keep] = torch.cat(parts).view(targets[keep].shape)
     return nll
 
@@ -281,7 +338,7 @@ class Attention(nn.Module):
         super().__init__()
         self.pos, self.n_head, self.n_embd, self.dropout = config.pos, config.n_head, config.n_embd, config.dropout
         self.c_attn = self.projection(config)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     @property
     def head_width(self) -> int:
@@ -296,7 +353,7 @@ class Attention(nn.Module):
 
     def projection(self, config: GPTConfig) -> nn.Module:
         """A module that maps (B, T, C) to (B, T, 3C): q, k, v, each as H heads of D channels."""
-        return nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        return Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
 
     @classmethod
     def constants(cls, layers: list["Attention"]) -> list | None:
@@ -378,7 +435,7 @@ class Attention(nn.Module):
             mask = n <= m
             if bias is not None:
                 mask = bias(batch, heads, m, n).masked_fill(~mask, -math.inf)
-                mask = mask.expand(q.size(0), -1, -1, -1) if mask.dim() == 4 else mask
+                mask = mask.expand(q.size(0), q.size(1), -1, -1)  # with all four dimensions, a CPU's fused kernel takes it
             parts = part, k[:, :, :end], v[:, :, :end]
             if bias is not None:  # autocast would round the bias, large at a distance, to bfloat16
                 parts = [t.to(mask.dtype) for t in parts]
@@ -525,7 +582,7 @@ class ComplexLinear(nn.Module):
     """ỹ = (A + iB) x̃ over adjacent channel pairs: (..., C) → (..., 3C) with half the parameters of a dense layer.
 
     A and B are (3C/2, C/2). The equivalent dense weight, real 2×2 blocks [[a, -b], [b, a]], is assembled and used in
-    one matrix product. Measured (one CPU thread, forward and backward, 4,096 tokens), this takes 0.92, 1.03 and 1.04 of
+    one matrix product. Measured (one CPU thread, MKL, forward and backward, 4,096 tokens), this takes 0.92, 1.03 and 1.04 of
     a dense layer's time at C = 128, 384 and 768; three products with a quarter fewer multiplications (Gauss) take 1.73,
     1.05 and 0.94, for their additional passes over the activations.
     """
@@ -543,7 +600,7 @@ class ComplexLinear(nn.Module):
         return blocks.transpose(1, 2).reshape(2 * self.A.size(0), 2 * self.A.size(1))
 
     def forward(self, x):
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 class CRoPE(RoPE):
@@ -630,9 +687,11 @@ class SkewGradient(torch.autograd.Function):
     def backward(ctx, g):
         y, Q, omega = ctx.saved_tensors
         T, b, dtype = y.size(1), Q.size(-1), ctx.dtype
-        blocks = (-1, b)
+        # One product of views for each block of q and of k, 2 T H D/b of them: nothing is copied
+        g_blocks, y_blocks = (z.to(dtype).flatten(1).unflatten(1, (-1, b)) for z in (g, y))  # (B, 2 T H D/b, b)
         with no_autocast(g.device):  # which is still on where backward is called inside it
-            M = torch.einsum("btshjr,btshju->thjru", g.to(dtype).unflatten(-1, blocks), y.to(dtype).unflatten(-1, blocks))
+            M = torch.bmm(g_blocks.permute(1, 2, 0), y_blocks.transpose(0, 1))
+        M = M.view(T, 2, *Q.shape).sum(1)  # (T, H, D/b, b, b)
         sums = M.cumsum(0)
         N = torch.cat((sums[-1:].expand(ctx.start, *sums.shape[1:]), sums[-1] - sums))  # (start+T, H, D/b, b, b): N_t = Σ_{m > t} M_m
         middles = torch.arange(ctx.start + T, dtype=omega.dtype, device=omega.device).view(-1, 1, 1, 1, 1) + 0.5
@@ -734,7 +793,7 @@ class ComRoPE(Attention):
         Q, _ = ctx.shared
         with no_autocast(x.device):
             weight, bias = self.fold(Q)
-        return F.linear(x, weight, bias)
+        return linear(x, weight, bias)
 
     def turn(self, qk, x, ctx, cache):
         Q, omega = ctx.shared
@@ -777,7 +836,7 @@ class CARoPE(Attention):
         if base <= 1:
             raise ValueError(f"carope's base must exceed 1, not {base}: f = base^(-2/D) lies below 1")
         self.base = base
-        self.c_pos = nn.Linear(config.n_embd, config.n_head, bias=init == "rope")
+        self.c_pos = Linear(config.n_embd, config.n_head, bias=init == "rope")
 
     def initial_value(self, name, shape, normal):
         if name == "c_pos.weight":
@@ -911,8 +970,8 @@ class LayerNorm(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = config.dropout
 
     def forward(self, x):
@@ -951,7 +1010,7 @@ class GPT(nn.Module):
                 self.transformer["wpe"] = positions
             self.transformer["h"] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
             self.transformer["ln_f"] = LayerNorm(config.n_embd, config.bias)
-            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer["wte"].weight
         self.losses = {"mean": linear_cross_entropy, "none": linear_nll}
         self.fixed = None  # the scheme's constants, within parameters_fixed

@@ -1,10 +1,11 @@
-"""Training speed and peak memory of each scheme relative to rope, and of rope relative to a GPT-2 of the transformers
-library, in one interleaved run.
+"""Training speed and peak memory: each scheme relative to rope, and rope relative to nanoGPT and to transformers' GPT-2, in
+one interleaved run.
 
-    python scripts/bench.py                      # 4 layers × 128, vocabulary 50,304, length 256, batch 16
-    python scripts/bench.py --vocab_size 320     # the quickstart's size
-    python scripts/bench.py data --source …      # preparation of data; scripts/bench_data.py
-    python scripts/bench.py eval                 # evaluation instead of training; scripts/bench_eval.py, --help for its options
+    python scripts/bench.py                                  # shape `small`: 4 layers × 128, vocabulary 50,304, length 256, batch 16
+    python scripts/bench.py --shape all --nanogpt ../nanoGPT   # every shape of SHAPES, beside a clone of karpathy/nanoGPT
+    python scripts/bench.py --shape bytes --schemes carope   # the quickstart's size; also --n_layer, --batch … one by one
+    python scripts/bench.py data --source …                  # preparation of data; scripts/bench_data.py
+    python scripts/bench.py eval                             # evaluation instead of training; scripts/bench_eval.py, --help for its options
 
 Each variant lives in a process of its own, so that its peak memory is its own; the processes take turns, a few optimizer
 steps each, and only one works at a time. Ratios are taken within a round and their median over rounds is printed, so a
@@ -12,6 +13,9 @@ machine whose speed drifts does not favour anyone. The first round is a warm-up.
 """
 
 import argparse
+import contextlib
+import importlib.util
+import io
 import multiprocessing
 import statistics
 import sys
@@ -23,40 +27,74 @@ sys.path.insert(0, str(REPO))
 
 from model import SCHEMES, nearest
 
-BASELINE, PEER = "rope", "transformers"
-# Least speed relative to rope on 2 CPU cores at the default size, and of rope relative to transformers' GPT-2
-FLOORS = {"comrope": 0.95, "crope": 0.95, "carope": 0.85, "learned": 0.95, PEER: 1.7}
-MEMORY_FLOOR = 0.3  # of rope relative to transformers, at most
+FIELDS = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "batch")
+SHAPES = {  # FIELDS, and steps a round
+    "small": ((4, 4, 128, 50304, 256, 16), 2),
+    "medium": ((6, 6, 384, 50304, 256, 8), 1),
+    "gpt2": ((12, 12, 768, 50304, 512, 1), 1),
+    "bytes": ((4, 4, 128, 320, 256, 16), 8),
+}
+BASELINE, PEERS = "rope", ("nanogpt", "transformers")
+# On one CPU thread: least speed of a scheme relative to rope, of rope relative to a peer, and most memory of rope relative to it
+SPEEDS = {"learned": 1.0, "crope": 1.0, "comrope": 0.97, "carope": 0.92, "alibi": 0.85}
+TARGETS = {
+    "small": SPEEDS | {"nanogpt": 1.9, "transformers": 1.7},
+    "medium": {"nanogpt": 1.25},
+    "gpt2": {"nanogpt": 1.3},
+    "bytes": SPEEDS | {"nanogpt": 1.15},
+}
+MEMORY_TARGETS = {"small": {"nanogpt": 0.22, "transformers": 0.3}}
 
 
-def work(variant: str, args: argparse.Namespace, pipe) -> None:
-    """A process: builds one model, then answers each number of steps n with (seconds, peak bytes)."""
+def nanogpt(folder: str):
+    """nanoGPT's model.py as a module of another name than ours."""
+    spec = importlib.util.spec_from_file_location("nanogpt", Path(folder) / "model.py")
+    sys.modules["nanogpt"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def work(variant: str, shape: dict, args: argparse.Namespace, pipe) -> None:
+    """A process: builds one model, then answers each number of steps n with (seconds, of these in the optimizer, peak bytes)."""
     import torch
 
     from model import GPT, GPTConfig
     from train import autocast, peak_memory, pick_device, pick_dtype
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
     device = pick_device(args.device)
+    if args.threads or device.type == "cpu":
+        torch.set_num_threads(args.threads or 1)
     dtype = pick_dtype(args.dtype, device)
-    shape = {"n_layer": args.n_layer, "n_head": args.n_head, "n_embd": args.n_embd, "vocab_size": args.vocab_size}
-    if variant == PEER:
+    shape, batch = dict(shape), shape["batch"]
+    del shape["batch"]
+    make_optimizer = lambda: torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)  # noqa: E731
+    if variant == "transformers":
         import transformers
 
         transformers.logging.set_verbosity_error()
         dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-        config = transformers.GPT2Config(n_positions=args.block_size, bos_token_id=0, eos_token_id=0, use_cache=False, **shape, **dropout)
+        positions = shape.pop("block_size")
+        config = transformers.GPT2Config(n_positions=positions, bos_token_id=0, eos_token_id=0, use_cache=False, **shape, **dropout)
         model = transformers.GPT2LMHeadModel(config).to(device)
         loss_of = lambda x, y: model(input_ids=x, labels=x).loss  # noqa: E731 - it shifts the labels itself
+        shape["block_size"] = positions
+    elif variant == "nanogpt":
+        with contextlib.redirect_stdout(io.StringIO()):  # eager, its own loss and its own choice of optimizer (not fused on a CPU)
+            module = nanogpt(args.nanogpt)
+            model = module.GPT(module.GPTConfig(bias=False, dropout=0.0, **shape)).to(device)
+            optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device.type)
+        make_optimizer = lambda: optimizer  # noqa: E731
+        loss_of = lambda x, y: model(x, y)[1]  # noqa: E731
     else:
-        model = GPT(GPTConfig(block_size=args.block_size, pos=variant, **shape)).to(device)
-        module = torch.compile(model) if args.compile else model
-        loss_of = lambda x, y: module(x, y)[1]  # noqa: E731
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    tokens = torch.randint(args.vocab_size, (args.batch, args.block_size + 1), generator=torch.Generator().manual_seed(0)).to(device)
+        model = GPT(GPTConfig(pos=variant, **shape)).to(device)
+        if args.compile:
+            model.compile_parts()
+        loss_of = lambda x, y: model(x, y)[1]  # noqa: E731
+    optimizer = make_optimizer()
+    tokens = torch.randint(shape["vocab_size"], (batch, shape["block_size"] + 1), generator=torch.Generator().manual_seed(0)).to(device)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     while n := pipe.recv():
+        optimizing = 0.0
         if device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -65,11 +103,61 @@ def work(variant: str, args: argparse.Namespace, pipe) -> None:
                 loss = loss_of(x, y)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            before = time.perf_counter()
             optimizer.step()
+            optimizing += time.perf_counter() - before
             optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        pipe.send((time.perf_counter() - start, peak_memory(device)))
+        pipe.send((time.perf_counter() - start, optimizing, peak_memory(device)))
+
+
+def measure(variants: list[str], shape: dict, steps: int, args: argparse.Namespace) -> tuple[dict, dict, dict]:
+    """Variant → seconds a step in each round, the same less the optimizer, and peak bytes."""
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = {}, []
+    for variant in variants:
+        pipes[variant], theirs = context.Pipe()
+        processes.append(context.Process(target=work, args=(variant, shape, args, theirs), daemon=True))
+        processes[-1].start()
+        theirs.close()  # so that a process that dies ends the wait below
+    seconds, model_seconds, memory = {v: [] for v in variants}, {v: [] for v in variants}, {}
+    for round_ in range(args.rounds + 1):
+        for variant in variants:
+            try:
+                pipes[variant].send(steps)
+                elapsed, optimizing, memory[variant] = pipes[variant].recv()
+            except (EOFError, BrokenPipeError):
+                sys.exit(f"error: {variant} failed; its message is above")
+            if round_:
+                seconds[variant].append(elapsed / steps)
+                model_seconds[variant].append((elapsed - optimizing) / steps)
+        print(f"round {round_} of {args.rounds}", end="\r", file=sys.stderr, flush=True)
+    for pipe, process in zip(pipes.values(), processes):
+        pipe.send(0)
+        process.join()
+    return seconds, model_seconds, memory
+
+
+def ratio(above: list[float], below: list[float]) -> str:
+    """Median (min … max) of the rounds' ratios."""
+    ratios = [a / b for a, b in zip(above, below)]
+    return f"{statistics.median(ratios):.3f} ({min(ratios):.3f} … {max(ratios):.3f})"
+
+
+def rows(name: str, shape: dict, variants: list[str], seconds: dict, model_seconds: dict, memory: dict) -> list[str]:
+    """Lines of the table: a scheme relative to rope, rope relative to a peer."""
+    lines, tokens = [], shape["batch"] * shape["block_size"]
+    for variant in variants:
+        above, below = (variant, BASELINE) if variant in PEERS else (BASELINE, variant)  # a ratio of speeds is the inverse one of times
+        target, most = TARGETS.get(name, {}).get(variant), MEMORY_TARGETS.get(name, {}).get(variant)
+        size = memory[below] / memory[above]
+        lines.append(
+            f"| {name} | {variant if variant not in PEERS else f'rope / {variant}'} | {tokens / statistics.median(seconds[variant]):,.0f} | {ratio(seconds[above], seconds[below])} "
+            f"| {f'≥ {target}' if target else ''} | {ratio(model_seconds[above], model_seconds[below])} "
+            f"| {memory[variant] / 1e6:,.0f} | {size:.2f}{f' (≤ {most})' if most else ''} |"
+        )
+    return lines
 
 
 def main() -> None:
@@ -82,64 +170,43 @@ def main() -> None:
 
         return bench_data.main(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="scripts/bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--schemes", nargs="+", default=["learned", "sinusoidal", "none", "crope", "comrope", "carope", "alibi"], help="schemes beside rope")
-    for name, default in (("n_layer", 4), ("n_head", 4), ("n_embd", 128), ("vocab_size", 50304), ("block_size", 256), ("batch", 16)):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"(default: {default})")
+    parser.add_argument("--shape", default="small", choices=[*SHAPES, "all"], help="; ".join(f"{n}: {', '.join(map(str, v))}" for n, (v, _) in SHAPES.items()) + f" ({', '.join(FIELDS)})")
+    parser.add_argument("--schemes", nargs="*", default=["learned", "crope", "comrope", "carope", "alibi"], help="schemes beside rope (with --shape all, where they have a target)")
+    for name in FIELDS:
+        parser.add_argument(f"--{name}", type=int, help="instead of the shape's")
     parser.add_argument("--rounds", type=int, default=7, help="counted rounds, after one warm-up (default: 7)")
-    parser.add_argument("--steps", type=int, default=2, help="optimizer steps a variant and round (default: 2)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--steps", type=int, help="optimizer steps a variant and round (default: 1 to 8, by the shape)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: 1 on a CPU)")
     parser.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="autocast dtype (default: as train.py)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile our models")
+    parser.add_argument("--compile", action="store_true", help="torch.compile our models, by parts")
+    parser.add_argument("--nanogpt", metavar="DIR", help="a folder with nanoGPT's model.py, to compare with")
     parser.add_argument("--no_peer", action="store_true", help="leave transformers out (it is in requirements-dev.txt)")
     args = parser.parse_args()
-    for name in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "batch", "rounds", "steps"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
+    own = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
+    for name, value in {**own, "rounds": args.rounds, "steps": args.steps, "threads": args.threads}.items():
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, not {value}")
+    if args.shape == "all" and own:
+        parser.error(f"--{next(iter(own))} changes one shape, and --shape all names every one")
+    if args.nanogpt is not None and not (Path(args.nanogpt) / "model.py").is_file():
+        parser.error(f"--nanogpt {args.nanogpt}: no model.py there; expected a clone of https://github.com/karpathy/nanoGPT")
     for scheme in args.schemes:
         if scheme not in SCHEMES:
             parser.error(f"no scheme {scheme!r}{nearest(scheme, SCHEMES)} (schemes: {', '.join(SCHEMES)})")
-    variants = [BASELINE, *(s for s in args.schemes if s != BASELINE), *([] if args.no_peer else [PEER])]
 
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = {}, []
-    for variant in variants:
-        pipes[variant], theirs = context.Pipe()
-        processes.append(context.Process(target=work, args=(variant, args, theirs), daemon=True))
-        processes[-1].start()
-        theirs.close()  # so that a process that dies ends the wait below
-    seconds, memory = {v: [] for v in variants}, {}
-    for round_ in range(args.rounds + 1):
-        for variant in variants:
-            try:
-                pipes[variant].send(args.steps)
-                elapsed, memory[variant] = pipes[variant].recv()
-            except (EOFError, BrokenPipeError):
-                sys.exit(f"error: {variant} failed; its message is above")
-            if round_:
-                seconds[variant].append(elapsed / args.steps)
-        print(f"round {round_} of {args.rounds}", end="\r", file=sys.stderr, flush=True)
-    for pipe in pipes.values():
-        pipe.send(0)
-
-    tokens = args.batch * args.block_size
-    default = all(getattr(args, n) == parser.get_default(n) for n in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "batch"))
-    print(f"{args.n_layer} layers × {args.n_embd}, vocabulary {args.vocab_size:,}, length {args.block_size}, batch {args.batch}; median of {args.rounds} rounds of {args.steps} steps\n")
-    print("| variant | tokens/s | speed relative to rope (min … max) | floor | peak memory, MB | relative to rope |\n|---|--:|--:|--:|--:|--:|")
-    for variant in variants:
-        ratios = [a / b for a, b in zip(seconds[BASELINE], seconds[variant])]
-        floor = f"{FLOORS[variant]:.2f}" if default and variant in FLOORS and variant != PEER else ""
-        print(
-            f"| {variant} | {tokens / statistics.median(seconds[variant]):,.0f} | {statistics.median(ratios):.3f} ({min(ratios):.3f} … {max(ratios):.3f}) | {floor} "
-            f"| {memory[variant] / 1e6:,.0f} | {memory[variant] / memory[BASELINE]:.2f} |"
-        )
-    if PEER in variants:
-        ratios = [a / b for a, b in zip(seconds[PEER], seconds[BASELINE])]
-        floors = f" (floor {FLOORS[PEER]})", f" (at most {MEMORY_FLOOR})"
-        print(
-            f"\nrope relative to transformers' GPT-2: {statistics.median(ratios):.2f} × the speed{floors[0] if default else ''}, "
-            f"{memory[BASELINE] / memory[PEER]:.2f} × the peak memory{floors[1] if default else ''}"
-        )
+    lines = []
+    for name in SHAPES if args.shape == "all" else [args.shape]:
+        values, steps = SHAPES[name]
+        shape = dict(zip(FIELDS, values)) | own
+        beside = [*(s for s in args.schemes if s != BASELINE), *(["nanogpt"] if args.nanogpt else []), *([] if args.no_peer else ["transformers"])]
+        variants = [BASELINE, *(v for v in beside if args.shape != "all" or v in TARGETS[name])]
+        label = name if not own else ", ".join(f"{k} {v}" for k, v in shape.items())
+        lines += rows(label, shape, variants, *measure(variants, shape, args.steps or steps, args))
+    print(f"{', '.join(FIELDS)}: " + "; ".join(f"{n} {', '.join(map(str, v))}" for n, (v, _) in SHAPES.items()))
+    print(f"Median (min … max) over {args.rounds} rounds of the ratio of speeds: a scheme's to rope's, or rope's to a peer's, and of rope's memory to the peer's.\n")
+    print("| shape | variant | tokens/s | speed ratio | target | without the optimizer's step | peak memory, MB | ratio |\n|---|---|--:|--:|--:|--:|--:|--:|")
+    print(*lines, sep="\n")
 
 
 if __name__ == "__main__":

@@ -1372,3 +1372,60 @@ def test_bad_tokens_and_reduction():
 def test_flops_per_token():
     """nanoGPT's estimate: 6 N + 12 L C T."""
     assert build("rope").flops_per_token() == 6 * (LAYERS * 12 * WIDTH**2 + VOCAB * WIDTH) + 12 * LAYERS * WIDTH * BLOCK
+
+
+# ------------------------------------------------------------------------------------------------
+# Products by oneDNN, which eager float32 takes on some CPUs: here on every CPU that has the operator
+
+
+@pytest.fixture(params=[False, True], ids=["mkl", "onednn"])
+def library(request, monkeypatch):
+    if request.param and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this build of PyTorch has no oneDNN")
+    monkeypatch.setattr(model_module, "onednn_is_faster", lambda: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_and_its_first_and_second_derivatives(bias, library):
+    generator = torch.Generator().manual_seed(0)
+    x, w, b, probe = (torch.randn(shape, generator=generator) for shape in ((3, 20, 24), (40, 24), (40,), (3, 20, 40)))
+    results = []
+    for dtype, linear in ((torch.float64, F.linear), (torch.float32, model_module.linear)):
+        inputs = [z.to(dtype).requires_grad_() for z in ((x, w, b) if bias else (x, w))]
+        y = linear(*inputs)
+        first = torch.autograd.grad((y.tanh() * probe.to(dtype)).sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+        results.append([y, *first, *second])
+    for expected, found in zip(*results):
+        assert found.shape == expected.shape and found.dtype == torch.float32
+        assert relative_error(found, expected) < 1e-5
+
+
+def test_onednn_serves_eager_float32_alone(library, monkeypatch):
+    """float64, autocast and a few rows, as in cached decoding, go to F.linear."""
+    calls, apply = [], model_module.Product.apply
+    monkeypatch.setattr(model_module.Product, "apply", lambda *a: calls.append(a) or apply(*a))
+    model_module.linear(torch.randn(64, 8), torch.randn(5, 8))
+    assert len(calls) == library
+    model_module.linear(torch.randn(64, 8, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64))
+    model_module.linear(torch.randn(2, 8), torch.randn(5, 8))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model_module.linear(torch.randn(64, 8), torch.randn(5, 8)).dtype == torch.bfloat16
+    assert len(calls) == library
+
+
+@pytest.mark.parametrize("case", ["crope", "comrope", "carope", "alibi"])
+def test_float32_models_of_both_libraries(case, library, rows):
+    """Loss, its gradients and the losses of single tokens, several chunks of logits: close to float64 whichever library multiplies."""
+    rows(48)
+    idx, targets = tokens(40, B=3), tokens(40, B=3, seed=1)
+    targets[0, :7] = -1
+    exact, model = build(case), build(case, torch.float32)
+    expected, found = (loss_and_gradients(m, m, idx, targets) for m in (exact, model))
+    close(found[0].double(), expected[0], rtol=1e-4)
+    for name in expected[1]:
+        assert found[1][name].is_contiguous() and relative_error(found[1][name], expected[1][name]) < 1e-2, name
+    close(model(idx, targets, reduction="none")[1].double(), exact(idx, targets, reduction="none")[1], atol=1e-3)
+    again = loss_and_gradients(model, model, idx, targets)
+    assert torch.equal(again[0], found[0]) and all(torch.equal(again[1][name], found[1][name]) for name in found[1])
