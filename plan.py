@@ -94,8 +94,9 @@ class Meter(TorchDispatchMode):
         self.total -= size
 
 
-# What torch's counter does not know: the CPU's attention kernel, and the product that accumulates in place
+# What torch's counter does not know: the CPU's attention kernel, oneDNN's products, and the product that accumulates in place
 MORE_PRODUCTS = {
+    torch.ops.mkldnn._linear_pointwise: lambda a, b, *_, **__: 2 * a[0] * a[1] * b[0],
     torch.ops.aten.addmm_: lambda self, a, b, **_: 2 * a[0] * a[1] * b[1],
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v),
@@ -158,6 +159,7 @@ def simulate(config: GPTConfig, rows: int, dtype: torch.dtype, gpu: bool, keep_g
     with FakeTensorMode(), contextlib.ExitStack() as stack:
         model = Unfilled(config)
         if gpu:
+            stack.enter_context(mock.patch.object(model_file, "by_onednn", lambda x: False))
             stack.enter_context(mock.patch.object(model_file, "chunk_rows", lambda vocab_size, _: chunk_rows(vocab_size, torch.device("cuda"))))
             for block in model.transformer["h"]:
                 block.attn.attend = flash.__get__(block.attn)

@@ -5,6 +5,7 @@ one interleaved run.
     python scripts/bench.py --shape all --nanogpt ../nanoGPT   # every shape of SHAPES, beside a clone of karpathy/nanoGPT
     python scripts/bench.py --shape bytes --schemes carope   # the quickstart's size; also --n_layer, --batch … one by one
     python scripts/bench.py data --source …                  # preparation of data; scripts/bench_data.py
+    python scripts/bench.py feed --data_dir …                # reading of training's batches; scripts/bench_feed.py
     python scripts/bench.py eval                             # evaluation instead of training; scripts/bench_eval.py, --help for its options
 
 Each variant lives in a process of its own, so that its peak memory is its own; the processes take turns, a few optimizer
@@ -169,6 +170,10 @@ def main() -> None:
         import bench_data
 
         return bench_data.main(sys.argv[2:])
+    if sys.argv[1:2] == ["feed"]:
+        import bench_feed
+
+        return bench_feed.main(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="scripts/bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--shape", default="small", choices=[*SHAPES, "all"], help="; ".join(f"{n}: {', '.join(map(str, v))}" for n, (v, _) in SHAPES.items()) + f" ({', '.join(FIELDS)})")
     parser.add_argument("--schemes", nargs="*", default=["learned", "crope", "comrope", "carope", "alibi"], help="schemes beside rope (with --shape all, where they have a target)")

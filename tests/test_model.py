@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_module
 import reference
-from model import GPT, SCHEMES, Context, GPTConfig, linear_cross_entropy, linear_nll, rotate
+from model import GPT, SCHEMES, Context, GPTConfig, PathRotation, linear_cross_entropy, linear_nll, path_phases, rotate
 
 BLOCK, VOCAB, LAYERS, HEADS, WIDTH = 12, 40, 2, 3, 48  # 3 heads of 16: no power of 2
 SHAPE = dict(block_size=BLOCK, vocab_size=VOCAB, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH, bias=True)
@@ -146,7 +146,7 @@ def test_vectors(index, dtype, attended):
         if pos == "carope":
             attn.c_pos.weight.copy_(given["W"])
             attn.c_pos.bias.copy_(given["b"])
-            phases = attn.phases(x.to(dtype)[None])[0].transpose(0, 1)
+            phases = path_phases(attn.log_frequencies(x.to(dtype)[None]), attn.head_width // 2)[0].transpose(0, 1)
             close(phases.double(), given["phases"], atol=1e-12 if dtype == torch.float64 else 2e-6)
     scores = layer_scores(attn, x.to(dtype), start, attended)
     tolerance = 1e-10 if dtype == torch.float64 else 1e-4 if start > 1000 else 1e-5
@@ -551,11 +551,27 @@ def test_step_0_is_rope(pos, options, base):
     assert not torch.allclose(other(idx)[0], expected, atol=1e-2)
 
 
+def test_carope_gradient_of_the_phases():
+    """PathRotation against autograd through the phases as they are written, and finite differences."""
+    draw = torch.Generator().manual_seed(0)
+    qk = torch.randn(2, 5, 2, 3, 8, dtype=torch.float64, generator=draw, requires_grad=True)
+    log_f = (-torch.rand(2, 5, 3, dtype=torch.float64, generator=draw)).requires_grad_()
+    g = torch.randn(qk.shape, dtype=torch.float64, generator=draw)
+    phases = path_phases(log_f, 4).unsqueeze(2)
+    expected = torch.autograd.grad(rotate(qk, phases.cos(), phases.sin()), (qk, log_f), g)
+    for mine, theirs in zip(torch.autograd.grad(PathRotation.apply(qk, log_f), (qk, log_f), g), expected):
+        close(mine, theirs, atol=1e-12)
+    assert torch.autograd.gradcheck(PathRotation.apply, (qk, log_f))
+    half = torch.autograd.grad(PathRotation.apply(qk.bfloat16(), log_f.float()), (qk, log_f), g.bfloat16())
+    for mine, theirs in zip(half, expected):
+        assert (mine - theirs).norm() < 0.01 * theirs.norm()
+
+
 def test_carope_paper_init():
     """Without the bias W = 0 gives f = 1/(1 + log 2) = 0.5906."""
     attn = GPT(config("carope", {"init": "paper"})).transformer.h[0].attn
     assert attn.c_pos.bias is None and not attn.c_pos.weight.any()
-    phases = attn.phases(torch.randn(1, 3, WIDTH))[0, :, 0]  # (T, D/2)
+    phases = path_phases(attn.log_frequencies(torch.randn(1, 3, WIDTH)), attn.head_width // 2)[0, :, 0]  # (T, D/2)
     f = 1 / (1 + math.log(2))
     assert round(f, 4) == 0.5906
     close(phases, torch.tensor([[(m + 1) * f**i for i in range(8)] for m in range(3)]), atol=1e-6)

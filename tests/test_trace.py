@@ -1,4 +1,4 @@
-"""scripts/trace_step.py, its main called as the command line would."""
+"""scripts/trace.py, its main called as the command line would."""
 
 import importlib
 import json
@@ -15,10 +15,10 @@ FIELDS = {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 64, "block_size
 @pytest.fixture
 def run(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(REPO / "scripts"))
-    script = importlib.import_module("trace_step")
+    script = importlib.import_module("trace")
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["trace_step.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["trace.py", *map(str, arguments)])
         try:
             script.main()
         except SystemExit as error:

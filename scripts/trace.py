@@ -1,7 +1,7 @@
 """Where a training step's time goes: a table by part of the model, and a trace for chrome://tracing or ui.perfetto.dev.
 
-    python scripts/trace_step.py --config configs/quickstart.yaml --pos comrope --steps 5 --out trace.json
-    python scripts/trace_step.py --run runs/gpt2-small --steps 3 --out trace.json     # a run's own config; further fields override it
+    python scripts/trace.py --config configs/quickstart.yaml --pos comrope --steps 5 --out trace.json
+    python scripts/trace.py --run runs/gpt2-small --steps 3 --out trace.json     # a run's own config; further fields override it
 
 Takes the fields of train.py. Eager and on one device; the weights are new, and the tokens random where data_dir holds no data.
 Parts are the model's methods, each within a profiler range. A backward operation belongs to the part whose forward operation has
@@ -162,7 +162,7 @@ def table(seconds: dict[str, float], steps: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="scripts/trace_step.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="scripts/trace.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=5, help="profiled optimizer steps, after two others (default: 5)")
     parser.add_argument("--out", required=True, help="file of the trace, .json or .json.gz")
     parser.add_argument("--run", help="a run's folder, whose config.yaml to take")
