@@ -137,17 +137,20 @@ def test_exit_codes(make, tmp_path):
 
 @pytest.mark.parametrize("ends", ["interrupted", "finished", "failed"])
 def test_the_job_script_requeues_what_was_interrupted(make, tmp_path, ends):
-    """scripts/train.sbatch with a stand-in for srun, which runs the command, and one for scontrol, which notes its arguments."""
+    """scripts/train.sbatch with stand-ins: srun runs the command and, like Slurm's, answers SIGTERM with SIGKILL for it; scancel
+    signals the command; scontrol notes its arguments."""
     tools = tmp_path / "tools"
     tools.mkdir()
     config = make(max_steps=100_000 if ends == "interrupted" else 12, schedule="constant", **({"learning_rate": -1.0} if ends == "failed" else {}))
-    (tools / "srun").write_text('#!/bin/sh\nwhile [ "${1#--}" != "$1" ]; do shift; done\nexec "$@"\n')
+    srun = 'while [ "${1#--}" != "$1" ]; do shift; done\n"$@" &\necho $! > $TASK\ntrap "kill -KILL $!" TERM\nwait $!\n'
+    (tools / "srun").write_text(f"#!/bin/sh\n{srun}")
+    (tools / "scancel").write_text('#!/bin/sh\n[ "$*" = "--signal=TERM 7" ] && kill -TERM $(cat $TASK)\n')
     (tools / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
     (tools / "torchrun").write_text(f'#!/bin/sh\nwhile [ "${{1#--}}" != "$1" ]; do shift; done\nexec {sys.executable} "$@"\n')
     for tool in tools.iterdir():
         tool.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "here", "OMP_NUM_THREADS": "1"}
-    environment |= {"SLURM_SUBMIT_DIR": str(REPO), "SLURM_GPUS_ON_NODE": "1"}
+    environment |= {"SLURM_SUBMIT_DIR": str(REPO), "SLURM_GPUS_ON_NODE": "1", "TASK": str(tmp_path / "task")}
     given = [a for a in arguments(config)]
     process = subprocess.Popen(["bash", REPO / "scripts" / "train.sbatch", *given], env=environment, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if ends == "interrupted":
