@@ -83,13 +83,13 @@ def attention_backend(config: RunConfig, device: torch.device, dtype: torch.dtyp
 class Log:
     """metrics.jsonl, the progress line and, when asked, wandb. Only the first rank writes."""
 
-    def __init__(self, config: RunConfig, main: bool, step: int, environment: dict):
+    def __init__(self, config: RunConfig, main: bool, step: int, environment: dict, watched: bool = True):
         self.main, self.config, self.run = main, config, Path(config.out_dir)
         if not main:
             return
         self.path, self.file, self.warned = self.run / "metrics.jsonl", None, False
         # Every line, kept: a file that is lost or cut short can be written again
-        self.lines = lines_until(self.path, step)  # what an interrupted run logged beyond its checkpoint happens again
+        self.lines = lines_until(self.path, step, watched)  # what an interrupted run logged beyond its checkpoint happens again
         known = [line["environment"] for line in map(json.loads, self.lines) if "environment" in line]
         if not known or known[-1] != environment:
             self.lines.append(encode({"step": step, "environment": environment}))
@@ -199,14 +199,17 @@ def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def lines_until(path: Path, step: int) -> list[bytes]:
-    """The whole lines of metrics.jsonl up to a step; a fresh start (step 0) keeps none."""
+def lines_until(path: Path, step: int, watched: bool = True) -> list[bytes]:
+    """The whole lines of metrics.jsonl up to a step; a fresh start (step 0) keeps none. Of the last step without its validation and
+    sample where the checkpoint knows nothing of them (not `watched`): they happen again."""
     kept = []
     if step == 0 or not path.is_file():
         return kept
     for line in path.read_bytes().splitlines(keepends=True):
         with contextlib.suppress(ValueError, TypeError, KeyError):  # a line cut short by the interruption
-            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+            values = json.loads(line)
+            again = values["step"] == step and not watched and ("val/loss" in values or "sample" in values)
+            if line.endswith(b"\n") and values["step"] <= step and not again:
                 kept.append(line)
     return kept
 

@@ -397,16 +397,22 @@ class Validation:
         self.split, self.rows, self.block_size, self.ranks, self.device = split, rows, config.block_size, ranks, device
 
     @torch.no_grad()
-    def loss(self, model: GPT, dtype: torch.dtype) -> float:
+    def loss(self, model: GPT, dtype: torch.dtype, stop: "Stop | None" = None) -> float:
+        """Nats per token, the same on every rank. Interrupted on every rank where one was told to stop meanwhile."""
         model.eval()
         total = torch.zeros(2, dtype=torch.float64)
         for i in range(0, len(self.starts), self.rows):
+            if stop and stop.signal:  # it may take longer than the grace time
+                break
             x, y = to_device(batch(self.split, self.starts[i : i + self.rows], self.block_size), self.device)
             with autocast(self.device, dtype):
                 _, nll = model(x, y, reduction="none")
             total += torch.tensor([nll.cpu().double().sum(), nll.numel()], dtype=torch.float64)
         model.train()
-        nll, count = self.ranks.sum(total.to(self.device) if self.device.type == "cuda" else total).tolist()
+        total = torch.cat((total, torch.tensor(stop.flags() if stop else [], dtype=torch.float64)))
+        nll, count, *flags = self.ranks.sum(total.to(self.device) if self.device.type == "cuda" else total).tolist()
+        if any(flags):
+            raise Interrupted(Stop.first(flags))
         return nll / count
 
 
@@ -430,9 +436,22 @@ class Stop:
         """One of SIGNALS has arrived, or none: what the sum over ranks tells to all of them."""
         return [float(self.signal == s) for s in self.SIGNALS]
 
+    @classmethod
+    def first(cls, flags: list[float]) -> int:
+        """The signal of summed flags, or 0."""
+        return next((s for s, flag in zip(cls.SIGNALS, flags) if flag), 0)
+
     def restore(self):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+class Interrupted(Exception):
+    """A signal, the same on every rank, has ended what need not be finished."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.signal = number
 
 
 # ---- the run's folder
@@ -578,7 +597,7 @@ class Training:
             )
         self.feed = Feed(data.split("train"), config, self.share, self.micro, ranks, device)
         self.tokenizer = load_tokenizer(data.manifest["tokenizer"]["name"]) if config.sample_interval else None
-        self.log = Log(config, ranks.main, self.step, environment(config, device, self.dtype, ranks.world, data.hash))
+        self.log = Log(config, ranks.main, self.step, environment(config, device, self.dtype, ranks.world, data.hash), self.watched == self.step)
         self.writer, self.saved, self.owed = checkpoint.Writer(), self.step, False
         self.unwritten: OSError | None = None  # why the newest checkpoint could not be written
         self.pending: collections.deque[Outcome] = collections.deque()
@@ -608,8 +627,8 @@ class Training:
             elif self.step >= c.max_steps:
                 self.log.say(f"{self.path} is at step {self.step} of {c.max_steps}: nothing to do")
             if self.watched != self.step:  # at the start, or owed by a run that was interrupted here
-                better = self.watch()
-                if 0 < self.step == c.max_steps:
+                better = self.watch(stop)
+                if self.interrupted or 0 < self.step == c.max_steps:
                     self.save_checkpoint(best=better)
                 elif better:
                     self.save_best()
@@ -694,7 +713,7 @@ class Training:
             self.settle(0)
         self.log.progress(self.step)
         paused = time.monotonic()
-        better = not self.interrupted and self.watch()  # when interrupted at once to the checkpoint: the rest waits until the run is resumed
+        better = not self.interrupted and self.watch(stop)  # when interrupted at once to the checkpoint: the rest waits until the run is resumed
         if end or self.interrupted or (self.owed and not self.bad_steps):  # while steps are bad, no checkpoint takes the place of a good one
             self.save_checkpoint(best=better)
         elif better:
@@ -709,7 +728,7 @@ class Training:
             outcome = self.pending.popleft()
             norm, loss, *flags = outcome.values()
             step, rate = outcome.step, outcome.rate
-            self.interrupted = self.interrupted or next((s for s, flag in zip(Stop.SIGNALS, flags) if flag), 0)
+            self.interrupted = self.interrupted or Stop.first(flags)
             if not (math.isfinite(norm) and math.isfinite(loss)):
                 self.bad_steps += 1
                 self.log.say(f"warning: step {step} skipped: loss {loss}, gradient norm {norm}")
@@ -736,16 +755,21 @@ class Training:
 
     # ---- what watches the training and leaves it as it is
 
-    def watch(self) -> bool:
-        """Sample and validate where due; whether the validation loss is the lowest so far."""
-        self.watched = self.step
+    def watch(self, stop: Stop) -> bool:
+        """Validate and sample where due; whether the validation loss is the lowest so far. A signal puts off both."""
+        try:
+            better = (self.step in (0, self.config.max_steps) or self.due(self.config.eval_interval)) and self.validate(stop)
+        except Interrupted as interruption:
+            self.interrupted = interruption.signal
+            return False
         if self.step and self.due(self.config.sample_interval):
             self.sample()
-        return (self.step in (0, self.config.max_steps) or self.due(self.config.eval_interval)) and self.validate()
+        self.watched = self.step
+        return better
 
-    def validate(self) -> bool:
+    def validate(self, stop: Stop) -> bool:
         """Validate, log; whether the loss is the lowest so far. That before training is not counted."""
-        self.val_loss = self.validation.loss(self.model, self.dtype)
+        self.val_loss = self.validation.loss(self.model, self.dtype, stop)
         self.log.write(**{"step": self.step, "tokens": self.step * self.config.batch_tokens, "val/loss": self.val_loss})
         if self.step:
             self.log.say(f"step {self.step}: validation loss {self.val_loss:.4f}")

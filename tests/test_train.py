@@ -647,7 +647,7 @@ def test_keep_checkpoints(make, keep):
 def test_best_is_the_best(make, monkeypatch):
     weights, figures = [], [0.5, 5.0, 3.0, 4.0, math.nan, 3.5]  # the first is before training
 
-    def scripted(self, model, dtype):
+    def scripted(self, model, dtype, stop):
         weights.append({k: v.clone() for k, v in model.state_dict().items()})
         return figures[len(weights) - 1]
 

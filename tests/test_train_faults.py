@@ -23,8 +23,8 @@ from data.prepare import prepare
 from data.shards import WindowOrder, batch, fingerprint, open_data, write_manifest
 from model import GPT
 from record import Log
-from train import Feed, Ranks, Training, largest_micro_batch, main, train
-from training import CPU, REPO, arguments, at_step, environments, finish, folders, kill, last, losses, make, metrics, one_thread, plain, same, same_run, start, write_text  # noqa: F401
+from train import Feed, Ranks, Training, Validation, largest_micro_batch, main, train
+from training import CPU, REPO, arguments, at_step, crash, environments, finish, folders, kill, last, losses, make, metrics, one_thread, plain, same, same_run, start, write_text  # noqa: F401
 
 # ---- what is due at the moment of an interruption
 
@@ -41,6 +41,44 @@ def test_what_a_signal_puts_off_is_done_on_resuming(make, monkeypatch, at):
     train(cut)
     assert same_run(whole.out_dir, cut.out_dir)
     assert same(checkpoint.load(Path(whole.out_dir) / "best.pt")["model"], checkpoint.load(Path(cut.out_dir) / "best.pt")["model"])
+
+
+@pytest.mark.parametrize("batches", [2, 6, 14], ids=["start", "middle", "end"])
+def test_a_signal_ends_a_validation(make, monkeypatch, batches):
+    """It may take longer than the grace time: what was validated is dropped, the checkpoint is written, and resuming validates again."""
+    whole, cut = make("whole"), make("cut", resume=True)
+    train(whole)
+    calls = []
+
+    def hooked(self, idx, targets=None, reduction="mean", forward=GPT.forward):
+        if reduction == "none":
+            calls.append(1)
+            if len(calls) == batches:
+                kill(signal.SIGTERM)()
+        return forward(self, idx, targets, reduction)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GPT, "forward", hooked)
+        end = train(cut)
+    step = {2: 0, 6: 5, 14: 12}[batches]  # 16 windows by 4
+    assert len(calls) == batches and (end["step"], end["signal"], last(cut.out_dir)["step"]) == (step, signal.SIGTERM, step)
+    assert not [line for line in metrics(cut.out_dir) if line["step"] == step and "val/loss" in line]
+    train(cut)
+    assert same_run(whole.out_dir, cut.out_dir)
+
+
+def test_what_was_put_off_is_done_again_after_a_crash_and_logged_once(make, monkeypatch):
+    """The checkpoint of step 6 does not know of its validation and sample, metrics.jsonl does."""
+    fields = dict(eval_interval=3, sample_interval=3, checkpoint_interval=4)
+    whole, cut = make("whole", **fields), make("cut", resume=True, **fields)
+    train(whole)
+    at_step(monkeypatch, {5: kill(signal.SIGTERM), 7: crash})
+    train(cut)
+    with pytest.raises(RuntimeError, match="power"):
+        train(cut)
+    assert [line["step"] for line in metrics(cut.out_dir) if "val/loss" in line] == [0, 3, 6]
+    train(cut)
+    assert same_run(whole.out_dir, cut.out_dir)
 
 
 def test_samples_are_logged_and_change_nothing(make, plain):

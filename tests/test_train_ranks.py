@@ -75,6 +75,19 @@ def test_two_ranks_resume_exactly(make, driver, tmp_path):
     assert status == 0 and same_run(whole.out_dir, cut.out_dir), err
 
 
+def test_a_signal_to_one_rank_during_validation(make, driver, tmp_path):
+    """The other rank has finished its share: both put the validation off, and none waits for the other."""
+    fields = dict(max_steps=12, micro_batch_size=2, rank_timeout=20.0)
+    whole, cut = make("whole", **fields), make("cut", **fields, resume=True)
+    status, _, err = finish(start(torchrun(driver, whole), tmp_path))
+    assert status == 0, err
+    status, _, err = finish(start(torchrun(driver, cut), tmp_path, SIGNAL_IN_VALIDATION="1:6"))
+    assert status != 0 and "stopped by SIGUSR1 after step 5, checkpoint written" in err and "exitcode  : 75" in err
+    assert last(cut.out_dir)["step"] == 5 and len(losses(cut.out_dir, "val/loss")) == 1
+    status, _, err = finish(start(torchrun(driver, cut), tmp_path))
+    assert status == 0 and same_run(whole.out_dir, cut.out_dir), err
+
+
 def test_compiled_blocks_under_ddp_with_accumulation(make, driver, tmp_path):
     fields = dict(max_steps=10, micro_batch_size=2, n_layer=2)
     eager, compiled = make("eager", **fields), make("compiled", compile=True, **fields)
