@@ -687,12 +687,10 @@ class Training:
             flags = pinned(torch.tensor(stop.flags()), self.device).to(self.device, non_blocking=True)
             shared = ranks.sum(torch.cat((shared, flags)))
         finite = torch.isfinite(norm) & torch.isfinite(shared[0])  # the same on every rank
-        if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)  # skips by itself, and lowers its scale, where a gradient is not finite
-            self.scaler.update()
-        elif self.device.type != "mps" or finite:
+        if self.device.type != "mps" or finite:
             self.optimizer.found_inf = (~finite).float()  # fused AdamW skips the update where this is 1, without asking the host
-            self.optimizer.step()
+            self.optimizer.step()  # not scaler.step(), which would look at the gradients alone: what is logged as skipped is skipped
+        self.scaler.update()  # float16: a lower scale where a gradient was not finite
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.pending.append(Outcome(self.step, rate, to_host(torch.cat((norm.reshape(1), shared))), parts))

@@ -294,6 +294,26 @@ def test_the_message_names_the_windows_by_shard_and_offset(make, tmp_path, monke
     assert str(info.value).count(" at token ") == 4
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_step_that_is_logged_as_skipped_is_skipped(make, monkeypatch, dtype):
+    """A loss that is not finite, with gradients that are: the scaler of float16 sees nothing."""
+    counts, weights = [0], []
+
+    def infinite(self, idx, targets=None, reduction="mean", forward=GPT.forward):
+        out, loss = forward(self, idx, targets, reduction)
+        if targets is not None and reduction == "mean":
+            weights.append(self.lm_head.weight.clone())
+            counts[0] += 1
+            loss = loss + math.inf if counts[0] == 4 else loss
+        return out, loss
+
+    monkeypatch.setattr(GPT, "forward", infinite)
+    config = make(dtype=dtype, micro_batch_size=8)
+    train(config)
+    assert [line["step"] for line in metrics(config.out_dir) if "skipped" in line] == [4]
+    assert same(weights[3], weights[4]) and not same(weights[4], weights[5]) and last(config.out_dir)["optimizer"]["state"][0]["step"] == 11
+
+
 @pytest.mark.parametrize("log_interval", [1, 5])
 def test_a_host_one_step_ahead_gives_the_same_run(make, monkeypatch, log_interval):
     """As on a GPU: outcomes are read a step late. Bad steps are skipped on the device, and everything logged is the same."""
