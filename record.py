@@ -215,27 +215,34 @@ def lines_until(path: Path, step: int, watched: bool = True) -> list[bytes]:
 
 
 def start_wandb(config: RunConfig, run: Path, resumed: bool):
-    """The wandb run that continues with this folder; offline, with a warning, where it is not logged in or out of reach."""
+    """The wandb run that continues with this folder; offline, with a warning, where it is not logged in or out of reach; None where
+    it does not work at all."""
     os.environ.setdefault("WANDB_CACHE_DIR", str((run / "wandb" / "cache").resolve()))  # it would log under $HOME
-    import wandb
-
-    mode = config.wandb
-    if mode == "online" and not wandb.login(prompt=False, verify=False):
-        print("warning: wandb is not logged in (WANDB_API_KEY or `wandb login`): logging offline; `wandb sync` uploads later", file=sys.stderr)
-        mode = "offline"
     # The id follows from the folder, so that a resumed run continues its curve
     identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
     project = os.environ.get("WANDB_PROJECT", "nanope")
+
+    def warn(text):
+        print(f"warning: wandb {text}", file=sys.stderr)
 
     def init(mode):
         return wandb.init(project=project, name=run.name, id=identity, resume="allow" if resumed else None, mode=mode, dir=run, config=dataclasses.asdict(config))
 
     try:
-        return init(mode)
-    except wandb.Error as error:
-        print(f"warning: wandb cannot be reached, logging offline; `wandb sync` uploads later: {first_line(error)}", file=sys.stderr)
-        wandb.teardown()
+        import wandb
+
+        if config.wandb == "online":
+            try:
+                if wandb.login(prompt=False, verify=False):
+                    return init("online")
+                warn("is not logged in (WANDB_API_KEY or `wandb login`): logging offline; `wandb sync` uploads later")
+            except Exception as error:  # out of reach, a key that is none
+                warn(f"cannot be used online, logging offline; `wandb sync` uploads later: {first_line(error)}")
+                wandb.teardown()
         return init("offline")
+    except Exception as error:
+        warn(f"does not start ({first_line(error)}): training goes on without; metrics.jsonl has everything")
+        return None
 
 
 # ---- the difference from another run

@@ -845,7 +845,25 @@ def test_wandb_out_of_reach_goes_offline(make, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_CACHE_DIR", "unused")
     train(make(wandb="online", max_steps=3))
     assert fake.modes == ["online", "teardown", "offline", 0] and fake.lines == [0, 1, 2, 3, 3]
-    assert "warning: wandb cannot be reached, logging offline; `wandb sync` uploads later: Timed out\n" in capsys.readouterr().err
+    assert "warning: wandb cannot be used online, logging offline; `wandb sync` uploads later: Timed out\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("broken", ["login", "init"])
+def test_a_wandb_that_does_not_start_does_not_end_the_run(make, plain, monkeypatch, capsys, broken):
+    """Such as with a WANDB_API_KEY that is none, or where it cannot write."""
+    fake = FakeWandb()
+
+    def fail(**_):
+        raise ValueError("API key must have 40+ characters\nsecond line")
+
+    setattr(fake, broken, fail)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("WANDB_CACHE_DIR", "unused")
+    config = make(wandb="online")
+    train(config)
+    assert same(metrics(config.out_dir), metrics(plain)) and "second" not in (err := capsys.readouterr().err)
+    assert "uploads later: API key must have 40+ characters\n" in err
+    assert fake.modes == (["teardown", "offline", 0] if broken == "login" else ["teardown"]) and ("training goes on without" in err) == (broken == "init")
 
 
 # ---- bad input
