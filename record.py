@@ -178,11 +178,11 @@ class Log:
         if not self.main:
             return
         self.bar.close()
-        if self.file is None or not self.there():  # the last chance
-            try:
+        try:
+            if self.file is None or not self.there():  # the last chance
                 self.restore()
-            except OSError as error:
-                self.say(f"warning: the last lines of {self.path} are lost: {error}")
+        except OSError as error:
+            self.say(f"warning: the last lines of {self.path} are lost: {error}")
         self.close_file()
         if self.wandb:
             with contextlib.suppress(Exception):

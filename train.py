@@ -828,7 +828,7 @@ class Training:
         def job() -> None:
             self.log.sync()  # a checkpoint never knows more steps than metrics.jsonl
             if best and not self.attempt(lambda: checkpoint.save(self.path / "best.pt", state), state["step"]):
-                self.best = lowest
+                self.best = state["best_val_loss"] = lowest
             if save_step and self.attempt(lambda: save_step(state), state["step"]):
                 self.saved = state["step"]
 

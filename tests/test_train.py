@@ -128,15 +128,19 @@ def test_resuming_a_finished_run_changes_nothing_and_it_can_be_prolonged(make, p
 
 
 def test_a_damaged_checkpoint_is_passed_over(make, plain, tmp_path, capsys):
-    run = tmp_path / "run"
-    shutil.copytree(plain, run, symlinks=True)
-    newest, before = checkpoint.step_files(run)
+    newest, before = checkpoint.step_files(plain)
     assert (newest.name, before.name) == ("step_12.pt", "step_8.pt")
-    newest.write_bytes(newest.read_bytes()[:-1000])
-    train(make(resume=True, keep_checkpoints=1))
-    err = capsys.readouterr().err
-    assert "warning" in err and "step_12.pt is truncated or altered" in err
-    assert same_run(run, plain)
+    content, hash_content = newest.read_bytes(), checkpoint.hash_path(newest).read_bytes()
+    for damaged in (content[:-1000], hash_content), (bytes(len(content)), hash_content), (content, b""), (content, b"\xff\xfe"):
+        run = tmp_path / "run"
+        shutil.copytree(plain, run, symlinks=True)
+        for file, bytes_ in zip((newest, checkpoint.hash_path(newest)), damaged):
+            (run / "checkpoints" / file.name).write_bytes(bytes_)
+        train(make(resume=True, keep_checkpoints=1))
+        err = capsys.readouterr().err
+        assert "warning" in err and "step_12.pt is truncated or altered" in err
+        assert same_run(run, plain)
+        shutil.rmtree(run)
 
 
 def test_a_damaged_newer_checkpoint_never_pushes_out_a_good_one(make, plain, tmp_path, monkeypatch):
@@ -605,6 +609,7 @@ def test_what_a_checkpoint_holds(make, plain):
     assert state["config"]["vocab_size"] == 320 and state["config"]["pos_options"]["base"] == 10000.0
     model = GPT(GPTConfig(**{f.name: state["config"][f.name] for f in dataclasses.fields(GPTConfig)}))
     model.load_state_dict(state["model"])
+    assert state["model"]["lm_head.weight"].data_ptr() == state["model"]["transformer.wte.weight"].data_ptr()  # tied, and stored once
 
     def plain_types(x):
         if isinstance(x, dict):

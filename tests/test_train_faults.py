@@ -178,6 +178,36 @@ def test_a_folder_that_is_lost_is_made_again(make, plain, monkeypatch, capsys):
     assert f"warning: {run} was lost" in capsys.readouterr().err
 
 
+def test_checkpoints_that_are_deleted_while_one_is_written(tmp_path, monkeypatch):
+    save = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda path, state: (save(path, state), shutil.rmtree(path.parent)))
+    checkpoint.save_step(tmp_path, {"model": {}, "config": {}, "step": 3}, 2)
+    monkeypatch.undo()
+    for step in 9, 4, 5, 6:  # 9 was found damaged by the run that resumed before it
+        checkpoint.save_step(tmp_path, {"model": {}, "config": {}, "step": step}, 2)
+    assert [f.name for f in checkpoint.step_files(tmp_path)] == ["step_6.pt", "step_5.pt"]
+
+
+def test_a_best_that_could_not_be_written_is_not_remembered(make, monkeypatch):
+    """Neither by the run nor by its checkpoints: the next lowest is written, also after resuming."""
+    save, full = checkpoint.save, [True]
+
+    def no_room(path, state):
+        if full[0] and path.name == "best.pt":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(path, state)
+
+    monkeypatch.setattr(checkpoint, "save", no_room)
+    figures = iter([9.0, 3.0, 3.5])
+    monkeypatch.setattr(Validation, "loss", lambda *_: next(figures))
+    config = make(eval_interval=4, checkpoint_interval=4, max_steps=4)
+    train(config)
+    assert last(config.out_dir)["best_val_loss"] == math.inf
+    full[0] = False
+    train(dataclasses.replace(config, max_steps=8, resume=True))
+    assert checkpoint.load(Path(config.out_dir) / "best.pt")["step"] == 8
+
+
 def test_metrics_that_cannot_be_written_for_a_while_are_not_lost(make, plain, monkeypatch, capsys):
     config, log = make(), []
 
