@@ -245,6 +245,7 @@ def largest_micro_batch(model: GPT, share: int, ranks: Ranks, device: torch.devi
             model.zero_grad(set_to_none=True)
     del moments
     torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)  # the run's peak is its own
     fits = -int(ranks.max(torch.tensor(-fits, device=device)))  # the least of all ranks
     if not fits:
         raise ValueError(f"not even one window of {T} tokens fits the memory of {torch.cuda.get_device_name(device)}: take a smaller model or block_size")
@@ -352,14 +353,13 @@ class Feed:
         self.thread = ThreadPoolExecutor(1, "batches", *((torch.cuda.set_device, (device,)) if device.type == "cuda" else ()))
         self.number, self.ahead = None, None  # of the micro-batch that is being read, counted from the run's first
 
-    def starts(self, step: int) -> np.ndarray:
-        """First tokens of this rank's windows in a step: (share,) int64."""
-        return self.order.starts((step * self.ranks.world + self.ranks.rank) * self.share, self.share)
+    def starts(self, number: int) -> np.ndarray:
+        """First tokens of the windows of a micro-batch: (micro,) int64."""
+        step, i = divmod(number, self.share // self.micro)
+        return self.order.starts((step * self.ranks.world + self.ranks.rank) * self.share + i * self.micro, self.micro)
 
     def read(self, number: int) -> list[torch.Tensor]:
-        step, i = divmod(number, self.share // self.micro)
-        starts = self.starts(step)[i * self.micro : (i + 1) * self.micro]
-        return [pinned(torch.from_numpy(a), self.device) for a in batch(self.split, starts, self.block_size)]
+        return [pinned(torch.from_numpy(a), self.device) for a in batch(self.split, self.starts(number), self.block_size)]
 
     def batches(self, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """x and y, (micro, T) int64 each on the device, of the micro-steps of a step. DataError where a shard is damaged."""
@@ -371,14 +371,13 @@ class Feed:
 
     def describe(self, step: int, parts: list[int]) -> str:
         """Where the windows of some micro-steps of a step lie: shard, and offset in tokens."""
-        starts = self.thread.submit(self.starts, step).result()  # in the thread, which alone uses the order
-        places = [self.split.locate(int(s)) for part in parts for s in starts[part * self.micro : (part + 1) * self.micro]]
+        count = self.share // self.micro
+        starts = [self.thread.submit(self.starts, step * count + part).result() for part in parts]  # in the thread, which alone uses the order
+        places = [self.split.locate(int(s)) for s in np.concatenate(starts)]
         return ", ".join(f"{file.name} at token {offset}" for file, offset in places[:8]) + (" …" if len(places) > 8 else "")
 
     def close(self) -> None:
         self.thread.shutdown(wait=False, cancel_futures=True)
-
-
 
 
 # ---- validation
