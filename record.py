@@ -91,7 +91,7 @@ class Log:
         # Every line, kept: a file that is lost or cut short can be written again
         self.lines = lines_until(self.path, step, watched)  # what an interrupted run logged beyond its checkpoint happens again
         known = [line["environment"] for line in map(json.loads, self.lines) if "environment" in line]
-        if not known or known[-1] != environment:
+        if not known or (known[-1] != environment and step < config.max_steps):  # a finished run keeps the record of how it was made
             self.lines.append(encode({"step": step, "environment": environment}))
         self.open()
         self.wandb = start_wandb(config, self.run, resumed=step > 0) if config.wandb != "off" else None

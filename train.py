@@ -957,4 +957,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # until the run handles them itself: there is nothing to save yet
+        signal.signal(number, lambda *_: sys.exit(os.EX_TEMPFAIL))
     main()

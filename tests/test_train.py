@@ -24,6 +24,7 @@ import yaml
 
 import checkpoint
 import config as config_module
+import record
 import train as train_module
 from config import RunConfig, check, parse, write_yaml
 from data.prepare import prepare
@@ -115,7 +116,8 @@ def test_resume_starts_where_there_is_no_checkpoint(make, plain, monkeypatch):
     assert same_run(config.out_dir, plain)
 
 
-def test_resuming_a_finished_run_changes_nothing_and_it_can_be_prolonged(make, plain, tmp_path, capsys):
+def test_resuming_a_finished_run_changes_nothing_and_it_can_be_prolonged(make, plain, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(record, "git_state", lambda _: None)  # as with another commit
     run = tmp_path / "run"
     shutil.copytree(plain, run, symlinks=True)
     before = {p.name: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != "config.yaml"}
@@ -170,6 +172,26 @@ def test_every_generator_is_restored(tmp_path):
     first = torch.rand(3), random.gauss(0, 1), random.random()
     train_module.restore_generators(checkpoint.load(tmp_path / "step_1.pt")["generators"], CPU)
     assert same(first, (torch.rand(3), random.gauss(0, 1), random.random()))
+
+
+def test_resuming_restores_every_generator(make, monkeypatch):
+    config, seen = make(keep_checkpoints=9), []
+    at_step(monkeypatch, {5: kill(signal.SIGTERM), 6: lambda: seen.append(train_module.generators())})
+    train(config)
+    torch.manual_seed(99), random.seed(99), np.random.seed(99)  # another process
+    train(dataclasses.replace(config, resume=True))
+    assert len(seen) == 1 and same(seen[0], checkpoint.load(checkpoint.find(config.out_dir, "6"))["generators"])
+
+
+def test_dropout_depends_on_seed_step_and_rank(make):
+    seeds = set()
+    for seed, rank in (1, 0), (1, 1), (2, 0):
+        training = train_module.Training(make(f"run{seed}{rank}", dropout=0.1, seed=seed), Ranks(rank, 1), CPU)
+        for _ in range(2):
+            training.optimizer_step(train_module.Stop)
+            seeds.add(torch.initial_seed())
+        training.feed.close()
+    assert len(seeds) == 6
 
 
 def test_resume_keeps_the_configs_hyperparameters(make, monkeypatch):

@@ -114,6 +114,40 @@ def test_a_checkpoint_holds_its_moment_whenever_it_is_written(make, plain, monke
         assert same(mine["model"], theirs["model"]) and same(mine["optimizer"], theirs["optimizer"])
 
 
+def test_a_run_that_fails_finishes_the_checkpoint_that_is_being_written(make, monkeypatch):
+    save, started = checkpoint.save, threading.Event()
+
+    def slow(path, state):
+        started.set()
+        threading.Event().wait(0.3)
+        save(path, state)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    at_step(monkeypatch, {4: lambda: (started.wait(30), crash())})
+    config = make(eval_interval=0)
+    with pytest.raises(RuntimeError, match="power"):
+        train(config)
+    assert last(config.out_dir)["step"] == 4
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """After a power loss a name never leads to a part of the content, nor a new checkpoint to an old hash."""
+    order, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (order.append(("fsync", os.fstat(descriptor).st_ino)), fsync(descriptor)))
+
+    def renamed(source, target):
+        if Path(target).name == "step_1.pt":
+            assert not checkpoint.hash_path(Path(target)).exists()
+        order.append(("replace", os.stat(source).st_ino))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", renamed)
+    for value in 1, 2:
+        checkpoint.save(tmp_path / "step_1.pt", {"model": {"w": torch.tensor(value)}, "config": {}, "step": 1})
+    renames = [i for i, (what, _) in enumerate(order) if what == "replace"]
+    assert len(renames) == 4 and all(("fsync", order[i][1]) == order[i - 1] and order[i + 1][0] == "fsync" for i in renames)  # the folder after it
+
+
 def test_what_goes_wrong_in_the_writer_ends_the_run(make, monkeypatch):
     """Anything but a disk's failure is a bug, and not to be passed over."""
 

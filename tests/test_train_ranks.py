@@ -148,6 +148,21 @@ def test_exit_codes(make, tmp_path):
         assert last(config.out_dir)["step"] == losses(config.out_dir, "step")[-1]
 
 
+def test_a_signal_before_the_first_step_asks_to_be_started_again(make, tmp_path):
+    config = make(max_steps=4)
+    code = f"""
+import os, runpy, signal, sys
+import data.shards
+def late(*a, open_data=data.shards.open_data, **k):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return open_data(*a, **k)
+data.shards.open_data = late
+runpy.run_path({str(REPO / "train.py")!r}, run_name="__main__")
+"""
+    status, _, err = finish(start(["-c", code, *arguments(config)], tmp_path))
+    assert status == os.EX_TEMPFAIL and "Traceback" not in err and not Path(config.out_dir).exists()
+
+
 @pytest.mark.parametrize("ends", ["interrupted", "finished", "failed"])
 def test_the_job_script_requeues_what_was_interrupted(make, tmp_path, ends):
     """scripts/train.sbatch with stand-ins: srun runs the command and, like Slurm's, answers SIGTERM with SIGKILL for it; scancel
