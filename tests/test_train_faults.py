@@ -358,9 +358,10 @@ def test_the_message_names_the_windows_by_shard_and_offset(make, tmp_path, monke
     assert str(info.value).count(" at token ") == 4
 
 
+@pytest.mark.parametrize("what", ["loss", "gradient"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_step_that_is_logged_as_skipped_is_skipped(make, monkeypatch, dtype):
-    """A loss that is not finite, with gradients that are: the scaler of float16 sees nothing."""
+def test_a_step_that_is_logged_as_skipped_is_skipped(make, monkeypatch, dtype, what):
+    """A loss that is not finite, with gradients that are (the scaler of float16 sees nothing), and the reverse."""
     counts, weights = [0], []
 
     def infinite(self, idx, targets=None, reduction="mean", forward=GPT.forward):
@@ -368,7 +369,9 @@ def test_a_step_that_is_logged_as_skipped_is_skipped(make, monkeypatch, dtype):
         if targets is not None and reduction == "mean":
             weights.append(self.lm_head.weight.clone())
             counts[0] += 1
-            loss = loss + math.inf if counts[0] == 4 else loss
+            if counts[0] == 4:
+                loss = loss + (math.inf if what == "loss" else 0.0)
+                loss.register_hook(lambda g: g * (math.inf if what == "gradient" else 1.0))
         return out, loss
 
     monkeypatch.setattr(GPT, "forward", infinite)
