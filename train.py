@@ -117,7 +117,8 @@ def ranks_of(device_name: str, timeout: float = 600.0, tf32: bool = False):
             ) from error
         raise
     finally:
-        if ranks.world > 1:
+        # NCCL's teardown is a collective: a rank that failed alone would wait in it for the others before it had said what went wrong
+        if ranks.world > 1 and (device.type != "cuda" or sys.exception() is None):
             gc.collect()  # DDP, in reference cycles, would keep the group's threads alive: an abort at exit, about one run in six
             dist.destroy_process_group()
 
