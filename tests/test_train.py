@@ -196,11 +196,12 @@ def test_dropout_depends_on_seed_step_and_rank(make):
     assert len(seeds) == 6
 
 
-def test_resume_keeps_the_configs_hyperparameters(make, monkeypatch):
+def test_resume_keeps_the_configs_hyperparameters(make, monkeypatch, capsys):
     config = make(pos="comrope")
     at_step(monkeypatch, {5: kill(signal.SIGTERM)})
     train(config)
     train(dataclasses.replace(config, resume=True, weight_decay=0.3, beta2=0.9, pos_lr_multiplier=4.0))
+    assert "goes on with other settings than it began with: pos_lr_multiplier 1.0 → 4.0, weight_decay 0.1 → 0.3, beta2 0.95 → 0.9\n" in capsys.readouterr().err
     decayed, plain, positional = last(config.out_dir)["optimizer"]["param_groups"]
     assert (decayed["weight_decay"], plain["weight_decay"], positional["weight_decay"]) == (0.3, 0.0, 0.0)
     assert tuple(decayed["betas"]) == (0.9, 0.9) and positional["lr_multiplier"] == 4.0

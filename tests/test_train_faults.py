@@ -242,6 +242,22 @@ def test_a_best_that_could_not_be_written_is_not_remembered(make, monkeypatch):
     assert checkpoint.load(Path(config.out_dir) / "best.pt")["step"] == 8
 
 
+def test_the_last_checkpoint_is_tried_again(make, plain, monkeypatch, capsys):
+    save, tries = checkpoint.save, []
+
+    def no_room_once(path, state):
+        if path.name == "step_12.pt":
+            tries.append(path)
+            if len(tries) == 1:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(path, state)
+
+    monkeypatch.setattr(checkpoint, "save", no_room_once)
+    config = make()
+    train(config)
+    assert len(tries) == 2 and "at step 12 a checkpoint could not be written" in capsys.readouterr().err and same_run(config.out_dir, plain)
+
+
 def test_metrics_that_cannot_be_written_for_a_while_are_not_lost(make, plain, monkeypatch, capsys):
     config, log = make(), []
 
