@@ -65,13 +65,18 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def host_copy(state):
-    """A copy of nested dicts and lists with every tensor's values on the CPU: what is written while training goes on."""
+def host_copy(state, copies: dict | None = None):
+    """A copy of nested dicts and lists with every tensor's values on the CPU: what is written while training goes on. Tied
+    parameters stay tied: they are copied, and written, once."""
+    copies = {} if copies is None else copies
     if isinstance(state, torch.Tensor):
-        return state.detach().to("cpu", copy=True)
+        same = state.data_ptr(), state.dtype, state.shape, state.stride()
+        if not state.numel() or same not in copies:
+            copies[same] = state.detach().to("cpu", copy=True)
+        return copies[same]
     if isinstance(state, dict):
-        return {k: host_copy(v) for k, v in state.items()}
-    return type(state)(map(host_copy, state)) if isinstance(state, (list, tuple)) else state
+        return {k: host_copy(v, copies) for k, v in state.items()}
+    return type(state)(host_copy(v, copies) for v in state) if isinstance(state, (list, tuple)) else state
 
 
 class Writer:
@@ -135,7 +140,7 @@ def load(path: Path) -> dict:
     if hash_path(path).is_file():
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != hash_path(path).read_text().strip():
+        if digest != hash_path(path).read_text(errors="replace").strip():
             raise ValueError(f"{path} is truncated or altered: its sha256 is not the recorded one")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
@@ -151,8 +156,11 @@ def load(path: Path) -> dict:
 def step_files(run: Path) -> list[Path]:
     """checkpoints/step_N.pt, newest first."""
     files = (run / "checkpoints").glob("step_*.pt")
-    numbered = [f for f in files if f.stem.removeprefix("step_").isdigit()]
-    return sorted(numbered, key=lambda f: int(f.stem.removeprefix("step_")), reverse=True)
+    return sorted((f for f in files if f.stem.removeprefix("step_").isdecimal()), key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step_"))
 
 
 def save_step(run: Path, state: dict, keep: int) -> None:
@@ -165,23 +173,23 @@ def save_step(run: Path, state: dict, keep: int) -> None:
     link.symlink_to(path.relative_to(run))
     os.replace(link, run / "last.pt")
     files = step_files(run)
-    this = files.index(path)
-    for other in files[:this] + files[this + keep :]:
-        other.unlink()
+    older = [f for f in files if step_of(f) <= state["step"]]
+    for other in {*files} - {*older[:keep]}:
+        other.unlink(missing_ok=True)
         hash_path(other).unlink(missing_ok=True)
 
 
 def load_newest(run: Path) -> dict | None:
-    """The newest undamaged checkpoint of a run, with a warning for each damaged one; None where there is none.
-    ValueError where there are some and all are damaged."""
+    """The newest undamaged checkpoint of a run, with a warning for each that is damaged or cannot be read; None where there is none.
+    ValueError where there are some and none is good."""
     files = step_files(run)
     for path in files:
         try:
             return load(path)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             print(f"warning: {error}; trying the one before", file=sys.stderr)
     if files:
-        raise ValueError(f"every checkpoint in {run / 'checkpoints'} is damaged; delete {run} to start again")
+        raise ValueError(f"every checkpoint in {run / 'checkpoints'} is damaged or cannot be read; delete {run} to start again")
     return None
 
 

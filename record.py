@@ -83,15 +83,15 @@ def attention_backend(config: RunConfig, device: torch.device, dtype: torch.dtyp
 class Log:
     """metrics.jsonl, the progress line and, when asked, wandb. Only the first rank writes."""
 
-    def __init__(self, config: RunConfig, main: bool, step: int, environment: dict):
+    def __init__(self, config: RunConfig, main: bool, step: int, environment: dict, watched: bool = True):
         self.main, self.config, self.run = main, config, Path(config.out_dir)
         if not main:
             return
         self.path, self.file, self.warned = self.run / "metrics.jsonl", None, False
         # Every line, kept: a file that is lost or cut short can be written again
-        self.lines = lines_until(self.path, step)  # what an interrupted run logged beyond its checkpoint happens again
+        self.lines = lines_until(self.path, step, watched)  # what an interrupted run logged beyond its checkpoint happens again
         known = [line["environment"] for line in map(json.loads, self.lines) if "environment" in line]
-        if not known or known[-1] != environment:
+        if not known or (known[-1] != environment and step < config.max_steps):  # a finished run keeps the record of how it was made
             self.lines.append(encode({"step": step, "environment": environment}))
         self.open()
         self.wandb = start_wandb(config, self.run, resumed=step > 0) if config.wandb != "off" else None
@@ -178,11 +178,11 @@ class Log:
         if not self.main:
             return
         self.bar.close()
-        if self.file is None or not self.there():  # the last chance
-            try:
+        try:
+            if self.file is None or not self.there():  # the last chance
                 self.restore()
-            except OSError as error:
-                self.say(f"warning: the last lines of {self.path} are lost: {error}")
+        except OSError as error:
+            self.say(f"warning: the last lines of {self.path} are lost: {error}")
         self.close_file()
         if self.wandb:
             with contextlib.suppress(Exception):
@@ -199,40 +199,50 @@ def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def lines_until(path: Path, step: int) -> list[bytes]:
-    """The whole lines of metrics.jsonl up to a step; a fresh start (step 0) keeps none."""
+def lines_until(path: Path, step: int, watched: bool = True) -> list[bytes]:
+    """The whole lines of metrics.jsonl up to a step; a fresh start (step 0) keeps none. Of the last step without its validation and
+    sample where the checkpoint knows nothing of them (not `watched`): they happen again."""
     kept = []
     if step == 0 or not path.is_file():
         return kept
     for line in path.read_bytes().splitlines(keepends=True):
         with contextlib.suppress(ValueError, TypeError, KeyError):  # a line cut short by the interruption
-            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+            values = json.loads(line)
+            again = values["step"] == step and not watched and ("val/loss" in values or "sample" in values)
+            if line.endswith(b"\n") and values["step"] <= step and not again:
                 kept.append(line)
     return kept
 
 
 def start_wandb(config: RunConfig, run: Path, resumed: bool):
-    """The wandb run that continues with this folder; offline, with a warning, where it is not logged in or out of reach."""
+    """The wandb run that continues with this folder; offline, with a warning, where it is not logged in or out of reach; None where
+    it does not work at all."""
     os.environ.setdefault("WANDB_CACHE_DIR", str((run / "wandb" / "cache").resolve()))  # it would log under $HOME
-    import wandb
-
-    mode = config.wandb
-    if mode == "online" and not wandb.login(prompt=False, verify=False):
-        print("warning: wandb is not logged in (WANDB_API_KEY or `wandb login`): logging offline; `wandb sync` uploads later", file=sys.stderr)
-        mode = "offline"
     # The id follows from the folder, so that a resumed run continues its curve
     identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
     project = os.environ.get("WANDB_PROJECT", "nanope")
+
+    def warn(text):
+        print(f"warning: wandb {text}", file=sys.stderr)
 
     def init(mode):
         return wandb.init(project=project, name=run.name, id=identity, resume="allow" if resumed else None, mode=mode, dir=run, config=dataclasses.asdict(config))
 
     try:
-        return init(mode)
-    except wandb.Error as error:
-        print(f"warning: wandb cannot be reached, logging offline; `wandb sync` uploads later: {first_line(error)}", file=sys.stderr)
-        wandb.teardown()
+        import wandb
+
+        if config.wandb == "online":
+            try:
+                if wandb.login(prompt=False, verify=False):
+                    return init("online")
+                warn("is not logged in (WANDB_API_KEY or `wandb login`): logging offline; `wandb sync` uploads later")
+            except Exception as error:  # out of reach, a key that is none
+                warn(f"cannot be used online, logging offline; `wandb sync` uploads later: {first_line(error)}")
+                wandb.teardown()
         return init("offline")
+    except Exception as error:
+        warn(f"does not start ({first_line(error)}): training goes on without; metrics.jsonl has everything")
+        return None
 
 
 # ---- the difference from another run

@@ -117,7 +117,8 @@ def ranks_of(device_name: str, timeout: float = 600.0, tf32: bool = False):
             ) from error
         raise
     finally:
-        if ranks.world > 1:
+        # NCCL's teardown is a collective: a rank that failed alone would wait in it for the others before it had said what went wrong
+        if ranks.world > 1 and (device.type != "cuda" or sys.exception() is None):
             gc.collect()  # DDP, in reference cycles, would keep the group's threads alive: an abort at exit, about one run in six
             dist.destroy_process_group()
 
@@ -245,6 +246,7 @@ def largest_micro_batch(model: GPT, share: int, ranks: Ranks, device: torch.devi
             model.zero_grad(set_to_none=True)
     del moments
     torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)  # the run's peak is its own
     fits = -int(ranks.max(torch.tensor(-fits, device=device)))  # the least of all ranks
     if not fits:
         raise ValueError(f"not even one window of {T} tokens fits the memory of {torch.cuda.get_device_name(device)}: take a smaller model or block_size")
@@ -352,14 +354,13 @@ class Feed:
         self.thread = ThreadPoolExecutor(1, "batches", *((torch.cuda.set_device, (device,)) if device.type == "cuda" else ()))
         self.number, self.ahead = None, None  # of the micro-batch that is being read, counted from the run's first
 
-    def starts(self, step: int) -> np.ndarray:
-        """First tokens of this rank's windows in a step: (share,) int64."""
-        return self.order.starts((step * self.ranks.world + self.ranks.rank) * self.share, self.share)
+    def starts(self, number: int) -> np.ndarray:
+        """First tokens of the windows of a micro-batch: (micro,) int64."""
+        step, i = divmod(number, self.share // self.micro)
+        return self.order.starts((step * self.ranks.world + self.ranks.rank) * self.share + i * self.micro, self.micro)
 
     def read(self, number: int) -> list[torch.Tensor]:
-        step, i = divmod(number, self.share // self.micro)
-        starts = self.starts(step)[i * self.micro : (i + 1) * self.micro]
-        return [pinned(torch.from_numpy(a), self.device) for a in batch(self.split, starts, self.block_size)]
+        return [pinned(torch.from_numpy(a), self.device) for a in batch(self.split, self.starts(number), self.block_size)]
 
     def batches(self, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """x and y, (micro, T) int64 each on the device, of the micro-steps of a step. DataError where a shard is damaged."""
@@ -371,14 +372,13 @@ class Feed:
 
     def describe(self, step: int, parts: list[int]) -> str:
         """Where the windows of some micro-steps of a step lie: shard, and offset in tokens."""
-        starts = self.thread.submit(self.starts, step).result()  # in the thread, which alone uses the order
-        places = [self.split.locate(int(s)) for part in parts for s in starts[part * self.micro : (part + 1) * self.micro]]
+        count = self.share // self.micro
+        starts = [self.thread.submit(self.starts, step * count + part).result() for part in parts]  # in the thread, which alone uses the order
+        places = [self.split.locate(int(s)) for s in np.concatenate(starts)]
         return ", ".join(f"{file.name} at token {offset}" for file, offset in places[:8]) + (" …" if len(places) > 8 else "")
 
     def close(self) -> None:
         self.thread.shutdown(wait=False, cancel_futures=True)
-
-
 
 
 # ---- validation
@@ -397,16 +397,22 @@ class Validation:
         self.split, self.rows, self.block_size, self.ranks, self.device = split, rows, config.block_size, ranks, device
 
     @torch.no_grad()
-    def loss(self, model: GPT, dtype: torch.dtype) -> float:
+    def loss(self, model: GPT, dtype: torch.dtype, stop: "Stop | None" = None) -> float:
+        """Nats per token, the same on every rank. Interrupted on every rank where one was told to stop meanwhile."""
         model.eval()
         total = torch.zeros(2, dtype=torch.float64)
         for i in range(0, len(self.starts), self.rows):
+            if stop and stop.signal:  # it may take longer than the grace time
+                break
             x, y = to_device(batch(self.split, self.starts[i : i + self.rows], self.block_size), self.device)
             with autocast(self.device, dtype):
                 _, nll = model(x, y, reduction="none")
             total += torch.tensor([nll.cpu().double().sum(), nll.numel()], dtype=torch.float64)
         model.train()
-        nll, count = self.ranks.sum(total.to(self.device) if self.device.type == "cuda" else total).tolist()
+        total = torch.cat((total, torch.tensor(stop.flags() if stop else [], dtype=torch.float64)))
+        nll, count, *flags = self.ranks.sum(total.to(self.device) if self.device.type == "cuda" else total).tolist()
+        if any(flags):
+            raise Interrupted(Stop.first(flags))
         return nll / count
 
 
@@ -430,9 +436,22 @@ class Stop:
         """One of SIGNALS has arrived, or none: what the sum over ranks tells to all of them."""
         return [float(self.signal == s) for s in self.SIGNALS]
 
+    @classmethod
+    def first(cls, flags: list[float]) -> int:
+        """The signal of summed flags, or 0."""
+        return next((s for s, flag in zip(cls.SIGNALS, flags) if flag), 0)
+
     def restore(self):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+class Interrupted(Exception):
+    """A signal, the same on every rank, has ended what need not be finished."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.signal = number
 
 
 # ---- the run's folder
@@ -578,7 +597,7 @@ class Training:
             )
         self.feed = Feed(data.split("train"), config, self.share, self.micro, ranks, device)
         self.tokenizer = load_tokenizer(data.manifest["tokenizer"]["name"]) if config.sample_interval else None
-        self.log = Log(config, ranks.main, self.step, environment(config, device, self.dtype, ranks.world, data.hash))
+        self.log = Log(config, ranks.main, self.step, environment(config, device, self.dtype, ranks.world, data.hash), self.watched == self.step)
         self.writer, self.saved, self.owed = checkpoint.Writer(), self.step, False
         self.unwritten: OSError | None = None  # why the newest checkpoint could not be written
         self.pending: collections.deque[Outcome] = collections.deque()
@@ -608,8 +627,8 @@ class Training:
             elif self.step >= c.max_steps:
                 self.log.say(f"{self.path} is at step {self.step} of {c.max_steps}: nothing to do")
             if self.watched != self.step:  # at the start, or owed by a run that was interrupted here
-                better = self.watch()
-                if 0 < self.step == c.max_steps:
+                better = self.watch(stop)
+                if self.interrupted or 0 < self.step == c.max_steps:
                     self.save_checkpoint(best=better)
                 elif better:
                     self.save_best()
@@ -668,12 +687,10 @@ class Training:
             flags = pinned(torch.tensor(stop.flags()), self.device).to(self.device, non_blocking=True)
             shared = ranks.sum(torch.cat((shared, flags)))
         finite = torch.isfinite(norm) & torch.isfinite(shared[0])  # the same on every rank
-        if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)  # skips by itself, and lowers its scale, where a gradient is not finite
-            self.scaler.update()
-        elif self.device.type != "mps" or finite:
+        if self.device.type != "mps" or finite:
             self.optimizer.found_inf = (~finite).float()  # fused AdamW skips the update where this is 1, without asking the host
-            self.optimizer.step()
+            self.optimizer.step()  # not scaler.step(), which would look at the gradients alone: what is logged as skipped is skipped
+        self.scaler.update()  # float16: a lower scale where a gradient was not finite
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.pending.append(Outcome(self.step, rate, to_host(torch.cat((norm.reshape(1), shared))), parts))
@@ -694,7 +711,7 @@ class Training:
             self.settle(0)
         self.log.progress(self.step)
         paused = time.monotonic()
-        better = not self.interrupted and self.watch()  # when interrupted at once to the checkpoint: the rest waits until the run is resumed
+        better = not self.interrupted and self.watch(stop)  # when interrupted at once to the checkpoint: the rest waits until the run is resumed
         if end or self.interrupted or (self.owed and not self.bad_steps):  # while steps are bad, no checkpoint takes the place of a good one
             self.save_checkpoint(best=better)
         elif better:
@@ -709,7 +726,7 @@ class Training:
             outcome = self.pending.popleft()
             norm, loss, *flags = outcome.values()
             step, rate = outcome.step, outcome.rate
-            self.interrupted = self.interrupted or next((s for s, flag in zip(Stop.SIGNALS, flags) if flag), 0)
+            self.interrupted = self.interrupted or Stop.first(flags)
             if not (math.isfinite(norm) and math.isfinite(loss)):
                 self.bad_steps += 1
                 self.log.say(f"warning: step {step} skipped: loss {loss}, gradient norm {norm}")
@@ -736,16 +753,21 @@ class Training:
 
     # ---- what watches the training and leaves it as it is
 
-    def watch(self) -> bool:
-        """Sample and validate where due; whether the validation loss is the lowest so far."""
-        self.watched = self.step
+    def watch(self, stop: Stop) -> bool:
+        """Validate and sample where due; whether the validation loss is the lowest so far. A signal puts off both."""
+        try:
+            better = (self.step in (0, self.config.max_steps) or self.due(self.config.eval_interval)) and self.validate(stop)
+        except Interrupted as interruption:
+            self.interrupted = interruption.signal
+            return False
         if self.step and self.due(self.config.sample_interval):
             self.sample()
-        return (self.step in (0, self.config.max_steps) or self.due(self.config.eval_interval)) and self.validate()
+        self.watched = self.step
+        return better
 
-    def validate(self) -> bool:
+    def validate(self, stop: Stop) -> bool:
         """Validate, log; whether the loss is the lowest so far. That before training is not counted."""
-        self.val_loss = self.validation.loss(self.model, self.dtype)
+        self.val_loss = self.validation.loss(self.model, self.dtype, stop)
         self.log.write(**{"step": self.step, "tokens": self.step * self.config.batch_tokens, "val/loss": self.val_loss})
         if self.step:
             self.log.say(f"step {self.step}: validation loss {self.val_loss:.4f}")
@@ -806,7 +828,7 @@ class Training:
         def job() -> None:
             self.log.sync()  # a checkpoint never knows more steps than metrics.jsonl
             if best and not self.attempt(lambda: checkpoint.save(self.path / "best.pt", state), state["step"]):
-                self.best = lowest
+                self.best = state["best_val_loss"] = lowest
             if save_step and self.attempt(lambda: save_step(state), state["step"]):
                 self.saved = state["step"]
 
@@ -936,4 +958,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # until the run handles them itself: there is nothing to save yet
+        signal.signal(number, lambda *_: sys.exit(os.EX_TEMPFAIL))
     main()

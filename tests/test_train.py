@@ -24,6 +24,7 @@ import yaml
 
 import checkpoint
 import config as config_module
+import record
 import train as train_module
 from config import RunConfig, check, parse, write_yaml
 from data.prepare import prepare
@@ -60,6 +61,8 @@ def test_watching_changes_nothing(make, plain, fields):
     train(config)
     assert same(last(config.out_dir)["model"], last(plain)["model"])
     assert same(last(config.out_dir)["optimizer"], last(plain)["optimizer"])
+    logged = range(1, 13) if "log_interval" not in fields else [5, 10, 12]  # the last always
+    assert [line for line in metrics(config.out_dir) if "train/loss" in line] == [line for line in metrics(plain) if line["step"] in logged and "train/loss" in line]
 
 
 def test_watching_changes_nothing_with_dropout(make):
@@ -98,8 +101,8 @@ def test_a_crash_drops_what_lies_beyond_the_checkpoint(make, plain, monkeypatch)
     run = Path(config.out_dir)
     assert metrics(run)[-1]["step"] == 7 and last(run)["step"] == 4
     with open(run / "metrics.jsonl", "a") as file:
-        file.write('{"step": 8, "train/lo')  # a line cut short
-    (run / "checkpoints" / ".step_8.pt.partial").write_bytes(b"PK")
+        file.write('{"step": 3, "train/lo\n{"step": 3}')  # lines cut short, one of them by its end alone
+    (run / "checkpoints" / ".step_99.pt.partial").write_bytes(b"PK")
     (run / ".last.pt.partial").symlink_to("nowhere")
     train(dataclasses.replace(config, resume=True))
     assert same_run(run, plain)
@@ -115,7 +118,8 @@ def test_resume_starts_where_there_is_no_checkpoint(make, plain, monkeypatch):
     assert same_run(config.out_dir, plain)
 
 
-def test_resuming_a_finished_run_changes_nothing_and_it_can_be_prolonged(make, plain, tmp_path, capsys):
+def test_resuming_a_finished_run_changes_nothing_and_it_can_be_prolonged(make, plain, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(record, "git_state", lambda _: None)  # as with another commit
     run = tmp_path / "run"
     shutil.copytree(plain, run, symlinks=True)
     before = {p.name: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != "config.yaml"}
@@ -128,15 +132,19 @@ def test_resuming_a_finished_run_changes_nothing_and_it_can_be_prolonged(make, p
 
 
 def test_a_damaged_checkpoint_is_passed_over(make, plain, tmp_path, capsys):
-    run = tmp_path / "run"
-    shutil.copytree(plain, run, symlinks=True)
-    newest, before = checkpoint.step_files(run)
+    newest, before = checkpoint.step_files(plain)
     assert (newest.name, before.name) == ("step_12.pt", "step_8.pt")
-    newest.write_bytes(newest.read_bytes()[:-1000])
-    train(make(resume=True, keep_checkpoints=1))
-    err = capsys.readouterr().err
-    assert "warning" in err and "step_12.pt is truncated or altered" in err
-    assert same_run(run, plain)
+    content, hash_content = newest.read_bytes(), checkpoint.hash_path(newest).read_bytes()
+    for damaged in (content[:-1000], hash_content), (bytes(len(content)), hash_content), (content, b""), (content, b"\xff\xfe"):
+        run = tmp_path / "run"
+        shutil.copytree(plain, run, symlinks=True)
+        for file, bytes_ in zip((newest, checkpoint.hash_path(newest)), damaged):
+            (run / "checkpoints" / file.name).write_bytes(bytes_)
+        train(make(resume=True, keep_checkpoints=1))
+        err = capsys.readouterr().err
+        assert "warning" in err and "step_12.pt is truncated or altered" in err
+        assert same_run(run, plain)
+        shutil.rmtree(run)
 
 
 def test_a_damaged_newer_checkpoint_never_pushes_out_a_good_one(make, plain, tmp_path, monkeypatch):
@@ -168,11 +176,32 @@ def test_every_generator_is_restored(tmp_path):
     assert same(first, (torch.rand(3), random.gauss(0, 1), random.random()))
 
 
-def test_resume_keeps_the_configs_hyperparameters(make, monkeypatch):
+def test_resuming_restores_every_generator(make, monkeypatch):
+    config, seen = make(keep_checkpoints=9), []
+    at_step(monkeypatch, {5: kill(signal.SIGTERM), 6: lambda: seen.append(train_module.generators())})
+    train(config)
+    torch.manual_seed(99), random.seed(99), np.random.seed(99)  # another process
+    train(dataclasses.replace(config, resume=True))
+    assert len(seen) == 1 and same(seen[0], checkpoint.load(checkpoint.find(config.out_dir, "6"))["generators"])
+
+
+def test_dropout_depends_on_seed_step_and_rank(make):
+    seeds = set()
+    for seed, rank in (1, 0), (1, 1), (2, 0):
+        training = train_module.Training(make(f"run{seed}{rank}", dropout=0.1, seed=seed), Ranks(rank, 1), CPU)
+        for _ in range(2):
+            training.optimizer_step(train_module.Stop)
+            seeds.add(torch.initial_seed())
+        training.feed.close()
+    assert len(seeds) == 6
+
+
+def test_resume_keeps_the_configs_hyperparameters(make, monkeypatch, capsys):
     config = make(pos="comrope")
     at_step(monkeypatch, {5: kill(signal.SIGTERM)})
     train(config)
     train(dataclasses.replace(config, resume=True, weight_decay=0.3, beta2=0.9, pos_lr_multiplier=4.0))
+    assert "goes on with other settings than it began with: pos_lr_multiplier 1.0 → 4.0, weight_decay 0.1 → 0.3, beta2 0.95 → 0.9\n" in capsys.readouterr().err
     decayed, plain, positional = last(config.out_dir)["optimizer"]["param_groups"]
     assert (decayed["weight_decay"], plain["weight_decay"], positional["weight_decay"]) == (0.3, 0.0, 0.0)
     assert tuple(decayed["betas"]) == (0.9, 0.9) and positional["lr_multiplier"] == 4.0
@@ -605,6 +634,7 @@ def test_what_a_checkpoint_holds(make, plain):
     assert state["config"]["vocab_size"] == 320 and state["config"]["pos_options"]["base"] == 10000.0
     model = GPT(GPTConfig(**{f.name: state["config"][f.name] for f in dataclasses.fields(GPTConfig)}))
     model.load_state_dict(state["model"])
+    assert state["model"]["lm_head.weight"].data_ptr() == state["model"]["transformer.wte.weight"].data_ptr()  # tied, and stored once
 
     def plain_types(x):
         if isinstance(x, dict):
@@ -647,7 +677,7 @@ def test_keep_checkpoints(make, keep):
 def test_best_is_the_best(make, monkeypatch):
     weights, figures = [], [0.5, 5.0, 3.0, 4.0, math.nan, 3.5]  # the first is before training
 
-    def scripted(self, model, dtype):
+    def scripted(self, model, dtype, stop):
         weights.append({k: v.clone() for k, v in model.state_dict().items()})
         return figures[len(weights) - 1]
 
@@ -845,7 +875,25 @@ def test_wandb_out_of_reach_goes_offline(make, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_CACHE_DIR", "unused")
     train(make(wandb="online", max_steps=3))
     assert fake.modes == ["online", "teardown", "offline", 0] and fake.lines == [0, 1, 2, 3, 3]
-    assert "warning: wandb cannot be reached, logging offline; `wandb sync` uploads later: Timed out\n" in capsys.readouterr().err
+    assert "warning: wandb cannot be used online, logging offline; `wandb sync` uploads later: Timed out\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("broken", ["login", "init"])
+def test_a_wandb_that_does_not_start_does_not_end_the_run(make, plain, monkeypatch, capsys, broken):
+    """Such as with a WANDB_API_KEY that is none, or where it cannot write."""
+    fake = FakeWandb()
+
+    def fail(**_):
+        raise ValueError("API key must have 40+ characters\nsecond line")
+
+    setattr(fake, broken, fail)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("WANDB_CACHE_DIR", "unused")
+    config = make(wandb="online")
+    train(config)
+    assert same(metrics(config.out_dir), metrics(plain)) and "second" not in (err := capsys.readouterr().err)
+    assert "uploads later: API key must have 40+ characters\n" in err
+    assert fake.modes == (["teardown", "offline", 0] if broken == "login" else ["teardown"]) and ("training goes on without" in err) == (broken == "init")
 
 
 # ---- bad input

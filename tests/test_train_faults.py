@@ -23,8 +23,8 @@ from data.prepare import prepare
 from data.shards import WindowOrder, batch, fingerprint, open_data, write_manifest
 from model import GPT
 from record import Log
-from train import Feed, Ranks, Training, largest_micro_batch, main, train
-from training import CPU, REPO, arguments, at_step, environments, finish, folders, kill, last, losses, make, metrics, one_thread, plain, same, same_run, start, write_text  # noqa: F401
+from train import Feed, Ranks, Training, Validation, largest_micro_batch, main, train
+from training import CPU, REPO, arguments, at_step, crash, environments, finish, folders, kill, last, losses, make, metrics, one_thread, plain, same, same_run, start, write_text  # noqa: F401
 
 # ---- what is due at the moment of an interruption
 
@@ -41,6 +41,44 @@ def test_what_a_signal_puts_off_is_done_on_resuming(make, monkeypatch, at):
     train(cut)
     assert same_run(whole.out_dir, cut.out_dir)
     assert same(checkpoint.load(Path(whole.out_dir) / "best.pt")["model"], checkpoint.load(Path(cut.out_dir) / "best.pt")["model"])
+
+
+@pytest.mark.parametrize("batches", [2, 6, 14], ids=["start", "middle", "end"])
+def test_a_signal_ends_a_validation(make, monkeypatch, batches):
+    """It may take longer than the grace time: what was validated is dropped, the checkpoint is written, and resuming validates again."""
+    whole, cut = make("whole"), make("cut", resume=True)
+    train(whole)
+    calls = []
+
+    def hooked(self, idx, targets=None, reduction="mean", forward=GPT.forward):
+        if reduction == "none":
+            calls.append(1)
+            if len(calls) == batches:
+                kill(signal.SIGTERM)()
+        return forward(self, idx, targets, reduction)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GPT, "forward", hooked)
+        end = train(cut)
+    step = {2: 0, 6: 5, 14: 12}[batches]  # 16 windows by 4
+    assert len(calls) == batches and (end["step"], end["signal"], last(cut.out_dir)["step"]) == (step, signal.SIGTERM, step)
+    assert not [line for line in metrics(cut.out_dir) if line["step"] == step and "val/loss" in line]
+    train(cut)
+    assert same_run(whole.out_dir, cut.out_dir)
+
+
+def test_what_was_put_off_is_done_again_after_a_crash_and_logged_once(make, monkeypatch):
+    """The checkpoint of step 6 does not know of its validation and sample, metrics.jsonl does."""
+    fields = dict(eval_interval=3, sample_interval=3, checkpoint_interval=4)
+    whole, cut = make("whole", **fields), make("cut", resume=True, **fields)
+    train(whole)
+    at_step(monkeypatch, {5: kill(signal.SIGTERM), 7: crash})
+    train(cut)
+    with pytest.raises(RuntimeError, match="power"):
+        train(cut)
+    assert [line["step"] for line in metrics(cut.out_dir) if "val/loss" in line] == [0, 3, 6]
+    train(cut)
+    assert same_run(whole.out_dir, cut.out_dir)
 
 
 def test_samples_are_logged_and_change_nothing(make, plain):
@@ -74,6 +112,40 @@ def test_a_checkpoint_holds_its_moment_whenever_it_is_written(make, plain, monke
     for step in "4", "8", "12":
         mine, theirs = (checkpoint.load(checkpoint.find(c.out_dir, step)) for c in (config, reference))
         assert same(mine["model"], theirs["model"]) and same(mine["optimizer"], theirs["optimizer"])
+
+
+def test_a_run_that_fails_finishes_the_checkpoint_that_is_being_written(make, monkeypatch):
+    save, started = checkpoint.save, threading.Event()
+
+    def slow(path, state):
+        started.set()
+        threading.Event().wait(0.3)
+        save(path, state)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    at_step(monkeypatch, {4: lambda: (started.wait(30), crash())})
+    config = make(eval_interval=0)
+    with pytest.raises(RuntimeError, match="power"):
+        train(config)
+    assert last(config.out_dir)["step"] == 4
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """After a power loss a name never leads to a part of the content, nor a new checkpoint to an old hash."""
+    order, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (order.append(("fsync", os.fstat(descriptor).st_ino)), fsync(descriptor)))
+
+    def renamed(source, target):
+        if Path(target).name == "step_1.pt":
+            assert not checkpoint.hash_path(Path(target)).exists()
+        order.append(("replace", os.stat(source).st_ino))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", renamed)
+    for value in 1, 2:
+        checkpoint.save(tmp_path / "step_1.pt", {"model": {"w": torch.tensor(value)}, "config": {}, "step": 1})
+    renames = [i for i, (what, _) in enumerate(order) if what == "replace"]
+    assert len(renames) == 4 and all(("fsync", order[i][1]) == order[i - 1] and order[i + 1][0] == "fsync" for i in renames)  # the folder after it
 
 
 def test_what_goes_wrong_in_the_writer_ends_the_run(make, monkeypatch):
@@ -138,6 +210,52 @@ def test_a_folder_that_is_lost_is_made_again(make, plain, monkeypatch, capsys):
     run = Path(config.out_dir)
     assert same_run(run, plain) and (run / "config.yaml").is_file()
     assert f"warning: {run} was lost" in capsys.readouterr().err
+
+
+def test_checkpoints_that_are_deleted_while_one_is_written(tmp_path, monkeypatch):
+    save = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda path, state: (save(path, state), shutil.rmtree(path.parent)))
+    checkpoint.save_step(tmp_path, {"model": {}, "config": {}, "step": 3}, 2)
+    monkeypatch.undo()
+    for step in 9, 4, 5, 6:  # 9 was found damaged by the run that resumed before it
+        checkpoint.save_step(tmp_path, {"model": {}, "config": {}, "step": step}, 2)
+    assert [f.name for f in checkpoint.step_files(tmp_path)] == ["step_6.pt", "step_5.pt"]
+
+
+def test_a_best_that_could_not_be_written_is_not_remembered(make, monkeypatch):
+    """Neither by the run nor by its checkpoints: the next lowest is written, also after resuming."""
+    save, full = checkpoint.save, [True]
+
+    def no_room(path, state):
+        if full[0] and path.name == "best.pt":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(path, state)
+
+    monkeypatch.setattr(checkpoint, "save", no_room)
+    figures = iter([9.0, 3.0, 3.5])
+    monkeypatch.setattr(Validation, "loss", lambda *_: next(figures))
+    config = make(eval_interval=4, checkpoint_interval=4, max_steps=4)
+    train(config)
+    assert last(config.out_dir)["best_val_loss"] == math.inf
+    full[0] = False
+    train(dataclasses.replace(config, max_steps=8, resume=True))
+    assert checkpoint.load(Path(config.out_dir) / "best.pt")["step"] == 8
+
+
+def test_the_last_checkpoint_is_tried_again(make, plain, monkeypatch, capsys):
+    save, tries = checkpoint.save, []
+
+    def no_room_once(path, state):
+        if path.name == "step_12.pt":
+            tries.append(path)
+            if len(tries) == 1:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(path, state)
+
+    monkeypatch.setattr(checkpoint, "save", no_room_once)
+    config = make()
+    train(config)
+    assert len(tries) == 2 and "at step 12 a checkpoint could not be written" in capsys.readouterr().err and same_run(config.out_dir, plain)
 
 
 def test_metrics_that_cannot_be_written_for_a_while_are_not_lost(make, plain, monkeypatch, capsys):
@@ -254,6 +372,29 @@ def test_the_message_names_the_windows_by_shard_and_offset(make, tmp_path, monke
         there = np.fromfile(files[shard], data.manifest["dtype"])[s - edges[shard] :][:16]
         assert np.array_equal(there, split.read(s, s + len(there)))
     assert str(info.value).count(" at token ") == 4
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_step_that_is_logged_as_skipped_is_skipped(make, monkeypatch, dtype, what):
+    """A loss that is not finite, with gradients that are (the scaler of float16 sees nothing), and the reverse."""
+    counts, weights = [0], []
+
+    def infinite(self, idx, targets=None, reduction="mean", forward=GPT.forward):
+        out, loss = forward(self, idx, targets, reduction)
+        if targets is not None and reduction == "mean":
+            weights.append(self.lm_head.weight.clone())
+            counts[0] += 1
+            if counts[0] == 4:
+                loss = loss + (math.inf if what == "loss" else 0.0)
+                loss.register_hook(lambda g: g * (math.inf if what == "gradient" else 1.0))
+        return out, loss
+
+    monkeypatch.setattr(GPT, "forward", infinite)
+    config = make(dtype=dtype, micro_batch_size=8)
+    train(config)
+    assert [line["step"] for line in metrics(config.out_dir) if "skipped" in line] == [4]
+    assert same(weights[3], weights[4]) and not same(weights[4], weights[5]) and last(config.out_dir)["optimizer"]["state"][0]["step"] == 11
 
 
 @pytest.mark.parametrize("log_interval", [1, 5])

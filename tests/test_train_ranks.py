@@ -75,6 +75,19 @@ def test_two_ranks_resume_exactly(make, driver, tmp_path):
     assert status == 0 and same_run(whole.out_dir, cut.out_dir), err
 
 
+def test_a_signal_to_one_rank_during_validation(make, driver, tmp_path):
+    """The other rank has finished its share: both put the validation off, and none waits for the other."""
+    fields = dict(max_steps=12, micro_batch_size=2, rank_timeout=20.0)
+    whole, cut = make("whole", **fields), make("cut", **fields, resume=True)
+    status, _, err = finish(start(torchrun(driver, whole), tmp_path))
+    assert status == 0, err
+    status, _, err = finish(start(torchrun(driver, cut), tmp_path, SIGNAL_IN_VALIDATION="1:6"))
+    assert status != 0 and "stopped by SIGUSR1 after step 5, checkpoint written" in err and "exitcode  : 75" in err
+    assert last(cut.out_dir)["step"] == 5 and len(losses(cut.out_dir, "val/loss")) == 1
+    status, _, err = finish(start(torchrun(driver, cut), tmp_path))
+    assert status == 0 and same_run(whole.out_dir, cut.out_dir), err
+
+
 def test_compiled_blocks_under_ddp_with_accumulation(make, driver, tmp_path):
     fields = dict(max_steps=10, micro_batch_size=2, n_layer=2)
     eager, compiled = make("eager", **fields), make("compiled", compile=True, **fields)
@@ -135,19 +148,37 @@ def test_exit_codes(make, tmp_path):
         assert last(config.out_dir)["step"] == losses(config.out_dir, "step")[-1]
 
 
+def test_a_signal_before_the_first_step_asks_to_be_started_again(make, tmp_path):
+    config = make(max_steps=4)
+    code = f"""
+import os, runpy, signal, sys
+import data.shards
+def late(*a, open_data=data.shards.open_data, **k):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return open_data(*a, **k)
+data.shards.open_data = late
+runpy.run_path({str(REPO / "train.py")!r}, run_name="__main__")
+"""
+    status, _, err = finish(start(["-c", code, *arguments(config)], tmp_path))
+    assert status == os.EX_TEMPFAIL and "Traceback" not in err and not Path(config.out_dir).exists()
+
+
 @pytest.mark.parametrize("ends", ["interrupted", "finished", "failed"])
 def test_the_job_script_requeues_what_was_interrupted(make, tmp_path, ends):
-    """scripts/train.sbatch with a stand-in for srun, which runs the command, and one for scontrol, which notes its arguments."""
+    """scripts/train.sbatch with stand-ins: srun runs the command and, like Slurm's, answers SIGTERM with SIGKILL for it; scancel
+    signals the command; scontrol notes its arguments."""
     tools = tmp_path / "tools"
     tools.mkdir()
     config = make(max_steps=100_000 if ends == "interrupted" else 12, schedule="constant", **({"learning_rate": -1.0} if ends == "failed" else {}))
-    (tools / "srun").write_text('#!/bin/sh\nwhile [ "${1#--}" != "$1" ]; do shift; done\nexec "$@"\n')
+    srun = 'while [ "${1#--}" != "$1" ]; do shift; done\n"$@" &\necho $! > $TASK\ntrap "kill -KILL $!" TERM\nwait $!\n'
+    (tools / "srun").write_text(f"#!/bin/sh\n{srun}")
+    (tools / "scancel").write_text('#!/bin/sh\n[ "$*" = "--signal=TERM 7" ] && kill -TERM $(cat $TASK)\n')
     (tools / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
     (tools / "torchrun").write_text(f'#!/bin/sh\nwhile [ "${{1#--}}" != "$1" ]; do shift; done\nexec {sys.executable} "$@"\n')
     for tool in tools.iterdir():
         tool.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "here", "OMP_NUM_THREADS": "1"}
-    environment |= {"SLURM_SUBMIT_DIR": str(REPO), "SLURM_GPUS_ON_NODE": "1"}
+    environment |= {"SLURM_SUBMIT_DIR": str(REPO), "SLURM_GPUS_ON_NODE": "1", "TASK": str(tmp_path / "task")}
     given = [a for a in arguments(config)]
     process = subprocess.Popen(["bash", REPO / "scripts" / "train.sbatch", *given], env=environment, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if ends == "interrupted":

@@ -193,7 +193,14 @@ def hooked(step, config):
         os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(float(os.environ.get("SLEEP", 0)))
     return rate(step, config)
-train.find_state, train.learning_rate = slow_find_state, hooked
+to_device, validation_batches = train.to_device, 0
+def counted(*a):
+    global validation_batches
+    validation_batches += 1
+    if f"{rank}:{validation_batches}" == os.environ.get("SIGNAL_IN_VALIDATION"):
+        os.kill(os.getpid(), signal.SIGUSR1)
+    return to_device(*a)
+train.find_state, train.learning_rate, train.to_device = slow_find_state, hooked, counted
 if backend := os.environ.get("BACKEND"):
     parts, train.compiler_works = model.GPT.compile_parts, lambda device: True
     model.GPT.compile_parts = lambda self: parts(self, backend=backend)
