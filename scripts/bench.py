@@ -12,6 +12,7 @@ machine whose speed drifts does not favour anyone. The first round is a warm-up.
 """
 
 import argparse
+import json
 import multiprocessing
 import statistics
 import sys
@@ -21,12 +22,20 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
+import yaml
+
 from model import SCHEMES, nearest
 
 BASELINE, PEER = "rope", "transformers"
 # Least speed relative to rope on 2 CPU cores at the default size, and of rope relative to transformers' GPT-2
 FLOORS = {"comrope": 0.95, "crope": 0.95, "carope": 0.85, "learned": 0.95, PEER: 1.7}
 MEMORY_FLOOR = 0.3  # of rope relative to transformers, at most
+
+
+def scheme_of(variant: str) -> tuple[str, dict]:
+    """A variant "comrope block=2 kind=ld" as a scheme and its options."""
+    scheme, *options = variant.split()
+    return scheme, {k: yaml.safe_load(v) for k, v in (o.split("=", 1) for o in options)}
 
 
 def work(variant: str, args: argparse.Namespace, pipe) -> None:
@@ -50,7 +59,8 @@ def work(variant: str, args: argparse.Namespace, pipe) -> None:
         model = transformers.GPT2LMHeadModel(config).to(device)
         loss_of = lambda x, y: model(input_ids=x, labels=x).loss  # noqa: E731 - it shifts the labels itself
     else:
-        model = GPT(GPTConfig(block_size=args.block_size, pos=variant, **shape)).to(device)
+        pos, options = scheme_of(variant)
+        model = GPT(GPTConfig(block_size=args.block_size, pos=pos, pos_options=options, **shape)).to(device)
         module = torch.compile(model) if args.compile else model
         loss_of = lambda x, y: module(x, y)[1]  # noqa: E731
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -82,7 +92,7 @@ def main() -> None:
 
         return bench_data.main(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="scripts/bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--schemes", nargs="+", default=["learned", "sinusoidal", "none", "crope", "comrope", "carope", "alibi"], help="schemes beside rope")
+    parser.add_argument("--schemes", nargs="+", default=["learned", "sinusoidal", "none", "crope", "comrope", "carope", "alibi"], help="schemes beside rope; with options as \"comrope block=2\"")
     for name, default in (("n_layer", 4), ("n_head", 4), ("n_embd", 128), ("vocab_size", 50304), ("block_size", 256), ("batch", 16)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"(default: {default})")
     parser.add_argument("--rounds", type=int, default=7, help="counted rounds, after one warm-up (default: 7)")
@@ -91,12 +101,13 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="autocast dtype (default: as train.py)")
     parser.add_argument("--compile", action="store_true", help="torch.compile our models")
+    parser.add_argument("--json", type=Path, help="where to write the seconds of every round")
     parser.add_argument("--no_peer", action="store_true", help="leave transformers out (it is in requirements-dev.txt)")
     args = parser.parse_args()
     for name in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "batch", "rounds", "steps"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
-    for scheme in args.schemes:
+    for scheme in (variant.split(" ")[0] for variant in args.schemes):
         if scheme not in SCHEMES:
             parser.error(f"no scheme {scheme!r}{nearest(scheme, SCHEMES)} (schemes: {', '.join(SCHEMES)})")
     variants = [BASELINE, *(s for s in args.schemes if s != BASELINE), *([] if args.no_peer else [PEER])]
@@ -123,6 +134,16 @@ def main() -> None:
         pipe.send(0)
 
     tokens = args.batch * args.block_size
+    if args.json:
+        import torch
+
+        from train import pick_device
+
+        device = pick_device(args.device)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        about = {"device": name, "threads": args.threads or torch.get_num_threads(), "torch": torch.__version__}
+        shape = {k: getattr(args, k) for k in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "batch", "steps", "compile")}
+        args.json.write_text(json.dumps({"seconds": seconds, "memory": memory, "tokens_a_step": tokens, "rounds": args.rounds, **about, **shape}, indent=1) + "\n")
     default = all(getattr(args, n) == parser.get_default(n) for n in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "batch"))
     print(f"{args.n_layer} layers × {args.n_embd}, vocabulary {args.vocab_size:,}, length {args.block_size}, batch {args.batch}; median of {args.rounds} rounds of {args.steps} steps\n")
     print("| variant | tokens/s | speed relative to rope (min … max) | floor | peak memory, MB | relative to rope |\n|---|--:|--:|--:|--:|--:|")
