@@ -28,7 +28,6 @@ import itertools
 import json
 import os
 import re
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,21 +137,25 @@ class Grid:
             raise ValueError(f"{path}: unknown key {unknown[0]!r}{nearest(unknown[0], KEYS)} (keys: {', '.join(KEYS)})")
 
         def config_of(base):
-            return yaml.safe_load((path.parent / base).read_text()) if base else {}
+            there = yaml.safe_load((path.parent / base).read_text()) if base else {}
+            return {k: v for k, v in there.items() if k not in PER_RUN}
 
-        fields = {k: v for k, v in {**config_of(given.pop("base", None)), **(given.get("fields") or {})}.items() if k not in PER_RUN}
+        fields = {**config_of(given.pop("base", None)), **(given.get("fields") or {})}
         settings = as_mapping(given.get("settings"), "settings") or {"": {}}
         expanded = {}
         product = given.pop("grid", None) or {}
         for (name, own), values in itertools.product(settings.items(), itertools.product(*(as_list(v) for v in product.values()))):
             own = dict(own or {})
-            own = {k: v for k, v in config_of(own.pop("base", None)).items() if k not in PER_RUN} | own | dict(zip(product, values))
+            own = config_of(own.pop("base", None)) | own | dict(zip(product, values))
             label = ", ".join([*filter(None, [name]), *(f"{k} {v}" for k, v in zip(product, values))])
             expanded[label] = own
         arms = as_mapping(given.get("arms"), "arms")
         seeds = given.get("seeds", 1)
         seeds = list(range(1, seeds + 1)) if isinstance(seeds, int) else list(seeds)
-        grid = cls({**given, "fields": fields, "settings": expanded, "arms": arms, "seeds": seeds, "baseline": given.get("baseline") or next(iter(arms), None)})
+        baseline = given.get("baseline")
+        if baseline is None or (baseline not in arms and "arms" in (changes or {})):  # a selection may leave it out
+            baseline = next(iter(arms), None)
+        grid = cls({**given, "fields": fields, "settings": expanded, "arms": arms, "seeds": seeds, "baseline": baseline})
         grid.check(path)
         return grid
 
@@ -266,6 +269,13 @@ class Grid:
         return found
 
 
+def bench_variants(grid: Grid) -> dict[str, str]:
+    """What scripts/bench.py is to compare, by label: the arms, or the schemes that `throughput` names."""
+    named = as_list(grid.throughput.get("schemes"))
+    arms = {arm: " ".join([f["pos"], *(f"{k}={v}" for k, v in f.get("pos_options", {}).items())]) for arm, f in (grid.arms or {}).items()}
+    return {variant: variant for variant in named} or arms
+
+
 def command_of(report: dict, run: Path, data: str, target: Path) -> list[str]:
     """The command that makes a report of a run: eval.py, or the report's `program`, with its other keys as arguments."""
     command = [str(REPO / report.get("program", "eval.py")), "--run", str(run), "--data", data, "--json", str(target)]
@@ -323,7 +333,3 @@ def slug(text: str) -> str:
 
 def digest(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def shown(command: list) -> str:
-    return shlex.join(map(str, command))

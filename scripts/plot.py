@@ -149,11 +149,13 @@ def draw_parameters(axes, study, setting, styles) -> bool:
 
 def draw_speed(axes, study, setting, styles) -> bool:
     """Speeds of scripts/bench.py where the grid asked for them and they are of these arms; else as the runs went."""
+    from grid import bench_variants
     from report import throughput_path
 
-    path = throughput_path(study.grid, study.folder)
-    bench = json.loads(path.read_text()) if path.is_file() else {"seconds": {}}
-    x = {a: bench["tokens_a_step"] / np.median(bench["seconds"][a]) for a in study.grid.arms if a in bench["seconds"]}
+    path = throughput_path(study.grid, study.folder) if study.grid.throughput else None
+    bench = json.loads(path.read_text()) if path and path.is_file() else {"seconds": {}}
+    variants = bench_variants(study.grid) if path else {}
+    x = {a: bench["tokens_a_step"] / np.median(bench["seconds"][v]) for a, v in variants.items() if v in bench["seconds"]}
     label = "tokens/s, interleaved benchmark"
     if len(x) < 2:
         x = {a: np.median([v for run in study.runs[setting, a].values() for v in run.series("tokens_per_s")[1][1:]] or [np.nan]) for a in study.grid.arms}

@@ -20,7 +20,7 @@ sys.path.insert(0, str(REPO))
 import numpy as np
 import scipy.stats
 import yaml
-from grid import Grid, Run, as_list, digest, model_cost
+from grid import Grid, Run, as_list, bench_variants, digest, model_cost
 
 from config import RunConfig
 from intervals import paired_difference
@@ -151,7 +151,7 @@ LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\
 def latex(text: str) -> str:
     """Text with LaTeX's special characters escaped, signed numbers in math mode, and **bold** as \\textbf."""
     escaped = "".join(LATEX.get(c, c) for c in re.sub(r"\*\*(.*?)\*\*", "\0\\1\1", text))
-    escaped = re.sub(r"(?<![\w.])([+-]\d[\d.,]*)", r"$\1$", escaped)
+    escaped = re.sub(r"(?<![\w.])([+-]\d+(?:[.,]\d+)*)", r"$\1$", escaped)
     return escaped.replace("\0", r"\textbf{").replace("\1", "}")
 
 
@@ -198,7 +198,7 @@ def tables(study: Study) -> list[Table]:
         found.append(training_table(study, setting, head))
         for name in grid.eval or {}:
             found += report_tables(study, setting, name, head)
-    if throughput_path(grid, study.folder).is_file():
+    if grid.throughput and throughput_path(grid, study.folder).is_file():
         found.append(throughput_table(study))
     return found
 
@@ -320,7 +320,7 @@ def measured(study: Study, setting: str, arm: str, row: dict) -> dict | None:
 
 
 def throughput_path(grid: Grid, folder: Path) -> Path:
-    return Path(folder) / f"throughput-{digest(grid.throughput)}.json"
+    return Path(folder) / f"throughput-{digest([grid.throughput, bench_variants(grid)])}.json"
 
 
 def speed_ratios(there: dict, variant: str) -> tuple[float, list[float]]:
@@ -334,13 +334,14 @@ def speed_ratios(there: dict, variant: str) -> tuple[float, list[float]]:
 
 def throughput_table(study: Study) -> Table:
     there = json.loads(throughput_path(study.grid, study.folder).read_text())
+    labels = {variant: label for label, variant in bench_variants(study.grid).items()}
     published = (study.grid.published or {}).get("tokens_per_s", {})
     base = published.get("rope")
     head = ["arm", "tokens/s", "relative to rope", "peak memory, MB", *(["published, tokens/s", "published, relative", "verdict"] if published else [])]
     table = Table(f"training speed, median of {there['rounds']} interleaved rounds on {there['device']}, {there['threads']} thread(s)", head)
     for variant, seconds in there["seconds"].items():
         ratio, interval = speed_ratios(there, variant)
-        cells = [variant, f"{there['tokens_a_step'] / np.median(seconds):,.0f}", "1" if variant == "rope" else f"{ratio:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]", f"{there['memory'][variant] / 1e6:,.0f}"]
+        cells = [labels.get(variant, variant), f"{there['tokens_a_step'] / np.median(seconds):,.0f}", "1" if variant == "rope" else f"{ratio:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]", f"{there['memory'][variant] / 1e6:,.0f}"]
         if published:
             theirs = published.get(variant)
             relative = theirs / base if theirs and base and variant != "rope" else None

@@ -20,6 +20,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -34,7 +35,7 @@ sys.path.insert(0, str(REPO))
 
 import torch
 import yaml
-from grid import Grid, Run, command_of, local, model_cost, shown
+from grid import Grid, Run, bench_variants, command_of, local, model_cost
 from tqdm import tqdm
 
 import report
@@ -75,13 +76,13 @@ def flops_per_second(args) -> tuple[float, str]:
         return args.ranks * args.mfu * peak, f"{args.ranks} GPU(s) a run at {args.mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s (--mfu)"
     if torch.cuda.is_available():
         raise ValueError("this GPU's peak is not known: give --tokens_per_s, the speed of one run")
+    torch.set_num_threads(1)
     x, times = torch.randn(512, 512), []
     for _ in range(20):
         start = time.perf_counter()
         x @ x
         times.append(time.perf_counter() - start)
-    speed = 2 * 512**3 / statistics.median(times) / torch.get_num_threads()
-    return 0.5 * speed * args.threads * args.ranks, "half of this machine's speed in a matrix product, a guess"
+    return 0.5 * 2 * 512**3 / min(times) * args.threads * args.ranks, "half of this machine's speed in a matrix product, a guess"
 
 
 def plan(grid: Grid, out: Path, args) -> str:
@@ -158,8 +159,8 @@ def status(runs: list[Run], failed: dict | None = None) -> str:
         state, (_, losses), speeds = state_of(run, failed), run.series("train/loss"), run.series("tokens_per_s")[1]
         step = step_of(run)
         eta = (run.max_steps - step) * RunConfig(**run.fields).batch_tokens / speeds[-1] if speeds else None
-        shown_eta = tqdm.format_interval(eta) if eta and state == "training" else ""
-        lines.append(f"| {run.name} | {state} | {step}/{run.max_steps} | {f'{losses[-1]:.4f}' if losses else ''} | {shown_eta} |")
+        left = tqdm.format_interval(eta) if eta and state == "training" else ""
+        lines.append(f"| {run.name} | {state} | {step}/{run.max_steps} | {f'{losses[-1]:.4f}' if losses else ''} | {left} |")
     return "\n".join(lines)
 
 
@@ -246,7 +247,7 @@ class Work:
         self.stage, command = stage
         with open(self.log, "ab") as log:
             self.log_start = log.tell()
-            log.write(f"$ {shown(command)}\n".encode())
+            log.write(f"$ {shlex.join(command)}\n".encode())
             log.flush()
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, pass_fds=[self.lock.fileno()], env={**os.environ, "PYTHONUNBUFFERED": "1", **environment}
@@ -357,9 +358,9 @@ def measure_throughput(grid: Grid, out: Path) -> None:
     if target.is_file():
         return
     command = [sys.executable, str(REPO / "scripts" / "bench.py"), "--no_peer", "--json", str(target)]
-    for name, value in grid.throughput.items():
+    for name, value in {**grid.throughput, "schemes": list(bench_variants(grid).values())}.items():
         command += [f"--{name}", *([] if value is True else map(str, value if isinstance(value, list) else [value]))]
-    print(f"speed: {shown(command[1:])}", flush=True)
+    print(f"speed: {shlex.join(command[1:])}", flush=True)
     done = subprocess.run(command, stdout=subprocess.DEVNULL)
     if done.returncode:
         raise ValueError(f"the measurement of speed ended with exit code {done.returncode}")
@@ -384,7 +385,7 @@ def prepare(grid: Grid, sources: list[str]) -> None:
         if source := named.get(data["corpus"], named.get(None)):
             command += ["--source", source]
         if subprocess.run(command).returncode:
-            raise ValueError(f"the data were not made: {shown(command[1:])}")
+            raise ValueError(f"the data were not made: {shlex.join(command[1:])}")
 
 
 # ---- SLURM
@@ -426,8 +427,8 @@ def write_sbatch(path: Path, grid: Grid, out: Path, args, made: list[str], comma
     note = f"\n# These are the trials of learning rates: when they are done, make the script again for the {waiting} main runs." if waiting else ""
     gpus = "" if (grid.fields or {}).get("device") == "cpu" else f"\n#SBATCH --gpus-per-node={args.ranks}"
     text = SBATCH.format(
-        n=len(runs), last=len(runs) - 1, name=grid.name, ranks=args.ranks, made=shown(made), note=note, gpus=gpus, cpus=args.ranks * args.threads,
-        out=out, runs="\n".join(f"    {name}" for name in runs), command=shown(command), interrupted=INTERRUPTED,
+        n=len(runs), last=len(runs) - 1, name=grid.name, ranks=args.ranks, made=shlex.join(made), note=note, gpus=gpus, cpus=args.ranks * args.threads,
+        out=out, runs="\n".join(f"    {name}" for name in runs), command=shlex.join(command), interrupted=INTERRUPTED,
     )  # fmt: skip
     (out / "logs").mkdir(parents=True, exist_ok=True)  # SLURM does not make it
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -557,7 +558,7 @@ def run(path: Path, args, program: list[str]) -> int:
     grid, said = grid_of(path, args)
     complete(args, grid)
     out = args.out or Path("runs") / grid.name
-    grid.content["command"] = shown(["python", *program, *said])
+    grid.content["command"] = shlex.join(["python", *program, *said])
     if args.plan:
         print(plan(grid, out, args))
         return 0
