@@ -30,27 +30,24 @@ STYLES = {
     "learned": ("#000000", "o"), "sinusoidal": ("#999999", "P"), "none": ("#999999", "x"), "rope": ("#0072B2", "s"),
     "crope": ("#E69F00", "^"), "comrope": ("#009E73", "D"), "carope": ("#D55E00", "v"), "alibi": ("#CC79A7", "*"),
 }  # fmt: skip
+COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#000000", "#999999")
 MARKERS, DASHES = "osD^vP*Xh<>p", ("-", "--", ":", "-.")
 PANELS = ("length", "loss", "position", "parameters", "speed")
 
 
 def styles_of(arms: dict[str, dict]) -> dict[str, dict]:
-    """Colour, marker and line of each arm: its scheme's, and for further arms of a scheme other lines and markers."""
+    """Colour, marker and line of each arm: its scheme's for the first arm of a scheme, for the others what no scheme here has."""
+    schemes = {fields.get("pos", "rope") for fields in arms.values()}
+    spare = [c for c in COLOURS if c not in {STYLES[s][0] for s in schemes if s in STYLES}]
+    marks = [m for m in MARKERS if m not in {STYLES[s][1] for s in schemes if s in STYLES}]
     found, seen = {}, {}
     for arm, fields in arms.items():
         scheme = fields.get("pos", "rope")
         n = seen[scheme] = seen.get(scheme, -1) + 1
-        colour, marker = STYLES.get(scheme, ("#56B4E9", "."))
-        used = {s["marker"] for s in found.values()}
-        if n:
-            marker = next((m for m in MARKERS if m not in used and m not in {STYLES.get(f.get("pos"), ("", ""))[1] for f in arms.values()}), marker)
-        found[arm] = {"color": colour if n % 2 == 0 or scheme not in STYLES else mix(colour), "marker": marker, "linestyle": DASHES[n % len(DASHES)]}
+        first = n == 0 and scheme in STYLES
+        colour, marker = STYLES[scheme] if first else (spare.pop(0) if spare else "#777777", marks.pop(0) if marks else ".")
+        found[arm] = {"color": colour, "marker": marker, "linestyle": DASHES[n % len(DASHES)]}
     return found
-
-
-def mix(colour: str) -> str:
-    """A lighter shade, which print keeps apart from the full one."""
-    return "#" + "".join(f"{round(int(colour[i : i + 2], 16) * 0.55 + 255 * 0.45):02x}" for i in (1, 3, 5))
 
 
 def band(axes, x, by_seed: np.ndarray, style: dict, label: str, marker: bool = True, **more) -> None:
@@ -213,7 +210,7 @@ def draw(study, out: Path, panels: list[str] | None = None) -> None:
     plt.close(scratch)
     if not able:
         raise ValueError(f"{study.folder} has nothing to draw of {', '.join(panels or PANELS)}")
-    columns = min(len(able), 3)
+    columns = 2 if len(able) in (2, 4) else min(len(able), 3)
     rows = -(-len(able) // columns)
     figure, axes = plt.subplots(rows * len(settings), columns, figsize=(4.6 * columns, 3.7 * rows * len(settings)), layout="constrained", squeeze=False)
     for i, setting in enumerate(settings):

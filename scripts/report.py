@@ -72,6 +72,15 @@ def verdict(published: float | None, interval: list[float] | None, seeds: int) -
     return "within interval" if interval[0] <= published <= interval[1] else "differs"
 
 
+def direction(published: float, found: dict) -> str:
+    """Whether a measured difference has the published one's sign."""
+    if found["seeds"] < 2 or found["interval"] is None:
+        return "one seed"
+    if found["interval"][0] <= 0 <= found["interval"][1]:
+        return "inside noise"
+    return "same direction" if found["difference"] * published > 0 else "other direction"
+
+
 # ---- what there is to report
 
 
@@ -263,57 +272,58 @@ def shift_table(study: Study, setting: str, name: str, head: str) -> Table:
 
 
 def published_table(study: Study) -> Table:
-    """A paper's figures beside the measured ones. A reduced set-up compares differences between arms only."""
+    """A paper's figures beside the measured ones, and differences from the baseline beside each other. Of a reduced set-up only the
+    direction of a difference compares."""
     grid = study.grid
     p, perplexity = grid.published, grid.figure == "perplexity"
-    show, digits = (math.exp, 2) if perplexity else (float, 4)
-    columns = ["setting", "arm", "published", "measured", "seeds", "less published", "verdict", f"published less {grid.baseline}", f"measured less {grid.baseline}", "verdict on the difference"]
-    table = Table(f"{p['source']}: {p['what']}" + (", the reduced set-up" if grid.reduced else ""), columns)
+    nats, show, digits = (math.log, math.exp, 2) if perplexity else (float, float, 4)
+    head = ["setting", "arm", "published", "measured", "seeds", "less published", "verdict", f"published less {grid.baseline}, nats", f"measured less {grid.baseline}, nats", "verdict on the difference"]
+    table = Table(f"{p['source']}: {p['what']}" + ("; measured in a reduced set-up" if grid.reduced else ""), head)
     for row in p["rows"]:
-        setting, length = row.get("setting", ""), row.get("length")
+        setting = row.get("setting", "")
         if setting not in grid.settings:
             continue
-        values = {arm: (as_list(v) or [None]) for arm, v in row["values"].items()}
+        label = ", ".join(filter(None, [setting, f"{row['length'] / row['trained']:g}× the training length" if "length" in row else ""]))
+        values = {arm: as_list(value) for arm, value in row["values"].items()}  # figure, spread; or a word
+        numbers = {arm: v[0] for arm, v in values.items() if isinstance(v[0], (int, float))}
         figures = {arm: measured(study, setting, arm, row) for arm in grid.arms}
-        factor = length / study_length if length and (study_length := row.get("trained")) else None
-        for arm in grid.arms:
-            ours, theirs = figures[arm], values.get(arm, [None])
-            target = theirs[0] if isinstance(theirs[0], (int, float)) else None
-            nats = None if target is None else math.log(target) if perplexity else target
-            base = as_list(values.get(grid.baseline))[:1]
-            base = math.log(base[0]) if perplexity and base and base[0] else base[0] if base else None
-            published = theirs[0] if isinstance(theirs[0], str) else "–" if target is None else f"{target:g}" + (f" ± {theirs[1]:g}" if len(theirs) > 1 else "")
-            label = ", ".join(filter(None, [setting, f"at {factor:g}×" if factor else ""]))
+        base = figures[grid.baseline]
+        for arm, ours in figures.items():
+            number = numbers.get(arm)
+            cells = [label, arm, " ± ".join(f"{v:g}" if isinstance(v, (int, float)) else v for v in values.get(arm, ["–"]))]
             if ours is None:
-                table.rows.append([label, arm, published, "n/a", "0", *[""] * 5])
+                table.rows.append([*cells, "n/a", "0", *[""] * 5])
                 continue
-            found = None if arm == grid.baseline or figures[grid.baseline] is None else ours["less"](figures[grid.baseline])
-            published_less = None if arm == grid.baseline or None in (nats, base) else nats - base
-            cells = [mean_cell(ours["values"], ours["interval"], show, digits), str(len(ours["values"]))]
-            cells += [f"{show(np.mean(ours['values'])) - target:+.{digits}f}" if target is not None and not grid.reduced else ""]
-            cells += [("not comparable" if target is not None else "") if grid.reduced else verdict(nats, ours["interval"], len(ours["values"]))]
-            cells += ["" if published_less is None else f"{published_less:+.4f}", difference_cell(found) if found else ""]
-            cells += [verdict(published_less, found["interval"], found["seeds"]) if found else ""]
-            table.rows.append([label, arm, published, *cells])
+            n = len(ours["by_seed"])
+            cells += [mean_cell(ours["nats"], ours["interval"], show, digits), str(n)]
+            if number is None or grid.reduced:
+                cells += ["", "" if number is None else "not comparable"]
+            else:
+                cells += [f"{show(np.mean(ours['nats'])) - number:+.{digits}f}", verdict(nats(number), ours["interval"], n)]
+            found = None if arm == grid.baseline or base is None else ours["less"](base)
+            theirs = None if arm == grid.baseline or number is None or grid.baseline not in numbers else nats(number) - nats(numbers[grid.baseline])
+            cells += ["" if theirs is None else f"{theirs:+.4f}", difference_cell(found) if found else ""]
+            cells.append("" if None in (theirs, found) else direction(theirs, found) if grid.reduced else verdict(theirs, found["interval"], found["seeds"]))
+            table.rows.append(cells)
     return table
 
 
 def measured(study: Study, setting: str, arm: str, row: dict) -> dict | None:
-    """An arm's figure in a row of `published`: the last validation loss, or the row of a report. values (one a seed, nats), interval, and
-    less(base), the paired difference."""
+    """An arm's figure for a row of `published`, the last validation loss or the row of a report: nats (one a seed), interval, by_seed, and
+    less(base), its paired difference from another's. In a reduced set-up, lengths are the same multiples of the training length."""
     where = study.grid.published.get("from")
     if not study.runs[setting, arm]:
         return None
-    if not where:
-        losses = study.losses(setting, arm)
-        return {"values": list(losses.values()), "interval": seed_interval(list(losses.values())), "by_seed": losses, "less": lambda base: difference_of_losses(losses, base["by_seed"])}
-    block_size = study.config(setting, arm).block_size
-    length = round(row["length"] / row["trained"] * block_size)  # of a reduced set-up: the same multiple of its training length
-    rows = study.rows(setting, where["report"]).get((where["protocol"], arm, "none"), {}).get(length, {})
-    if not rows or any(r["nats_per_token"] is None for r in rows.values()):
+    if where:
+        length = round(row["length"] / row["trained"] * study.config(setting, arm).block_size)
+        by_seed, less = study.rows(setting, where["report"]).get((where["protocol"], arm, "none"), {}).get(length, {}), difference_of_rows
+        values = [r["nats_per_token"] for r in by_seed.values()]
+    else:
+        by_seed, less = study.losses(setting, arm), difference_of_losses
+        values = list(by_seed.values())
+    if not values or None in values:
         return None
-    values = [r["nats_per_token"] for r in rows.values()]
-    return {"values": values, "interval": seed_interval(values), "by_seed": rows, "less": lambda base: difference_of_rows(rows, base["by_seed"])}
+    return {"nats": values, "interval": seed_interval(values), "by_seed": by_seed, "less": lambda base: less(by_seed, base["by_seed"])}
 
 
 # ---- speed
@@ -360,8 +370,8 @@ def notes(study: Study) -> list[str]:
             rate = {"cosine": f"cosine to {c.min_lr:g}", "step": f"times {c.lr_gamma:g} every {c.lr_step:,} steps", "wsd": "constant, then linear", "constant": "constant"}[c.schedule]
             data = grid.data_of(setting) or {"corpus": Path(c.data_dir).name}
             found.append(
-                f"{setting + ': ' if setting else ''}{c.n_layer} layers × {c.n_embd}, {c.n_head} heads, vocabulary {c.vocab_size:,}, {data['corpus']}; length {c.block_size}, {c.max_steps:,} steps × {c.batch_tokens:,} tokens = "
-                f"{c.max_steps * c.batch_tokens / 1e6:,.1f} M tokens; warm-up {c.warmup_steps}, {rate}."
+                f"{setting + ': ' if setting else ''}{c.n_layer} layers × {c.n_embd}, {c.n_head} heads, vocabulary {c.vocab_size:,}, {data['corpus']}; length {c.block_size}, {c.max_steps:,} steps × {c.batch_tokens:,} {study.unit}s = "
+                f"{c.max_steps * c.batch_tokens / 1e6:,.2f} M; warm-up {c.warmup_steps}, {rate}."
             )
     n = len(grid.seeds)
     if grid.arms:

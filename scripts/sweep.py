@@ -605,8 +605,7 @@ def exit_codes():
     def stop(number, frame):
         raise Interrupted(number)
 
-    for number in STOPS:
-        signal.signal(number, stop)
+    before = {number: signal.signal(number, stop) for number in STOPS}
     try:
         yield
     except (ValueError, OSError, yaml.YAMLError) as error:
@@ -614,6 +613,9 @@ def exit_codes():
     except Interrupted as interruption:
         print("\ninterrupted: the runs wrote their checkpoints; the same command goes on", file=sys.stderr)
         sys.exit(130 if interruption.number == signal.SIGINT else INTERRUPTED)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main() -> None:

@@ -408,6 +408,14 @@ def test_verdicts(published, interval, seeds, expected):
     assert verdict(published, interval, seeds) == expected
 
 
+@pytest.mark.parametrize("published,difference,interval,seeds,expected", [
+    (0.5, 0.02, [0.01, 0.03], 2, "same direction"), (-0.5, -0.02, [-0.03, -0.01], 2, "same direction"), (0.5, -0.02, [-0.03, -0.01], 2, "other direction"),
+    (0.5, 0.02, [-0.01, 0.05], 2, "inside noise"), (0.5, 0.02, [0.01, 0.03], 1, "one seed"), (0.5, 0.02, None, 1, "one seed"),
+])  # fmt: skip
+def test_directions(published, difference, interval, seeds, expected):
+    assert report.direction(published, {"difference": difference, "interval": interval, "seeds": seeds}) == expected
+
+
 @pytest.mark.parametrize("difference,interval,seeds,expected", [
     (-0.02, [-0.03, -0.01], 3, "**-0.0200 [-0.0300, -0.0100]**"),  # better beyond noise
     (0.02, [0.01, 0.03], 3, "+0.0200 [+0.0100, +0.0300]"),  # worse beyond noise
