@@ -7,7 +7,7 @@ length      perplexity or nats against context length, the same targets where th
 loss        validation and training loss against tokens
 position    nats by position in the window
 parameters  final validation loss against the number of parameters
-speed       final validation loss against the speed of training
+speed       final validation loss against the speed of training, by scripts/bench.py where the grid has `throughput`
 """
 
 import argparse
@@ -82,7 +82,8 @@ def draw_length(axes, study, setting, styles) -> bool:
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [str(n) for n in lengths])
     axes.minorticks_off()
-    if perplexity:
+    low, high = axes.get_ylim()
+    if perplexity and high > 2 * low:
         axes.set_yscale("log")
         plain_log_ticks(axes)
     axes.set(xlabel=f"context length ({study.unit}s)", ylabel=f"{'perplexity' if perplexity else 'nats'} per {study.unit}, {protocol}", title="By context length")
@@ -145,21 +146,17 @@ def draw_parameters(axes, study, setting, styles) -> bool:
 
 
 def draw_speed(axes, study, setting, styles) -> bool:
-    """Speeds of scripts/bench.py where the grid asked for them and they are of these arms; else as the runs went."""
+    """Where the grid asks for a benchmark of its arms: speeds as the runs went tell more about the machine's other work."""
     from grid import bench_variants
     from report import throughput_path
 
-    path = throughput_path(study.grid, study.folder) if study.grid.throughput else None
-    bench = json.loads(path.read_text()) if path and path.is_file() else {"seconds": {}}
-    variants = bench_variants(study.grid) if path else {}
-    x = {a: bench["tokens_a_step"] / np.median(bench["seconds"][v]) for a, v in variants.items() if v in bench["seconds"]}
-    label = "tokens/s, interleaved benchmark"
-    if len(x) < 2:
-        x = {a: np.median([v for run in study.runs[setting, a].values() for v in run.series("tokens_per_s")[1][1:]] or [np.nan]) for a in study.grid.arms}
-        label = "tokens/s as the runs went (rough)"
-    if not scatter(axes, study, setting, styles, {a: v for a, v in x.items() if np.isfinite(v)}):
+    if not study.grid.throughput or not (path := throughput_path(study.grid, study.folder)).is_file():
         return False
-    axes.set(xlabel=label, title="Loss and speed")
+    bench = json.loads(path.read_text())
+    x = {arm: bench["tokens_a_step"] / np.median(bench["seconds"][v]) for arm, v in bench_variants(study.grid).items() if v in bench["seconds"]}
+    if not scatter(axes, study, setting, styles, {arm: v for arm, v in x.items() if arm in study.grid.arms}):
+        return False
+    axes.set(xlabel="training tokens/s, interleaved benchmark", title="Loss and speed")
     return True
 
 

@@ -92,6 +92,7 @@ class Study:
     grid: Grid
     runs: dict[tuple[str, str], dict[int, Run]]
     missing: list[str]
+    cache: dict = field(default_factory=dict, repr=False)  # of reports, each read once
 
     @classmethod
     def read(cls, folder: Path) -> "Study":
@@ -117,7 +118,10 @@ class Study:
         return {seed: run.val_loss() for seed, run in self.runs[setting, arm].items()}
 
     def reports(self, setting: str, arm: str, name: str) -> dict[int, dict]:
-        return {seed: run.report(name) for seed, run in self.runs[setting, arm].items()}
+        key = setting, arm, name
+        if key not in self.cache:
+            self.cache[key] = {seed: run.report(name) for seed, run in self.runs[setting, arm].items()}
+        return self.cache[key]
 
     def rows(self, setting: str, name: str) -> dict:
         """The rows of a report: (protocol, arm, scaling) → length → seed → row, arms in the grid's order."""

@@ -41,7 +41,6 @@ def main() -> None:
             print(report.write(args.folder))
             return
         path = REPO / "configs" / "sweeps" / f"{args.table}.yaml"
-        args.out = args.out or Path("runs") / (args.table + (f"-{args.scale}" if args.scale else ""))
         if args.scale and (reduced := sweep.grid_of(path, args)[0].reduced):
             print(f"Reduced: {' '.join(reduced.split())}\n", flush=True)
         sys.exit(sweep.run(path, args, ["scripts/reproduce.py", args.table]))

@@ -485,7 +485,7 @@ def parser_of(prog: str, description: str) -> argparse.ArgumentParser:
     what.add_argument("--corpus", help="another corpus for all settings, as data/prepare.py names it")
     what.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of train.py for all runs, such as max_steps=100")
     where = parser.add_argument_group("where and how")
-    where.add_argument("--out", type=Path, help="folder of the runs (default: runs/NAME of the grid)")
+    where.add_argument("--out", type=Path, help="folder of the runs (default: runs/NAME of the grid, with scale and corpus)")
     where.add_argument("--source", nargs="+", metavar="PATH", help="text for data/prepare.py to read instead of downloading it; CORPUS=PATH where there are several")
     where.add_argument("--parallel", type=int, help="runs at a time (default: as many as fit on the GPUs, else one a core)")
     where.add_argument("--threads", type=int, help="CPU threads a process (default: the cores over the processes at a time)")
@@ -557,7 +557,7 @@ def run(path: Path, args, program: list[str]) -> int:
     """Do what the command line asks for with the grid at `path`; `program` is how a user would call it. Returns the exit code."""
     grid, said = grid_of(path, args)
     complete(args, grid)
-    out = args.out or Path("runs") / grid.name
+    out = args.out or Path("runs") / "-".join(filter(None, (grid.name, args.scale, args.corpus)))
     grid.content["command"] = shlex.join(["python", *program, *said])
     if args.plan:
         print(plan(grid, out, args))
