@@ -134,7 +134,10 @@ class Study:
 
     @property
     def unit(self) -> str:
-        names = {r["tokenizer"]["name"] for (s, a) in self.runs for n in self.grid.eval or {} for r in self.reports(s, a, n).values() if "tokenizer" in r}
+        """What one target is: a byte, or a token."""
+        made = [self.grid.data_of(s) for s in self.grid.settings]
+        names = {m["tokenizer"] for m in made if m}
+        names |= {r["tokenizer"]["name"] for (s, a) in self.runs for n in self.grid.eval or {} for r in self.reports(s, a, n).values() if "tokenizer" in r}
         return "byte" if names == {"byte"} else "token"
 
 
@@ -399,7 +402,7 @@ def notes(study: Study) -> list[str]:
     if grid.reduced:
         found.append(f"Reduced: {' '.join(grid.reduced.split())}")
     if study.missing:
-        found.append(f"Missing, so means are over other seeds: {'; '.join(study.missing)}.")
+        found.append(f"Missing, not done or diverged, so means are over other seeds: {'; '.join(study.missing)}.")
     return found
 
 

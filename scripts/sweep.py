@@ -395,7 +395,8 @@ SBATCH = """\
 # {n} runs of the grid {name} as a SLURM array: an element a run, {ranks} process(es) each. Made by
 #     {made}
 # Submit it from the repository, with what your site needs: sbatch --partition=… --time=… FILE. A run that reaches its time limit or is
-# preempted writes a checkpoint and is queued again; submitted again, the script continues what failed.{note}
+# preempted writes a checkpoint and is queued again; submitted again, the script continues what failed. When all are done, the same
+# command without --slurm finds nothing to run and makes the tables.{note}
 #SBATCH --job-name=nanope-{name}
 #SBATCH --array=0-{last}
 #SBATCH --ntasks=1

@@ -14,6 +14,7 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO / "scripts"))
 
 import plot
+import quickstart
 import report
 import reproduce
 import shift
@@ -169,6 +170,15 @@ def test_shifted_positions():
         patch.setattr(torch, "arange", bent)
         bent_plain = model(idx[:, :-1], idx[:, 1:], reduction="none")[1].double()
     assert (bent_plain - plain).abs().max() > 1e-6  # the positions do matter
+
+
+def test_quickstart_is_a_sweep_of_the_schemes_asked_for(monkeypatch, capsys):
+    for arguments, arms in (([], ["learned", "rope", "crope", "comrope", "carope"]), (["--schemes", "alibi", "none"], ["alibi", "none"])):
+        monkeypatch.setattr(sys, "argv", ["quickstart.py", "--plan", "--seeds", "2", "--tokens_per_s", "5600", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            quickstart.main()
+        names = [line.split()[1] for line in capsys.readouterr().out.splitlines() if "-seed" in line]
+        assert not stopped.value.code and [name.rpartition("-")[0] for name in names] == [f"{arm}-seed{seed}" for seed in (1, 2) for arm in arms]
 
 
 def test_styles_tell_arms_apart():
