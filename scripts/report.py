@@ -148,14 +148,15 @@ class Table:
     title: str
     head: list[str]
     rows: list[list[str]] = field(default_factory=list)
+    left: int = 1  # columns of text; the others are figures
 
     def markdown(self) -> str:
         line = lambda cells: f"| {' | '.join(c.replace('|', chr(92) + '|') for c in cells)} |"  # noqa: E731
-        return "\n".join([f"**{self.title}**\n", line(self.head), "|---|" + "--:|" * (len(self.head) - 1), *map(line, self.rows)])
+        return "\n".join([f"**{self.title}**\n", line(self.head), "|" + "---|" * self.left + "--:|" * (len(self.head) - self.left), *map(line, self.rows)])
 
     def latex(self) -> str:
         """A booktabs tabular in a table environment."""
-        lines = [r"\begin{table}", rf"\caption{{{latex(self.title)}}}", r"\centering", rf"\begin{{tabular}}{{l{'r' * (len(self.head) - 1)}}}", r"\toprule"]
+        lines = [r"\begin{table}", rf"\caption{{{latex(self.title)}}}", r"\centering", rf"\begin{{tabular}}{{{'l' * self.left}{'r' * (len(self.head) - self.left)}}}", r"\toprule"]
         lines += [" & ".join(map(latex, self.head)) + r" \\", r"\midrule", *(" & ".join(map(latex, row)) + r" \\" for row in self.rows)]
         return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"])
 
@@ -285,7 +286,7 @@ def published_table(study: Study) -> Table:
     p, perplexity = grid.published, grid.figure == "perplexity"
     nats, show, digits = (math.log, math.exp, 2) if perplexity else (float, float, 4)
     head = ["setting", "arm", "published", "measured", "seeds", "less published", "verdict", f"published less {grid.baseline}, nats", f"measured less {grid.baseline}, nats", "verdict on the difference"]
-    table = Table(f"{p['source']}: {p['what']}" + ("; measured in a reduced set-up" if grid.reduced else ""), head)
+    table = Table(f"{p['source']}: {p['what']}" + ("; measured in a reduced set-up" if grid.reduced else ""), head, left=2)
     for row in p["rows"]:
         setting = row.get("setting", "")
         if setting not in grid.settings:

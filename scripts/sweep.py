@@ -590,7 +590,7 @@ def run(path: Path, args, program: list[str]) -> int:
             measure_throughput(grid, out)
         if any(r and r.done() for r in grid.main_runs(out)) or grid.throughput:
             print("\n" + report.write(out))
-            print(f"Written: {out / 'table.md'}, {out / 'table.tex'}, {out / 'figure.png'}")
+            print("Written: " + ", ".join(str(out / name) for name in ("table.md", "table.tex", "figure.png") if (out / name).is_file()))
     for name, error in failed.items():
         print(f"\n{name}: {error}", file=sys.stderr)
     if failed:

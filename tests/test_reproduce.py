@@ -44,7 +44,7 @@ def test_every_grid_can_be_built_and_its_published_arms_exist(path, scale, monke
     if where:
         assert where["protocol"] in grid.eval[where["report"]]["protocol"]
     if grid.throughput:
-        assert "rope" in [*bench_variants(grid).values(), "rope"] and set(grid.throughput) <= set("schemes n_layer n_head n_embd vocab_size block_size batch rounds steps compile".split())
+        assert "rope" in [*bench_variants(grid).values(), "rope"] and set(grid.throughput) <= set("schemes n_layer n_head n_embd vocab_size block_size batch rounds steps threads compile".split())
     if scale:
         assert grid.reduced
 

@@ -437,6 +437,7 @@ def test_tables_in_markdown_and_latex():
     assert r"\caption{a\_b: 50 \% of |x|}" in text and r"\begin{tabular}{lrr}" in text and r"arm & $\gamma$ $\pm$ 1 & n \\" in text
     assert r"rope \& co & \textbf{$-0.02$ [$-0.03$, $-0.01$]} & 2 \\" in text
     assert r"x\textasciicircum{}2 \#1 \textasciitilde{} \{y\} \textbackslash{} & $+0.5$ $\approx$ & 1-2 \\" in text
+    assert "{llr}" in Table("", ["a", "b", "c"], left=2).latex() and "|---|---|--:|" in Table("", ["a", "b", "c"], left=2).markdown()
     assert latex("100 %_") == r"100 \%\_"
     assert Table("", ["a|b"], []).markdown().splitlines()[2] == "| a\\|b |"
 
