@@ -375,7 +375,7 @@ def notes(study: Study) -> list[str]:
     grid, found = study.grid, []
     for setting in grid.settings if grid.arms else ():
         if c := next((c for arm in grid.arms if (c := study.config(setting, arm))), None):
-            rate = {"cosine": f"cosine to {c.min_lr:g}", "step": f"times {c.lr_gamma:g} every {c.lr_step:,} steps", "wsd": "constant, then linear", "constant": "constant"}[c.schedule]
+            rate = {"cosine": f"cosine to {c.min_lr:g}", "step": f"times {c.lr_gamma:g} every {c.lr_step:,} steps", "wsd": "constant, then linear"}.get(c.schedule, c.schedule)
             data = grid.data_of(setting) or {"corpus": Path(c.data_dir).name}
             found.append(
                 f"{setting + ': ' if setting else ''}{c.n_layer} layers × {c.n_embd}, {c.n_head} heads, vocabulary {c.vocab_size:,}, {data['corpus']}; length {c.block_size}, {c.max_steps:,} steps × {c.batch_tokens:,} {study.unit}s = "
