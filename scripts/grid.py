@@ -43,7 +43,10 @@ from checkpoint import read_metrics, step_files
 from config import RunConfig, check
 from model import GPT, SCHEMES, GPTConfig, nearest
 
-KEYS = ("name", "command", "question", "base", "data", "fields", "arms", "settings", "grid", "seeds", "baseline", "tune", "eval", "throughput", "figure", "published", "decisions", "reduced", "scales")  # fmt: skip
+KEYS = (
+    "name", "command", "question", "base", "data", "fields", "arms", "settings", "grid", "seeds", "baseline", "tune", "eval", "throughput",
+    "figure", "published", "decisions", "reduced", "scales",
+)  # fmt: skip
 PER_RUN = ("out_dir", "seed", "data_seed", "resume")  # a grid sets none of these: they are what tells its runs apart
 ELSEWHERE = ("out_dir", "resume", "device", "wandb", "verify_data")  # fields that say where and how, not what
 

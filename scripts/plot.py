@@ -165,7 +165,8 @@ def scatter(axes, study, setting, styles, x: dict[str, float]) -> bool:
     for arm, at in x.items():
         if losses := list(study.losses(setting, arm).values()):
             mean = np.mean(losses)
-            axes.errorbar([at], [mean], [[mean - min(losses)], [max(losses) - mean]], color=styles[arm]["color"], marker=styles[arm]["marker"], linestyle="none", capsize=3, label=arm)
+            look = {**styles[arm], "linestyle": "none"}
+            axes.errorbar([at], [mean], [[mean - min(losses)], [max(losses) - mean]], capsize=3, label=arm, **look)
     axes.set_ylabel(f"validation loss (nats per {study.unit})")
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.ticklabel_format(axis="both", useOffset=False)

@@ -156,13 +156,15 @@ class Table:
 
     def latex(self) -> str:
         """A booktabs tabular in a table environment."""
-        lines = [r"\begin{table}", rf"\caption{{{latex(self.title)}}}", r"\centering", rf"\begin{{tabular}}{{{'l' * self.left}{'r' * (len(self.head) - self.left)}}}", r"\toprule"]
+        columns = "l" * self.left + "r" * (len(self.head) - self.left)
+        lines = [r"\begin{table}", rf"\caption{{{latex(self.title)}}}", r"\centering", rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
         lines += [" & ".join(map(latex, self.head)) + r" \\", r"\midrule", *(" & ".join(map(latex, row)) + r" \\" for row in self.rows)]
         return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"])
 
 
-LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
-         "×": r"$\times$", "±": r"$\pm$", "≈": r"$\approx$", "…": r"\dots{}", "γ": r"$\gamma$", "σ": r"$\sigma$", "–": "--", "−": "$-$", "²": "$^2$", "<": "$<$", ">": "$>$"}  # fmt: skip
+LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
+         "^": r"\textasciicircum{}", "×": r"$\times$", "±": r"$\pm$", "≈": r"$\approx$", "…": r"\dots{}", "γ": r"$\gamma$", "σ": r"$\sigma$", "–": "--",
+         "−": "$-$", "²": "$^2$", "<": "$<$", ">": "$>$"}  # fmt: skip
 
 
 def latex(text: str) -> str:
@@ -247,9 +249,8 @@ def report_tables(study: Study, setting: str, name: str, head: str) -> list[Tabl
         mine = {(arm, scaling): by_length for (p, arm, scaling), by_length in everything.items() if p == protocol}
         mine = {key: v for key, v in mine.items() if key[1] == "none" or any(row["nats_per_token"] is not None for rows in v.values() for row in rows.values())}
         lengths = sorted({n for by_length in mine.values() for n in by_length})
-        mean = Table(f"{head}{label} at context lengths, {protocol} ({name})", ["arm", *map(str, lengths)])
-        less = Table(f"{head}nats per {study.unit} less {grid.baseline}, {protocol} ({name})", ["arm", *map(str, lengths)])
-        growth = Table(f"{head}nats per {study.unit} less the arm's own at the training length {config.block_size if config else ''}, {protocol} ({name})", ["arm", *map(str, lengths)])
+        titles = f"{label} at context lengths", f"nats per {study.unit} less {grid.baseline}", f"nats per {study.unit} less the arm's own at the training length"
+        mean, less, growth = (Table(f"{head}{title}, {protocol} ({name})", ["arm", *map(str, lengths)]) for title in titles)
         for (arm, scaling), by_length in mine.items():
             factor = next((row["factor"] for rows in by_length.values() for row in rows.values()), 1)
             title = arm if scaling == "none" else f"{arm}, {scaling} ×{factor:g}"
@@ -257,7 +258,8 @@ def report_tables(study: Study, setting: str, name: str, head: str) -> list[Tabl
             mean.rows.append([title, *(row_cell(by_length.get(n, {}), figure) for n in lengths)])
             if title != grid.baseline:
                 less.rows.append([title, *(difference_cell(difference_of_rows(by_length.get(n, {}), base.get(n, {}))) for n in lengths)])
-            growth.rows.append([title, *("" if n == config.block_size and scaling == "none" else difference_cell(difference_of_rows(by_length.get(n, {}), own)) for n in lengths)])
+            itself = config.block_size if scaling == "none" else None
+            growth.rows.append([title, *("" if n == itself else difference_cell(difference_of_rows(by_length.get(n, {}), own)) for n in lengths)])
         found += [mean] + [less] * bool(less.rows) + [growth] * (protocol == "same-targets" and len(lengths) > 1)
     if any("shift" in r for arm in grid.arms for r in study.reports(setting, arm, name).values()):
         found.append(shift_table(study, setting, name, head))
@@ -285,7 +287,8 @@ def published_table(study: Study) -> Table:
     grid = study.grid
     p, perplexity = grid.published, grid.figure == "perplexity"
     nats, show, digits = (math.log, math.exp, 2) if perplexity else (float, float, 4)
-    head = ["setting", "arm", "published", "measured", "seeds", "less published", "verdict", f"published less {grid.baseline}, nats", f"measured less {grid.baseline}, nats", "verdict on the difference"]
+    head = ["setting", "arm", "published", "measured", "seeds", "less published", "verdict"]
+    head += [f"published less {grid.baseline}, nats", f"measured less {grid.baseline}, nats", "verdict on the difference"]
     table = Table(f"{p['source']}: {p['what']}" + ("; measured in a reduced set-up" if grid.reduced else ""), head, left=2)
     for row in p["rows"]:
         setting = row.get("setting", "")
@@ -359,7 +362,8 @@ def throughput_table(study: Study) -> Table:
     table = Table(f"training speed, median of {there['rounds']} interleaved rounds on {there['device']}, {there['threads']} thread(s)", head)
     for variant, seconds in there["seconds"].items():
         ratio, interval = speed_ratios(there, variant)
-        cells = [labels.get(variant, variant), f"{there['tokens_a_step'] / np.median(seconds):,.0f}", "1" if variant == "rope" else f"{ratio:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]", f"{there['memory'][variant] / 1e6:,.0f}"]
+        relation = "1" if variant == "rope" else f"{ratio:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+        cells = [labels.get(variant, variant), f"{there['tokens_a_step'] / np.median(seconds):,.0f}", relation, f"{there['memory'][variant] / 1e6:,.0f}"]
         if published:
             theirs = published.get(variant)
             relative = theirs / base if theirs and base and variant != "rope" else None
@@ -375,29 +379,33 @@ def notes(study: Study) -> list[str]:
     grid, found = study.grid, []
     for setting in grid.settings if grid.arms else ():
         if c := next((c for arm in grid.arms if (c := study.config(setting, arm))), None):
-            rate = {"cosine": f"cosine to {c.min_lr:g}", "step": f"times {c.lr_gamma:g} every {c.lr_step:,} steps", "wsd": "constant, then linear"}.get(c.schedule, c.schedule)
+            decay = {"cosine": f"cosine to {c.min_lr:g}", "step": f"times {c.lr_gamma:g} every {c.lr_step:,} steps", "wsd": "constant, then linear"}
             data = grid.data_of(setting) or {"corpus": Path(c.data_dir).name}
             found.append(
-                f"{setting + ': ' if setting else ''}{c.n_layer} layers × {c.n_embd}, {c.n_head} heads, vocabulary {c.vocab_size:,}, {data['corpus']}; length {c.block_size}, {c.max_steps:,} steps × {c.batch_tokens:,} {study.unit}s = "
-                f"{c.max_steps * c.batch_tokens / 1e6:,.2f} M; warm-up {c.warmup_steps}, {rate}."
+                f"{setting + ': ' if setting else ''}{c.n_layer} layers × {c.n_embd}, {c.n_head} heads, vocabulary {c.vocab_size:,}, {data['corpus']}; "
+                f"length {c.block_size}, {c.max_steps:,} steps × {c.batch_tokens:,} {study.unit}s = {c.max_steps * c.batch_tokens / 1e6:,.2f} M; "
+                f"warm-up {c.warmup_steps}, {decay.get(c.schedule, c.schedule)}."
             )
     n = len(grid.seeds)
     if grid.arms:
         found.append(tuning_note(study))
         if n > 1:
             found.append(
-                f"{n} paired seeds. Brackets at means: 95 % t interval over seeds; at differences of validation loss: the same of paired differences; at differences of evaluations: over "
-                "seeds and documents (intervals.py). They are for each difference alone, not for all at once." + (" Two seeds leave one degree of freedom: such intervals are wide." if n == 2 else "")
+                f"{n} paired seeds. Brackets at means: 95 % t interval over seeds; at differences of validation loss: the same of paired differences; "
+                "at differences of evaluations: over seeds and documents (intervals.py). They are for each difference alone, not for all at once."
+                + (" Two seeds leave one degree of freedom: such intervals are wide." if n == 2 else "")
             )
         else:
             found.append("One seed: brackets are over documents, and say nothing about what another seed would give. Nothing is bold for that reason.")
-        found.append(f"Differences are in nats per {study.unit}, negative is better; {NOISE}: inside noise, the interval contains 0; bold: better than what is subtracted, beyond noise.")
+        marks = f"{NOISE}: inside noise, the interval contains 0; bold: better than what is subtracted, beyond noise"
+        found.append(f"Differences are in nats per {study.unit}, negative is better; {marks}.")
     for name in grid.eval or {}:
         there = next((r for key in study.runs for r in study.reports(*key, name).values() if "results" in r), None)
         if there:
             tokens = next((r["tokens"] for r in there["results"] if r["tokens"]), 0)
             span = "the split as one text" if there["stream"] else f"{there['documents']} whole documents"
-            found.append(f"Report {name}: split {there['split']}, {span}, {tokens:,} target {study.unit}s, the same for all arms and lengths; stride {there['stride']}; {there['dtype']}.")
+            targets = f"{tokens:,} target {study.unit}s, the same for all arms and lengths"
+            found.append(f"Report {name}: split {there['split']}, {span}, {targets}; stride {there['stride']}; {there['dtype']}.")
         reasons = [row["reason"] for key in study.runs for r in study.reports(*key, name).values() for row in r.get("results", ()) if row.get("reason")]
         found += [f"n/a: {reason}." for reason in dict.fromkeys(reasons)]
     if grid.reduced:
@@ -413,10 +421,9 @@ def tuning_note(study: Study) -> str:
         return "Learning rates are the same for all arms and were not tuned."
     rates = sorted(float(r) for r in as_list(grid.tune["learning_rate"]))
     chosen = {(s, a): grid.best_rate(study.folder, s, a) for s in grid.settings for a in grid.arms}
-    text = (
-        f"Learning rates were tuned for each arm with the same budget: {', '.join(f'{r:g}' for r in rates)} with seed(s) {', '.join(map(str, as_list(grid.tune.get('seeds') or [0])))}"
-        f"{', ' + ', '.join(f'{k} {v}' for k, v in grid.tune['fields'].items()) if grid.tune.get('fields') else ''}; lowest final validation loss."
-    )
+    budget = [f"{', '.join(f'{r:g}' for r in rates)} with seed(s) {', '.join(map(str, as_list(grid.tune.get('seeds') or [0])))}"]
+    budget += [f"{k} {v}" for k, v in (grid.tune.get("fields") or {}).items()]
+    text = f"Learning rates were tuned for each arm with the same budget: {', '.join(budget)}; lowest final validation loss."
     edge = [", ".join(filter(None, key)) for key, rate in chosen.items() if rate in (rates[0], rates[-1])]
     return text + (f" At the end of the range, so perhaps not the best: {'; '.join(edge)}." if edge else "")
 

@@ -105,8 +105,13 @@ def plan(grid: Grid, out: Path, args) -> str:
         left = 0.0 if run.trained() else 1 - step_of(run) / run.max_steps
         lines.append(f"| {run.name} | {state_of(run)} | {parameters:,} | {tokens:,} | {flops:.3g} | {left * tokens / speed / 3600:.2f} |")
         total, hours = total + left * flops, hours + left * tokens / speed / 3600
-    lines += ["", f"{len(runs)} runs, {sum(r.done() for r in runs)} done. Still to train: {total:.3g} FLOPs, {hours:.2f} run-hours, {hours / args.parallel:.2f} hours with {args.parallel} at a time; evaluation comes on top."]
-    lines.append(f"Speed of a run: {f'{args.tokens_per_s:,.0f} tokens/s (--tokens_per_s)' if args.tokens_per_s else 'measured where runs of the same shape are there, else ' + source}.")
+    lines += [
+        "",
+        f"{len(runs)} runs, {sum(r.done() for r in runs)} done. Still to train: {total:.3g} FLOPs, {hours:.2f} run-hours, "
+        f"{hours / args.parallel:.2f} hours with {args.parallel} at a time; evaluation comes on top.",
+    ]
+    told = f"{args.tokens_per_s:,.0f} tokens/s (--tokens_per_s)" if args.tokens_per_s else f"measured where runs of the same shape are there, else {source}"
+    lines.append(f"Speed of a run: {told}.")
     if grid.tune:
         lines.append("The learning rates of the main runs are tuned first; until then the grid's own stand for them.")
     if args.price_per_hour is not None:
@@ -180,7 +185,8 @@ class Display:
         done, wanted = sum(min(1.0, step_of(r) / r.max_steps) for r in runs), max(len(runs), self.total)
         self.first = done if self.first is None else self.first
         eta = (now - self.started) / (done - self.first) * (wanted - done) if done > self.first else None
-        counts = f"{sum(r.done() for r in runs)} of {wanted} runs done, {len(busy)} running, {len(failed)} failed" + (f"; training left about {tqdm.format_interval(eta)}" if eta else "")
+        counts = f"{sum(r.done() for r in runs)} of {wanted} runs done, {len(busy)} running, {len(failed)} failed"
+        counts += f"; training left about {tqdm.format_interval(eta)}" if eta else ""
         lines = [*status(busy, failed).splitlines(), counts] if busy else [counts]
         if self.terminal:
             self.clear()
@@ -289,6 +295,7 @@ def slots_of(args) -> list[dict]:
 def execute(grid: Grid, out: Path, args, only: list[str] | None = None) -> dict[str, str]:
     """Do everything that is not done, `parallel` runs at a time, and wait for what other processes are at. Returns the errors
     of runs that failed, by name. On a signal: pass it on, wait for the checkpoints, Interrupted."""
+
     def known():
         runs = grid.runs(out)
         return [r for r in runs if r.name in only] if only else runs
@@ -583,7 +590,8 @@ def run(path: Path, args, program: list[str]) -> int:
         write_grid(grid, out)
     runs = grid.runs(out)
     if runs and not args.only:
-        print(f"{len(planned_runs(grid, out))} runs in {out}, {sum(r.done() for r in runs)} done already; {args.parallel} at a time, {args.ranks} process(es) of {args.threads} thread(s) each; logs in {out / 'logs'}", flush=True)
+        how = f"{args.parallel} at a time, {args.ranks} process(es) of {args.threads} thread(s) each"
+        print(f"{len(planned_runs(grid, out))} runs in {out}, {sum(r.done() for r in runs)} done already; {how}; logs in {out / 'logs'}", flush=True)
     failed = execute(grid, out, args, args.only)
     if not args.only:
         if grid.throughput:
@@ -595,7 +603,8 @@ def run(path: Path, args, program: list[str]) -> int:
         print(f"\n{name}: {error}", file=sys.stderr)
     if failed:
         waiting = sum(r is None for r in grid.main_runs(out))
-        print(f"\n{len(failed)} run(s) failed" + (f", and {waiting} wait for the learning rate of failed trials" if waiting else "") + "; the same command tries them again", file=sys.stderr)
+        waiting = f", and {waiting} wait for the learning rate of failed trials" if waiting else ""
+        print(f"\n{len(failed)} run(s) failed{waiting}; the same command tries them again", file=sys.stderr)
     return 1 if failed else 0
 
 

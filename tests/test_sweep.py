@@ -185,7 +185,8 @@ def test_a_run_of_another_process_is_waited_for(data, tmp_path):
 
 def test_interrupted_it_passes_the_signal_on_and_says_so(data, tmp_path):
     path = write_grid(tmp_path / "g.yaml", data, arms=["rope"], seeds=1, fields={**FIELDS, "data_dir": str(data), "max_steps": 100000})
-    process = subprocess.Popen([sys.executable, "scripts/sweep.py", path, "--out", tmp_path / "out", "--threads", "1"], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    arguments = [sys.executable, "scripts/sweep.py", path, "--out", tmp_path / "out", "--threads", "1"]
+    process = subprocess.Popen(arguments, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     (run,) = Grid.read(path).runs(tmp_path / "out")
     deadline = time.monotonic() + 60
     while sweep.step_of(run) == 0 and time.monotonic() < deadline:
@@ -200,7 +201,8 @@ def test_interrupted_it_passes_the_signal_on_and_says_so(data, tmp_path):
 
 
 def test_runs_are_paired_and_named_by_what_they_are(tmp_path):
-    path = write_grid(tmp_path / "g.yaml", settings={"short": {}, "long": {"block_size": 32}}, grid={"weight_decay": [0, "1e-1"]}, arms={"rope": {"pos": "rope"}, "rope, base 5e5": {"pos": "rope", "pos_options": {"base": 5e5}}}, eval=EVAL)
+    arms = {"rope": {"pos": "rope"}, "rope, base 5e5": {"pos": "rope", "pos_options": {"base": 5e5}}}
+    path = write_grid(tmp_path / "g.yaml", settings={"short": {}, "long": {"block_size": 32}}, grid={"weight_decay": [0, "1e-1"]}, arms=arms, eval=EVAL)
     runs = Grid.read(path).runs(tmp_path)
     assert len(runs) == len({r.name for r in runs}) == 2 * 2 * 2 * 2
     assert all(r.fields["seed"] == r.fields["data_seed"] == r.seed for r in runs)
@@ -322,7 +324,8 @@ def arguments_of(*words):
 
 def test_the_slurm_array_starts_each_run_once_and_requeues(swept, tmp_path):
     grid, script = Grid.read(swept[0]), tmp_path / "a.sbatch"
-    said = sweep.write_sbatch(script, grid, tmp_path / "out", arguments_of("--slurm", "x", "--ranks", "4"), ["python", "made"], ["scripts/sweep.py", "a grid.yaml", "--ranks", "4"])
+    command = ["scripts/sweep.py", "a grid.yaml", "--ranks", "4"]
+    said = sweep.write_sbatch(script, grid, tmp_path / "out", arguments_of("--slurm", "x", "--ranks", "4"), ["python", "made"], command)
     text = script.read_text()
     assert subprocess.run(["bash", "-n", script]).returncode == 0 and "array of 6 runs" in said
     assert "#SBATCH --array=0-5" in text and "#SBATCH --gpus-per-node=4" in text and "#SBATCH --cpus-per-task=16" in text
@@ -333,7 +336,8 @@ def test_the_slurm_array_starts_each_run_once_and_requeues(swept, tmp_path):
     stub.chmod(0o755), requeue.chmod(0o755)
     started = []
     for index, code in itertools.product(range(6), (0, 75)):
-        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SRUN": "", "PYTHON": str(stub), "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_ARRAY_TASK_ID": str(index), "SLURM_ARRAY_JOB_ID": "9", "CODE": str(code)}
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SRUN": "", "PYTHON": str(stub), "CODE": str(code)}
+        environment |= {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_ARRAY_TASK_ID": str(index), "SLURM_ARRAY_JOB_ID": "9"}
         done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True)
         lines = done.stdout.splitlines()
         assert done.returncode == code and lines[:5] == ["scripts/sweep.py", "a grid.yaml", "--ranks", "4", "--only"]
