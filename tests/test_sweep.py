@@ -36,7 +36,8 @@ FIELDS |= {"checkpoint_interval": 5, "log_interval": 3, "learning_rate": 2e-3, "
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
+    folder = tmp_path_factory.mktemp("sweep_data") / "texts"
+    folder.mkdir()
     words = "and the of light darkness water earth heaven day night was it so good".split()
     for i in range(10):
         (folder / f"{i}.txt").write_text(" ".join(np.random.default_rng(i).choice(words, 80 + 20 * i)))
