@@ -527,10 +527,19 @@ class RoPE(Attention):
 
     Options: base; fraction, the leading part of a head's channels that turns (its width replaces D in θ_i,
     as GPT-NeoX's rotary_pct does), the rest has frequency 0; explicit, to hold the frequencies as a
-    buffer `freqs` (H, D/2), float64 radians per token, saved with the weights (to_rope() makes it).
+    buffer `freqs` (H, D/2), float64 radians per token, saved with the weights (to_rope() makes it); qkv, the Q/K/V
+    projection: `dense`, or `grouped`, which has crope's number of parameters and is real (GroupedLinear): its control.
     """
 
-    def __init__(self, config, *, base: float = 10000.0, fraction: float = 1.0, explicit: bool = False):
+    def __init__(
+        self,
+        config,
+        *,
+        base: float = 10000.0,
+        fraction: float = 1.0,
+        explicit: bool = False,
+        qkv: Literal["dense", "grouped"] = "dense",
+    ):
         super().__init__(config)
         self.base, self.fraction, self.explicit = base, fraction, explicit
         if self.head_width % 2:
@@ -541,6 +550,9 @@ class RoPE(Attention):
             raise ValueError(f"base must be positive, not {base}")
         if explicit:
             self.register_buffer("freqs", self.frequencies().expand(self.n_head, -1).clone())
+
+    def projection(self, config):
+        return GroupedLinear(config.n_embd, config.bias) if config.pos_options["qkv"] == "grouped" else super().projection(config)
 
     def _apply(self, fn, recurse=True):
         """Explicit frequencies stay float64 (float32 on MPS) whatever the weights are cast to: a phase of
@@ -603,6 +615,23 @@ class ComplexLinear(nn.Module):
 
     def forward(self, x):
         return linear(x, self.weight, self.bias)
+
+
+class GroupedLinear(ComplexLinear):
+    """Even channels from even ones by A, odd from odd by B: (..., C) → (..., 3C), real, with ComplexLinear's parameters,
+    (3C/2, C/2) each, and its initial values. The control that CRoPE's paper lacks: half of Q, K and V, but no i² = -1.
+
+    Each half of the residual stream feeds one channel of every pair of every head, so heads mix as in a dense layer.
+    Turned by 45° in each pair, this is A + jB with j² = +1: ComplexLinear's sharing of weights, scalings and
+    reflections instead of scalings and rotations. Computed as one dense product, like ComplexLinear.
+    """
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dense equivalent, (3C, C)."""
+        none = torch.zeros_like(self.A)
+        blocks = torch.stack((self.A, none, none, self.B), -1).unflatten(-1, (2, 2))  # (3C/2, C/2, 2, 2)
+        return blocks.transpose(1, 2).reshape(2 * self.A.size(0), 2 * self.A.size(1))
 
 
 class CRoPE(RoPE):
@@ -849,7 +878,8 @@ class CARoPE(Attention):
 
     W starts at 0 and b where f = base^(-2/D), so that step 0 is exactly rope. Options: base; source of x_t,
     `hidden` (the block's layer-normed input, as in the same authors' earlier code) or `embedding`; init `rope`, or
-    `paper`, without a bias: f starts at 0.59.
+    `paper`, without a bias: f starts at 0.59; content false leaves W out (W = 0 for good), the control that the paper lacks:
+    one trained constant f a head, which is RoPE with a trained base a head.
     """
 
     position_parameters = ("c_pos.bias",)
@@ -861,6 +891,7 @@ class CARoPE(Attention):
         base: float = 10000.0,
         source: Literal["hidden", "embedding"] = "hidden",
         init: Literal["rope", "paper"] = "rope",
+        content: bool = True,
     ):
         super().__init__(config)
         self.source = source
@@ -870,6 +901,10 @@ class CARoPE(Attention):
             raise ValueError(f"carope's base must exceed 1, not {base}: f = base^(-2/D) lies below 1")
         self.base = base
         self.c_pos = Linear(config.n_embd, config.n_head, bias=init == "rope")
+        if not content:
+            if init == "paper":
+                raise ValueError("carope's content false trains the bias alone, which init paper does not have: take init rope")
+            self.c_pos.weight = None
 
     def initial_value(self, name, shape, normal):
         if name == "c_pos.weight":
@@ -880,9 +915,10 @@ class CARoPE(Attention):
     def log_frequencies(self, x: torch.Tensor) -> torch.Tensor:
         """log f (B, T, H) in max(float32, model dtype) of the source x (B, T, C)."""
         with no_autocast(x.device):
-            dtype = wide(self.c_pos.weight.dtype)
-            bias = self.c_pos.bias
-            z = F.linear(x.to(dtype), self.c_pos.weight.to(dtype), None if bias is None else bias.to(dtype))
+            W, bias = self.c_pos.weight, self.c_pos.bias
+            dtype = wide(next(self.c_pos.parameters()).dtype)
+            bias = None if bias is None else bias.to(dtype)
+            z = bias.expand(*x.shape[:2], -1) if W is None else F.linear(x.to(dtype), W.to(dtype), bias)
             return -torch.log1p(F.softplus(z))
 
     def turn(self, qk, x, ctx, cache):

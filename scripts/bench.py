@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import importlib.util
 import io
+import json
 import multiprocessing
 import statistics
 import sys
@@ -25,6 +26,8 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
+
+import yaml
 
 from model import SCHEMES, nearest
 
@@ -53,6 +56,12 @@ def nanogpt(folder: str):
     sys.modules["nanogpt"] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def scheme_of(variant: str) -> tuple[str, dict]:
+    """A variant "comrope block=2 kind=ld" as a scheme and its options."""
+    scheme, *options = variant.split()
+    return scheme, {k: yaml.safe_load(v) for k, v in (o.split("=", 1) for o in options)}
 
 
 def work(variant: str, shape: dict, args: argparse.Namespace, pipe) -> None:
@@ -87,7 +96,8 @@ def work(variant: str, shape: dict, args: argparse.Namespace, pipe) -> None:
         make_optimizer = lambda: optimizer  # noqa: E731
         loss_of = lambda x, y: model(x, y)[1]  # noqa: E731
     else:
-        model = GPT(GPTConfig(pos=variant, **shape)).to(device)
+        pos, options = scheme_of(variant)
+        model = GPT(GPTConfig(pos=pos, pos_options=options, **shape)).to(device)
         if args.compile:
             model.compile_parts()
         loss_of = lambda x, y: model(x, y)[1]  # noqa: E731
@@ -161,6 +171,18 @@ def rows(name: str, shape: dict, variants: list[str], seconds: dict, model_secon
     return lines
 
 
+def record(shape: dict, steps: int, seconds: dict, memory: dict, args: argparse.Namespace) -> dict:
+    """What --json writes: every round's seconds a step by variant, and the conditions."""
+    import torch
+
+    from train import pick_device
+
+    device = pick_device(args.device)
+    name, threads = (torch.cuda.get_device_name(device), args.threads) if device.type == "cuda" else (device.type, args.threads or 1)
+    about = {"device": name, "threads": threads, "torch": torch.__version__, "steps": steps, "compile": args.compile}
+    return {"seconds": seconds, "memory": memory, "tokens_a_step": shape["batch"] * shape["block_size"], "rounds": args.rounds, **about, **shape}
+
+
 def main() -> None:
     if sys.argv[1:2] == ["eval"]:
         import bench_eval
@@ -176,7 +198,7 @@ def main() -> None:
         return bench_feed.main(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="scripts/bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--shape", default="small", choices=[*SHAPES, "all"], help="; ".join(f"{n}: {', '.join(map(str, v))}" for n, (v, _) in SHAPES.items()) + f" ({', '.join(FIELDS)})")
-    parser.add_argument("--schemes", nargs="*", default=["learned", "crope", "comrope", "carope", "alibi"], help="schemes beside rope (with --shape all, where they have a target)")
+    parser.add_argument("--schemes", nargs="*", default=["learned", "crope", "comrope", "carope", "alibi"], help="schemes beside rope (with --shape all, where they have a target); with options as \"comrope block=2\"")
     for name in FIELDS:
         parser.add_argument(f"--{name}", type=int, help="instead of the shape's")
     parser.add_argument("--rounds", type=int, default=7, help="counted rounds, after one warm-up (default: 7)")
@@ -187,16 +209,19 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile our models, by parts")
     parser.add_argument("--nanogpt", metavar="DIR", help="a folder with nanoGPT's model.py, to compare with")
     parser.add_argument("--no_peer", action="store_true", help="leave transformers out (it is in requirements-dev.txt)")
+    parser.add_argument("--json", type=Path, help="where to write the seconds of every round; of one shape")
     args = parser.parse_args()
     own = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
     for name, value in {**own, "rounds": args.rounds, "steps": args.steps, "threads": args.threads}.items():
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1, not {value}")
+    if args.shape == "all" and args.json:
+        parser.error("--json takes one shape, not all")
     if args.shape == "all" and own:
         parser.error(f"--{next(iter(own))} changes one shape, and --shape all names every one")
     if args.nanogpt is not None and not (Path(args.nanogpt) / "model.py").is_file():
         parser.error(f"--nanogpt {args.nanogpt}: no model.py there; expected a clone of https://github.com/karpathy/nanoGPT")
-    for scheme in args.schemes:
+    for scheme in (variant.split(" ")[0] for variant in args.schemes):
         if scheme not in SCHEMES:
             parser.error(f"no scheme {scheme!r}{nearest(scheme, SCHEMES)} (schemes: {', '.join(SCHEMES)})")
 
@@ -207,7 +232,10 @@ def main() -> None:
         beside = [*(s for s in args.schemes if s != BASELINE), *(["nanogpt"] if args.nanogpt else []), *([] if args.no_peer else ["transformers"])]
         variants = [BASELINE, *(v for v in beside if args.shape != "all" or v in TARGETS[name])]
         label = name if not own else ", ".join(f"{k} {v}" for k, v in shape.items())
-        lines += rows(label, shape, variants, *measure(variants, shape, args.steps or steps, args))
+        seconds, model_seconds, memory = measure(variants, shape, args.steps or steps, args)
+        lines += rows(label, shape, variants, seconds, model_seconds, memory)
+        if args.json:
+            args.json.write_text(json.dumps(record(shape, args.steps or steps, seconds, memory, args), indent=1) + "\n")
     print(f"{', '.join(FIELDS)}: " + "; ".join(f"{n} {', '.join(map(str, v))}" for n, (v, _) in SHAPES.items()))
     print(f"Median (min … max) over {args.rounds} rounds of the ratio of speeds: a scheme's to rope's, or rope's to a peer's, and of rope's memory to the peer's.\n")
     print("| shape | variant | tokens/s | speed ratio | target | without the optimizer's step | peak memory, MB | ratio |\n|---|---|--:|--:|--:|--:|--:|--:|")

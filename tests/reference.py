@@ -39,7 +39,8 @@ def rope_angles(T, D, base, fraction=1.0, start=0):
 
 
 def carope_phases(source, weight, bias, D):
-    """(B, T, H, D/2): φ_i(m) = Σ_{t≤m} f(x_t)^i, f = 1/(1 + softplus(x W + b)), added up one token at a time."""
+    """(B, T, H, D/2): φ_i(m) = Σ_{t≤m} f(x_t)^i, f = 1/(1 + softplus(x W + b)), added up one token at a time. No W: W = 0."""
+    weight = torch.zeros(bias.numel(), source.size(-1), dtype=source.dtype) if weight is None else weight
     z = source @ weight.T + (0 if bias is None else bias)  # (B, T, H)
     f = 1 / (torch.log(1 + torch.exp(z)) + 1)
     powers = torch.stack([f**i for i in range(D // 2)], -1)  # (B, T, H, D/2)
@@ -82,6 +83,13 @@ def complex_linear(x, A, B):
     return torch.view_as_real(torch.complex(pairs[..., 0], pairs[..., 1]) @ torch.complex(A, B).T).flatten(-2)
 
 
+def grouped_linear(x, A, B):
+    """Even channels by A, odd ones by B: x (..., C), A and B (n, C/2) → (..., 2n)."""
+    y = x.new_zeros(*x.shape[:-1], 2 * A.size(0))
+    y[..., 0::2], y[..., 1::2] = x[..., 0::2] @ A.T, x[..., 1::2] @ B.T
+    return y
+
+
 def layer_norm(x, p, name):
     mean = x.mean(-1, keepdim=True)
     variance = ((x - mean) ** 2).mean(-1, keepdim=True)
@@ -101,8 +109,9 @@ def attention(x, embedding, config, p, name):
     pos, options = config.pos, config.pos_options
     B, T, C = x.shape
     H, D = config.n_head, config.n_embd // config.n_head
-    if pos == "crope":
-        qkv = complex_linear(x, p[name + ".c_attn.A"], p[name + ".c_attn.B"]) + p.get(name + ".c_attn.bias", 0)
+    if pos == "crope" or options.get("qkv") == "grouped":
+        halved = complex_linear if pos == "crope" else grouped_linear
+        qkv = halved(x, p[name + ".c_attn.A"], p[name + ".c_attn.B"]) + p.get(name + ".c_attn.bias", 0)
     else:
         qkv = linear(x, p, name + ".c_attn")
     q, k, v = (part.reshape(B, T, H, D) for part in qkv.split(C, -1))
@@ -113,7 +122,7 @@ def attention(x, embedding, config, p, name):
         R = comrope_rotations(p[name + ".P"], p.get(name + ".theta"), options["unit"], T).unsqueeze(0)
     elif pos == "carope":
         source = x if options["source"] == "hidden" else embedding
-        R = rotations(carope_phases(source, p[name + ".c_pos.weight"], p.get(name + ".c_pos.bias"), D))
+        R = rotations(carope_phases(source, p.get(name + ".c_pos.weight"), p.get(name + ".c_pos.bias"), D))
     else:
         R = torch.eye(D, dtype=x.dtype)
     R = R.expand(B, T, H, D, D)

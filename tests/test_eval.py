@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 
 import eval as evaluation
 from config import RunConfig
@@ -246,30 +245,3 @@ def test_sample_continues_the_prompt_and_is_repeatable(run):
     assert first.returncode == 0 and first.stdout.startswith("the light") and first.stdout == second.stdout
     failed = command("scripts/sample.py", "--run", run / "none")
     assert failed.returncode and "none" in failed.stderr and "Traceback" not in failed.stderr
-
-
-def test_quickstart_makes_table_and_figure_and_redoes_only_what_is_missing(data, tmp_path):
-    recipe = yaml.safe_load((REPO / "configs" / "quickstart.yaml").read_text())
-    recipe |= {"block_size": 16, "n_layer": 1, "n_embd": 16, "n_head": 2, "batch_tokens": 64, "micro_batch_size": 4}
-    recipe |= {"max_steps": 20, "eval_interval": 10, "checkpoint_interval": 10, "eval_tokens": 64, "log_interval": 2, "warmup_steps": 2}
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
-    arguments = ["scripts/quickstart.py", "--config", tmp_path / "tiny.yaml", "--data", data.folder, "--out", tmp_path / "out", "--schemes", "learned", "rope"]
-    first = command(*arguments)
-    assert first.returncode == 0, first.stderr
-    table = (tmp_path / "out" / "table.md").read_text()
-    lines = [line for line in table.splitlines() if line.startswith("|")]
-    assert lines[2].startswith("| learned |") and lines[2].count("n/a") == 4 and lines[3].startswith("| rope |") and "n/a" not in lines[3]
-    rows = {r["length"]: r for r in json.loads((tmp_path / "out/rope-seed1/eval/quickstart.json").read_text())["results"]}
-    assert f"{rows[128]['nats_per_token']:.3f}" in lines[3] and "One seed" in table
-    assert (tmp_path / "out" / "figure.png").read_bytes().startswith(b"\x89PNG")
-
-    written = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("step_20.pt")}
-    shutil.rmtree(tmp_path / "out" / "rope-seed1")
-    second = command(*arguments)
-    assert second.returncode == 0 and "2 runs, 1 already done" in second.stdout
-    after = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("step_20.pt")}
-    assert [p.parts[-3] for p in written if after[p] != written[p]] == ["rope-seed1"]
-    again = (tmp_path / "out" / "table.md").read_text().splitlines()
-    assert again[2] == lines[2]  # but for its speed the redone run is the same too
-    cells = [[c for i, c in enumerate(line.split("|")) if i != 4] for line in (again[3], lines[3])]
-    assert cells[0] == cells[1]

@@ -32,6 +32,7 @@ CASES = {
     "rope": {},
     "rope base fraction": {"base": 50.0, "fraction": 0.5},
     "rope explicit": {"explicit": True, "base": 50.0, "fraction": 0.5},
+    "rope grouped": {"qkv": "grouped"},
     "crope": {},
     "crope base fraction": {"base": 50.0, "fraction": 0.25},
     "comrope": {},
@@ -41,6 +42,7 @@ CASES = {
     "carope": {},
     "carope embedding": {"source": "embedding", "base": 50.0},
     "carope paper": {"init": "paper"},
+    "carope constant": {"content": False},
     "alibi": {},
 }
 all_cases = pytest.mark.parametrize("case", CASES)
@@ -567,6 +569,34 @@ def test_carope_gradient_of_the_phases():
         assert (mine - theirs).norm() < 0.01 * theirs.norm()
 
 
+def test_carope_without_content_is_rope_with_a_base_a_head():
+    """Every token turns pair i of head h by f_h^i, whatever it is; f_h = base_h^(-2/D)."""
+    model = build("carope constant", bias=False)
+    attn = model.transformer.h[1].attn
+    f = 1 / (1 + F.softplus(attn.c_pos.bias.detach()))  # (H,), all different
+    expected = torch.stack([f**i for i in range(D // 2)], -1) * torch.arange(1, 31, dtype=torch.float64).view(-1, 1, 1)
+    for x in torch.randn(2, 1, 30, WIDTH, dtype=torch.float64):
+        close(path_phases(attn.log_frequencies(x), D // 2)[0], expected, atol=1e-9)
+    rope = GPT(config("rope", {"explicit": True}, bias=False)).double()
+    state = {k: v for k, v in model.state_dict().items() if "c_pos" not in k}
+    for i, block in enumerate(model.transformer.h):
+        f = 1 / (1 + F.softplus(block.attn.c_pos.bias.detach()))
+        state[f"transformer.h.{i}.attn.freqs"] = torch.stack([f**j for j in range(D // 2)], -1)
+    rope.load_state_dict(state)
+    close(model(tokens(30))[0], rope(tokens(30))[0], atol=1e-8)
+
+
+def test_comrope_of_block_2_is_rope_with_learned_frequencies():
+    """No frame is left: the equivalent rope has the same weights up to the sign of a channel pair, frequencies |2P|/unit a head and pair."""
+    model = build("comrope 2 unit")
+    rope = model.to_rope()
+    for ours, theirs in zip(model.transformer.h, rope.transformer.h):
+        P = ours.attn.P.detach()
+        close(theirs.attn.freqs, (P[..., 1, 0] - P[..., 0, 1]).abs() / 3.0)
+        q, turned = (block.attn.c_attn.weight[:WIDTH].unflatten(0, (-1, 2)) for block in (ours, theirs))  # (C/2, 2, C)
+        assert all(any(torch.allclose(b, a * torch.tensor(s).view(2, 1)) for s in ((1, 1), (1, -1), (-1, 1), (-1, -1))) for a, b in zip(q, turned))
+
+
 def test_carope_paper_init():
     """Without the bias W = 0 gives f = 1/(1 + log 2) = 0.5906."""
     attn = GPT(config("carope", {"init": "paper"})).transformer.h[0].attn
@@ -591,7 +621,7 @@ def test_carope_bias_for_any_head_width(D, base):
 # Gradients of each scheme's own parameters against finite differences
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.split()[0] in ("learned", "crope", "comrope", "carope")])
+@pytest.mark.parametrize("case", [case for case in CASES if case.split()[0] in ("learned", "crope", "comrope", "carope") or case == "rope grouped"])
 def test_own_gradients_equal_finite_differences(case):
     """torch.autograd.gradcheck in float64, through the whole model and its fused loss, all own parameters at once."""
     model, idx, targets = build(case), tokens(8), tokens(8, seed=1)
@@ -610,6 +640,7 @@ def test_own_gradients_equal_finite_differences(case):
 ROPES = {
     "rope": {"pos": "rope", "options": {}},
     "rope fraction": {"pos": "rope", "options": {"fraction": 0.5, "base": 50.0}},
+    "rope grouped": {"pos": "rope", "options": {"qkv": "grouped"}},
     "crope": {"pos": "crope", "options": {}},
     "crope fraction": {"pos": "crope", "options": {"fraction": 0.5, "base": 50.0}},
 } | {
@@ -802,7 +833,9 @@ OWN = {  # per layer: name → shape
     "carope": {"c_pos.weight": (HEADS, WIDTH), "c_pos.bias": (HEADS,)},
     "carope embedding": {"c_pos.weight": (HEADS, WIDTH), "c_pos.bias": (HEADS,)},
     "carope paper": {"c_pos.weight": (HEADS, WIDTH)},
+    "carope constant": {"c_pos.bias": (HEADS,)},
 }
+HALVED = ("crope", "crope base fraction", "rope grouped")  # A and B instead of one dense weight for Q, K, V
 
 
 @all_cases
@@ -812,7 +845,7 @@ def test_names_shapes_and_counts(case, bias):
     model = GPT(config(pos, CASES[case], bias=bias))
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     expected = gpt2_names(bias)
-    if pos == "crope":
+    if case in HALVED:
         expected -= {f"transformer.h.{i}.attn.c_attn.weight" for i in range(L)}
         expected |= {f"transformer.h.{i}.attn.c_attn.{part}" for i in range(L) for part in "AB"}
     else:
@@ -830,17 +863,22 @@ def test_names_shapes_and_counts(case, bias):
     count += L * (3 + 1 + 4 + 1 + 2) * C + C if bias else 0
     count += {
         "learned": BLOCK * C,
-        "crope": -L * 3 * C * C // 2,
         "comrope": L * C * model.config.pos_options.get("block", 0),  # H · D/b · b²
-        "carope": L * (C * HEADS + HEADS * (case != "carope paper")),
+        "carope": L * (C * HEADS * (case != "carope constant") + HEADS * (case != "carope paper")),
     }.get(pos, 0)
+    count -= L * 3 * C * C // 2 if case in HALVED else 0
     count += L * HEADS * D // 4 if case == "comrope 4 ld" else 0
     assert model.parameter_count() == count == sum(math.prod(shape) for shape in shapes.values())
 
 
-def test_crope_has_exactly_half_of_qkv():
-    crope, rope = (sum(p.numel() for p in GPT(config(pos, bias=False)).transformer.h[0].attn.c_attn.parameters()) for pos in ("crope", "rope"))
-    assert 2 * crope == rope == 3 * WIDTH**2
+@pytest.mark.parametrize("width", [WIDTH, 96])
+def test_crope_and_its_real_control_have_exactly_half_of_qkv(width):
+    """The same parameters with the same initial values, and at the paper's width of 128 a model of exactly the same size."""
+    crope, grouped, rope = (GPT(config(*which, bias=False, n_embd=width)) for which in (("crope",), ("rope", {"qkv": "grouped"}), ("rope",)))
+    counts = [sum(p.numel() for p in model.transformer.h[0].attn.c_attn.parameters()) for model in (crope, grouped, rope)]
+    assert counts == [3 * width**2 // 2, 3 * width**2 // 2, 3 * width**2] and crope.parameter_count() == grouped.parameter_count()
+    ours, theirs = dict(grouped.named_parameters()), dict(crope.named_parameters())
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_gpt2_small_has_124m_parameters():
@@ -869,7 +907,7 @@ def test_seeds(case):
             assert torch.equal(parameter, learned[name]), name
         random = parameter.std() > 0 and not (name.endswith(".P") and model.config.pos_options["init"] == "rope")
         assert torch.equal(parameter, other[name]) != random, name
-    assert shared >= len(gpt2_names(True)) - (LAYERS if pos == "crope" else 0)
+    assert shared >= len(gpt2_names(True)) - (LAYERS if case in HALVED else 0)
 
 
 @all_cases
@@ -909,6 +947,7 @@ def test_position_parameters():
     names = {case: {name.split(".attn.")[-1] for name in GPT(config(case.split()[0], CASES[case])).position_parameters()} for case in CASES}
     assert {case: found for case, found in names.items() if found} == {
         "comrope": {"P"}, "comrope 4 ld": {"P", "theta"}, "comrope 2 unit": {"P"}, "comrope gaussian": {"P"}, "carope": {"c_pos.bias"}, "carope embedding": {"c_pos.bias"},
+        "carope constant": {"c_pos.bias"},
     }  # fmt: skip
     model = build("comrope 4 ld")
     assert len(model.position_parameters()) == 2 * LAYERS and model.position_parameters() <= dict(model.named_parameters()).keys()
@@ -1254,10 +1293,10 @@ def test_same_bits_again(pos):
 
 ALTERNATIVES = {
     "sinusoidal": {"base": 50.0, "scale": 0.5},
-    "rope": {"base": 50.0, "fraction": 0.5, "explicit": True},
+    "rope": {"base": 50.0, "fraction": 0.5, "explicit": True, "qkv": "grouped"},
     "crope": {"base": 50.0, "fraction": 0.5},
     "comrope": {"kind": "ld", "block": 4, "init": "gaussian", "base": 50.0, "unit": 3.0},
-    "carope": {"base": 50.0, "source": "embedding", "init": "paper"},
+    "carope": {"base": 50.0, "source": "embedding", "init": "paper", "content": False},
 }
 
 
@@ -1320,7 +1359,7 @@ def test_resolved_config_makes_the_same_model(case):
 BAD_CONFIGS = [
     (dict(pos="crop"), ["pos 'crop'", "did you mean crope", "alibi, *|learned"]),
     (dict(pos="xyzzy"), ["xyzzy", "learned, sinusoidal, none, rope, crope, comrope, carope, alibi"]),
-    (dict(pos="rope", pos_options={"bas": 1.0}), ["unknown option 'bas'", "did you mean base", "base, fraction, explicit"]),
+    (dict(pos="rope", pos_options={"bas": 1.0}), ["unknown option 'bas'", "did you mean base", "base, fraction, explicit, qkv"]),
     (dict(pos="none", pos_options={"base": 1.0}), ["unknown option 'base'", "no options"]),
     (dict(pos="rope", pos_options={"base": "1e4"}), ["base of rope", "'1e4'", "float"]),
     (dict(pos="rope", pos_options={"base": True}), ["base of rope", "True"]),
@@ -1342,6 +1381,8 @@ BAD_CONFIGS = [
     (dict(pos="comrope", n_embd=36), ["block 8", "12"]),
     (dict(pos="carope", pos_options={"source": "x"}), ["source of carope", "hidden", "embedding"]),
     (dict(pos="carope", pos_options={"base": 1.0}), ["base", "1.0"]),
+    (dict(pos="carope", pos_options={"init": "paper", "content": False}), ["content false", "init rope"]),
+    (dict(pos="rope", pos_options={"qkv": "sparse"}), ["qkv of rope", "'sparse'", "dense", "grouped"]),
     (dict(pos="rope", n_embd=50), ["n_embd 50", "n_head 3"]),
     (dict(pos="rope", n_embd=45), ["15", "even"]),
     (dict(pos="crope", n_embd=45), ["crope", "15", "even"]),
