@@ -701,9 +701,9 @@ class SkewGradient(torch.autograd.Function):
     caller treats Q and ω as constants; here dL/dA comes from the derivative of the matrix exponential itself,
         Qᵀ dR(m) Q = rot(mω) X(m),  X(m) = ∫_0^m rot(-sω) (Qᵀ dA Q / unit) rot(sω) ds
     (Daleckii–Krein; the outer Q drops out, since scores are invariant to an orthogonal map of both q and k). With
-    g = dL/dy, dL = Σ_m <M_m, X(m)>, M_m = Σ_batch g yᵀ. The integral over [0, m] is a sum over unit steps t < m, each
-    the same integral over [0, 1] turned by tω, so one suffix sum over m and two sinc factors do it: no division by
-    a difference of frequencies, hence exact also where frequencies coincide or vanish.
+    g = dL/dy, dL = Σ_m <M_m, X(m)>, M_m = Σ_batch g yᵀ. Between channel pairs k and l, the part of M_m that is linear over
+    the complex numbers turns by s(ω_k - ω_l), the conjugate-linear part by s(ω_k + ω_l), and the integral of a turn is
+    W_m(δ) = ∫_0^m e^{isδ} ds = (2 sin(mδ/2)/δ) e^{imδ/2}, m where δ = 0: exact also where frequencies coincide or vanish.
     """
 
     @staticmethod
@@ -717,23 +717,28 @@ class SkewGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         y, Q, omega = ctx.saved_tensors
-        T, b, dtype = y.size(1), Q.size(-1), ctx.dtype
+        T, dtype = y.size(1), ctx.dtype
         # One product of views for each block of q and of k, 2 T H D/b of them: nothing is copied
-        g_blocks, y_blocks = (z.to(dtype).flatten(1).unflatten(1, (-1, b)) for z in (g, y))  # (B, 2 T H D/b, b)
+        g_blocks, y_blocks = (z.to(dtype).flatten(1).unflatten(1, (-1, Q.size(-1))) for z in (g, y))  # (B, 2 T H D/b, b)
         with no_autocast(g.device):  # which is still on where backward is called inside it
             M = torch.bmm(g_blocks.permute(1, 2, 0), y_blocks.transpose(0, 1))
         M = M.view(T, 2, *Q.shape).sum(1)  # (T, H, D/b, b, b)
-        sums = M.cumsum(0)
-        N = torch.cat((sums[-1:].expand(ctx.start, *sums.shape[1:]), sums[-1] - sums))  # (start+T, H, D/b, b, b): N_t = Σ_{m > t} M_m
-        middles = torch.arange(ctx.start + T, dtype=omega.dtype, device=omega.device).view(-1, 1, 1, 1, 1) + 0.5
-        angles = middles * omega.unsqueeze(-2)  # (T, H, D/b, 1, b/2)
-        cos, sin = angles.cos().to(N), angles.sin().to(N)
-        K = rotate(rotate(N, cos, sin).mT.contiguous(), cos, sin).mT.sum(0).to(Q)  # Σ_t rot N_t rotᵀ, (H, D/b, b, b)
-        # Over a unit step the complex-linear part of K turns by ω_k - ω_l, the conjugate-linear one by ω_k + ω_l
-        J = torch.kron(torch.eye(b // 2), torch.tensor([[0.0, -1.0], [1.0, 0.0]])).to(K)
-        linear, conjugate = (K - J @ K @ J) / 2, (K + J @ K @ J) / 2
-        k = omega.repeat_interleave(2, -1).unsqueeze(-1)  # (H, D/b, b, 1)
-        E = linear * torch.sinc((k - k.mT) / (2 * math.pi)) + conjugate * torch.sinc((k + k.mT) / (2 * math.pi))
+        p, q, r, s = (M[..., i::2, j::2] for i in (0, 1) for j in (0, 1))  # a pair's 2×2 entries, (T, H, D/b, b/2, b/2) each
+        m = torch.arange(ctx.start, ctx.start + T, dtype=omega.dtype, device=omega.device).view(-1, 1, 1, 1, 1)
+
+        def integrated(re, im, delta):
+            """Σ_m (re + i im)_m W_m(δ), δ (H, D/b, b/2, b/2): its real and imaginary part."""
+            turns = m * (delta / (4 * math.pi))
+            half = ((turns - turns.round()) * (2 * math.pi)).to(re)  # mδ/2 without whole turns: exact in float64, cheap below
+            delta, sin = delta.to(re), half.sin()
+            length = torch.where(delta == 0, m.to(re), 2 * sin / delta)
+            cos, sin = length * half.cos(), length * sin
+            return ((re * cos - im * sin).sum(0) / 2).to(Q), ((re * sin + im * cos).sum(0) / 2).to(Q)
+
+        rows, columns = omega.unsqueeze(-1), omega.unsqueeze(-2)
+        a, b = integrated(p + s, r - q, rows - columns)
+        c, d = integrated(p - s, r + q, rows + columns)
+        E = torch.stack((a + c, d - b, b + d, a - c), -1).unflatten(-1, (2, 2)).transpose(-3, -2).reshape(Q.shape)  # blocks [[a, -b], [b, a]] + [[c, d], [d, -c]]
         return g, (Q @ E @ Q.mT / ctx.unit).to(g.device, ctx.A_dtype), None, None, None, None, None
 
 
