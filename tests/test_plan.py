@@ -99,7 +99,7 @@ def test_flops_by_hand(pos, dtype, gpu):
         frame = 8 * b * C**2  # Qᵀ W_q and Qᵀ W_k, and the same for the weights' gradient
         moments = 4 * b * C * tokens  # M_m = Σ g yᵀ of q and k
         tridiagonal = 12 * b**2 * (b - 2) + b**3  # b - 2 reflections of A from both sides and of Q from one; Q V and Q U
-        gradient = 12 * b**3  # J K J twice and Q E Qᵀ
+        gradient = 4 * b**3  # Q E Qᵀ
         added = L * (frame + moments + C // b * (tridiagonal + gradient))
     attention = count.attention or 12 * L * C * LENGTH * tokens  # alibi's dense scores on a CPU are plain products
     assert count.products == tokens * (6 * L * 12 * C**2 + 6 * VOCAB * C) + attention + added
