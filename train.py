@@ -948,6 +948,9 @@ def main() -> None:
             return print(show(plan(config, gpus=mode["gpus"] or int(os.environ.get("WORLD_SIZE", 1)), mfu=mode["mfu"], price_per_hour=mode["price_per_hour"])))
         result = train(config)
     except (ValueError, OSError) as error:
+        if dist.is_initialized():  # left so on purpose, see ranks_of: at exit, too, NCCL could wait for ranks that are not coming
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("interrupted: the last checkpoint, if there is one, is where --resume true continues", file=sys.stderr)
