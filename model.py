@@ -1,6 +1,6 @@
 """GPT-2 with a choice of positional scheme, in one file.
 
-Read it in this order: the fused loss, the rotation, the schemes (one class each), the model.
+Read it in this order: matrix products, the fused loss, the rotation, the schemes (one class each), the model.
 
 Shapes: B batch, T positions, C model width, H heads, D = C/H head width, V vocabulary, L layers.
 Channels of a head are paired as neighbours, (0,1)(2,3)…, each pair one complex number, in every scheme.
