@@ -1,6 +1,6 @@
 """GPT-2 with a choice of positional scheme, in one file.
 
-Read it in this order: the fused loss, the rotation, the schemes (one class each), the model.
+Read it in this order: matrix products, the fused loss, the rotation, the schemes (one class each), the model.
 
 Shapes: B batch, T positions, C model width, H heads, D = C/H head width, V vocabulary, L layers.
 Channels of a head are paired as neighbours, (0,1)(2,3)…, each pair one complex number, in every scheme.
@@ -19,6 +19,7 @@ import hashlib
 import inspect
 import json
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,12 +61,19 @@ def onednn_is_faster() -> bool:
     cpuinfo = Path("/proc/cpuinfo")
     family = re.search(r"AuthenticAMD\ncpu family\s*: (\d+)", cpuinfo.read_text()) if cpuinfo.is_file() else None
     amd = family is not None and int(family[1]) >= 26 and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return amd and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if not (amd and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
+    # oneDNN makes code for each shape. It and PyTorch keep 1,024 of these, 0.9 GB where lengths vary; training needs about 40.
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read at the first product
+        os.environ.setdefault(cache, "128")
+    return True
 
 
 def by_onednn(x: torch.Tensor) -> bool:
     """Whether products of the rows of x go through oneDNN: float32 on such a CPU in eager code, and rows enough to repay its set-up."""
     if x.dtype != torch.float32 or x.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    if torch._C._are_functorch_transforms_active():  # torch.func knows F.linear, and not Product
         return False
     return x.numel() >= 32 * x.size(-1) and onednn_is_faster()
 
@@ -216,13 +224,17 @@ def linear_nll(h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> 
     return nll
 
 
+LOSSES = {"mean": linear_cross_entropy, "none": linear_nll}  # by `reduction`
+
+
 # ------------------------------------------------------------------------------------------------
 # Rotation
 
 
-def rope_frequencies(width: int, base: float) -> torch.Tensor:
-    """θ_i = base^(-2i/width), i = 0 … width/2-1, in radians per token: (width/2,) float64, on the CPU."""
-    return base ** (-torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
+def rope_frequencies(width: int, base: float, device: torch.device | str = "cpu") -> torch.Tensor:
+    """θ_i = base^(-2i/width), i = 0 … width/2-1, in radians per token: (width/2,) float64. Made on `device`: a copy from
+    the host would make it wait for the GPU."""
+    return base ** (-torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
 
 
 def scale_frequencies(freqs: torch.Tensor, rule: str, factor: float, length: int, width: int, base: float) -> tuple[torch.Tensor, float]:
@@ -499,7 +511,7 @@ class Sinusoid(nn.Module):
 
     def forward(self, positions):
         device = double_device(positions.device)
-        angles = torch.outer(positions.to(device).double(), rope_frequencies(self.width, self.base).to(device))
+        angles = torch.outer(positions.to(device).double(), rope_frequencies(self.width, self.base, device))
         table = self.scale * torch.stack((angles.sin(), angles.cos()), -1).flatten(1)  # (T, C)
         return table.to(positions.device, torch.float64 if device == positions.device else torch.float32)
 
@@ -569,12 +581,12 @@ class RoPE(Attention):
             self.freqs = freqs.to(self.freqs.device, torch.float32 if self.freqs.device.type == "mps" else torch.float64)
         return self
 
-    def frequencies(self) -> torch.Tensor:
-        """(D/2,) float64 on the CPU, or the explicit (H, D/2) on their `double_device`."""
+    def frequencies(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """(D/2,), or the explicit (H, D/2): float64 on `device`."""
         if hasattr(self, "freqs"):
-            return self.freqs.to(double_device(self.freqs.device), torch.float64)
+            return self.freqs.to(device, torch.float64)
         width = round(self.fraction * self.head_width)
-        return F.pad(rope_frequencies(width, self.base), (0, (self.head_width - width) // 2))
+        return F.pad(rope_frequencies(width, self.base, device), (0, (self.head_width - width) // 2))
 
     @classmethod
     def prepare(cls, layers, ctx):
@@ -582,7 +594,7 @@ class RoPE(Attention):
         return None if layers[0].explicit else [layers[0].angles(ctx)] * len(layers)
 
     def angles(self, ctx):
-        frequencies = self.frequencies().to(double_device(ctx.device)).view(-1, self.head_width // 2)  # (1 or H, D/2)
+        frequencies = self.frequencies(double_device(ctx.device)).view(-1, self.head_width // 2)  # (1 or H, D/2)
         return ctx.cos_sin(ctx.positions.view(-1, 1, 1, 1) * frequencies)  # (T, 1, 1 or H, D/2) each
 
     def turn(self, qk, x, ctx, cache):
@@ -940,16 +952,15 @@ class ALiBi(Attention):
     """`alibi`: Press et al. 2108.12409. slope_h · (n - m) is added to the score of query m and key n, after the division
     by √D; slopes 2^(-8h/H), h = 1 … H, or the paper's interpolation where H is not a power of 2."""
 
-    def slopes(self) -> torch.Tensor:
-        """(H,) float64, on the CPU."""
+    def slopes(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """(H,) float64."""
         power = 2 ** int(math.log2(self.n_head))
-        slopes = [2 ** (-8 * h / power) for h in range(1, power + 1)]
-        slopes += [2 ** (-4 * h / power) for h in range(1, 2 * (self.n_head - power), 2)]
-        return torch.tensor(slopes, dtype=torch.float64, device="cpu")
+        h = torch.arange(1, self.n_head + 1, dtype=torch.float64, device=device)
+        return 2.0 ** (-8 / power * torch.where(h <= power, h, h - power - 0.5))  # beyond the power of 2: halfway between, ½, 3/2 …
 
     @classmethod
     def prepare(cls, layers, ctx):
-        return [layers[0].slopes().to(ctx.device, ctx.dtype)] * len(layers)
+        return [layers[0].slopes(double_device(ctx.device)).to(ctx.device, ctx.dtype)] * len(layers)
 
     def score_bias(self, ctx):
         slopes = ctx.shared
@@ -1085,9 +1096,13 @@ class GPT(nn.Module):
             self.transformer["ln_f"] = LayerNorm(config.n_embd, config.bias)
             self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer["wte"].weight
-        self.losses = {"mean": linear_cross_entropy, "none": linear_nll}
+        self.losses = dict(LOSSES)
         self.fixed = None  # the scheme's constants, within parameters_fixed
         self.initialise(seed)
+
+    def __getstate__(self):
+        """What copies and pickles have: neither compiled code, which nn.Module leaves out of the blocks' too, nor fixed constants."""
+        return super().__getstate__() | {"losses": dict(LOSSES), "fixed": None}
 
     # ---- parameters
 

@@ -299,10 +299,13 @@ def parameters(model: GPT) -> dict[str, int]:
 def devices(config: RunConfig) -> dict[str, torch.dtype]:
     """{"cuda", "cpu" or "mps": dtype of its matrix products} that a run is planned for: `auto` is a GPU, also where there is
     none yet, and what it would be here."""
-    kinds = ["cuda"] if config.device == "auto" or config.device.startswith("cuda") else []
-    if "cuda" not in config.device:
-        kinds.append(pick_device(config.device).type)
-    return {kind: torch.bfloat16 if (kind, config.dtype) == ("cuda", "auto") else pick_dtype(config.dtype, torch.device("cpu")) for kind in kinds}
+    found = {}
+    if config.device == "auto" or config.device.startswith("cuda"):  # of GPUs of which each has bfloat16
+        found["cuda"] = pick_dtype({"auto": "bfloat16", "tf32": "float32"}.get(config.dtype, config.dtype), torch.device("cpu"))
+    if "cuda" not in config.device and (config.device, config.dtype) != ("auto", "tf32"):  # which GPUs alone have
+        kind = pick_device(config.device).type
+        found.setdefault(kind, pick_dtype(config.dtype, torch.device("cpu")))
+    return found
 
 
 def add_details(p: Plan, share: int) -> None:
@@ -469,6 +472,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the GPUs' peak FLOP/s (default: 0.4)")
     parser.add_argument("--price_per_hour", type=float, help="price of one GPU for an hour")
     own, fields = parser.parse_known_args(arguments)
+    if own.schemes and (own.gpus, own.mfu, own.price_per_hour) != (None, parser.get_default("mfu"), None):
+        parser.error("--schemes is a table of FLOPs and bytes a token: it takes no --gpus, --mfu or --price_per_hour")
     config = parse(fields)
     try:
         print(scheme_table(config) if own.schemes else show(plan(config, gpus=own.gpus, mfu=own.mfu, price_per_hour=own.price_per_hour)))

@@ -1,7 +1,7 @@
 """Training speed and peak memory: each scheme relative to rope, and rope relative to nanoGPT and to transformers' GPT-2, in
 one interleaved run.
 
-    python scripts/bench.py                                  # shape `small`: 4 layers × 128, vocabulary 50,304, length 256, batch 16
+    python scripts/bench.py [train]                          # shape `small`: 4 layers × 128, vocabulary 50,304, length 256, batch 16
     python scripts/bench.py --shape all --nanogpt ../nanoGPT   # every shape of SHAPES, beside a clone of karpathy/nanoGPT
     python scripts/bench.py --shape bytes --schemes carope   # the quickstart's size; also --n_layer, --batch … one by one
     python scripts/bench.py data --source …                  # preparation of data; scripts/bench_data.py
@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import importlib.util
 import io
+import itertools
 import json
 import multiprocessing
 import statistics
@@ -27,9 +28,10 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
+import torch
 import yaml
 
-from model import SCHEMES, nearest
+from model import GPT, Block, GPTConfig, resolve
 
 FIELDS = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "batch")
 SHAPES = {  # FIELDS, and steps a round
@@ -59,16 +61,22 @@ def nanogpt(folder: str):
 
 
 def scheme_of(variant: str) -> tuple[str, dict]:
-    """A variant "comrope block=2 kind=ld" as a scheme and its options."""
-    scheme, *options = variant.split()
+    """A variant "comrope block=2 kind=ld" as a scheme and its options. ValueError for one of another form."""
+    scheme, *options = variant.split() or [""]
+    if odd := [option for option in options if "=" not in option]:
+        raise ValueError(f"{odd[0]!r} is no option=value")
     return scheme, {k: yaml.safe_load(v) for k, v in (o.split("=", 1) for o in options)}
+
+
+def check(variant: str, shape: dict) -> None:
+    """ValueError for what no model can be built of."""
+    pos, options = scheme_of(variant)
+    with torch.device("meta"):
+        Block(resolve(GPTConfig(pos=pos, pos_options=options, **{k: v for k, v in shape.items() if k != "batch"})))
 
 
 def work(variant: str, shape: dict, args: argparse.Namespace, pipe) -> None:
     """A process: builds one model, then answers each number of steps n with (seconds, of these in the optimizer, peak bytes)."""
-    import torch
-
-    from model import GPT, GPTConfig
     from train import autocast, peak_memory, pick_device, pick_dtype
 
     device = pick_device(args.device)
@@ -138,7 +146,7 @@ def measure(variants: list[str], shape: dict, steps: int, args: argparse.Namespa
             try:
                 pipes[variant].send(steps)
                 elapsed, optimizing, memory[variant] = pipes[variant].recv()
-            except (EOFError, BrokenPipeError):
+            except (EOFError, OSError):
                 sys.exit(f"error: {variant} failed; its message is above")
             if round_:
                 seconds[variant].append(elapsed / steps)
@@ -173,8 +181,6 @@ def rows(name: str, shape: dict, variants: list[str], seconds: dict, model_secon
 
 def record(shape: dict, steps: int, seconds: dict, memory: dict, args: argparse.Namespace) -> dict:
     """What --json writes: every round's seconds a step by variant, and the conditions."""
-    import torch
-
     from train import pick_device
 
     device = pick_device(args.device)
@@ -210,7 +216,7 @@ def main() -> None:
     parser.add_argument("--nanogpt", metavar="DIR", help="a folder with nanoGPT's model.py, to compare with")
     parser.add_argument("--no_peer", action="store_true", help="leave transformers out (it is in requirements-dev.txt)")
     parser.add_argument("--json", type=Path, help="where to write the seconds of every round; of one shape")
-    args = parser.parse_args()
+    args = parser.parse_args(sys.argv[2:] if sys.argv[1:2] == ["train"] else None)
     own = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
     for name, value in {**own, "rounds": args.rounds, "steps": args.steps, "threads": args.threads}.items():
         if value is not None and value < 1:
@@ -221,15 +227,17 @@ def main() -> None:
         parser.error(f"--{next(iter(own))} changes one shape, and --shape all names every one")
     if args.nanogpt is not None and not (Path(args.nanogpt) / "model.py").is_file():
         parser.error(f"--nanogpt {args.nanogpt}: no model.py there; expected a clone of https://github.com/karpathy/nanoGPT")
-    for scheme in (variant.split(" ")[0] for variant in args.schemes):
-        if scheme not in SCHEMES:
-            parser.error(f"no scheme {scheme!r}{nearest(scheme, SCHEMES)} (schemes: {', '.join(SCHEMES)})")
+    shapes = {name: dict(zip(FIELDS, SHAPES[name][0])) | own for name in (SHAPES if args.shape == "all" else [args.shape])}
+    for variant, (name, shape) in itertools.product([BASELINE, *args.schemes], shapes.items()):
+        try:
+            check(variant, shape)
+        except ValueError as error:
+            parser.error(f"{variant!r} of shape {name}: {error}")
 
     lines = []
-    for name in SHAPES if args.shape == "all" else [args.shape]:
-        values, steps = SHAPES[name]
-        shape = dict(zip(FIELDS, values)) | own
-        beside = [*(s for s in args.schemes if s != BASELINE), *(["nanogpt"] if args.nanogpt else []), *([] if args.no_peer else ["transformers"])]
+    for name, shape in shapes.items():
+        steps = SHAPES[name][1]
+        beside = [*(s for s in dict.fromkeys(args.schemes) if s != BASELINE), *(["nanogpt"] if args.nanogpt else []), *([] if args.no_peer else ["transformers"])]
         variants = [BASELINE, *(v for v in beside if args.shape != "all" or v in TARGETS[name])]
         label = name if not own else ", ".join(f"{k} {v}" for k, v in shape.items())
         seconds, model_seconds, memory = measure(variants, shape, args.steps or steps, args)

@@ -1,5 +1,8 @@
 """GPT.compile_parts and GPT.parameters_fixed, in the loop that training has: micro-batches, validation, optimizer steps."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,6 +10,7 @@ from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 
 import model as model_module
+from model import GPT
 from test_model import BLOCK, COMPILED, build, close, gradients, loss_and_gradients, tokens
 
 
@@ -114,6 +118,23 @@ def test_compiled_parts_under_ddp(case):
         assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+def test_copies_are_eager_and_hold_no_constants(duplicate):
+    """A copy made of a compiled model, within parameters_fixed, computes with its own parameters."""
+    model, idx, targets = build("comrope", torch.float32), tokens(BLOCK), tokens(BLOCK, seed=1)
+    model.compile_parts(backend="eager")
+    with model.parameters_fixed():
+        expected = model(idx, targets)[1]
+        twin = duplicate(model)
+    graphs = counters["stats"]["unique_graphs"]
+    close(twin(idx, targets)[1], expected, atol=1e-5)
+    for block in twin.transformer["h"]:
+        block.attn.P.data.mul_(1.5)
+    fresh = GPT(twin.config)
+    fresh.load_state_dict(twin.state_dict())
+    assert torch.equal(twin(idx)[0], fresh(idx)[0]) and counters["stats"]["unique_graphs"] == graphs
 
 
 def test_flex_attention_in_compiled_blocks(monkeypatch):

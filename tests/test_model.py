@@ -3,18 +3,23 @@
 Where exactness matters the models are float64 with random weights, large enough that positions matter.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import itertools
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import model as model_module
 import reference
@@ -1135,6 +1140,32 @@ def test_mean_without_grad_forms_no_gradients():
     assert count.products == 1
 
 
+class FromHost(TorchDispatchMode):
+    """Counts the tensors that are copied from the CPU to another device."""
+
+    copies = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        inputs = {t.device.type for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        self.copies += "cpu" in inputs and isinstance(out, torch.Tensor) and out.device.type != "cpu"
+        return out
+
+
+@all_cases
+def test_a_training_pass_copies_nothing_from_the_host(case, monkeypatch):
+    """A copy to a GPU from ordinary memory makes the host wait until the GPU has done all work before it. Meta tensors stand for the GPU's."""
+    monkeypatch.setattr(model_module, "no_autocast", lambda device: contextlib.nullcontext())  # meta tensors have no autocast
+    monkeypatch.setattr(model_module, "head_dtype", lambda h: h.dtype)
+    model, idx = build(case, torch.float32).to("meta"), tokens(BLOCK).to("meta")
+    with FromHost() as copied:
+        model(idx, idx)[1].backward()
+    assert copied.copies == 0
+    with FromHost() as copied:
+        torch.ones(3).to("meta")
+    assert copied.copies == 1
+
+
 # ------------------------------------------------------------------------------------------------
 # torch.compile and autocast
 
@@ -1486,3 +1517,38 @@ def test_float32_models_of_both_libraries(case, library, rows):
     close(model(idx, targets, reduction="none")[1].double(), exact(idx, targets, reduction="none")[1], atol=1e-3)
     again = loss_and_gradients(model, model, idx, targets)
     assert torch.equal(again[0], found[0]) and all(torch.equal(again[1][name], found[1][name]) for name in found[1])
+
+
+def test_per_sample_gradients_by_torch_func(library):
+    """torch.func's grad and vmap over a layer, whichever library multiplies otherwise."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(shape, generator=generator) for shape in ((3, 40, 8), (5, 8)))
+    found = torch.func.vmap(torch.func.grad(lambda w, x: model_module.linear(x, w).square().sum()), (None, 0))(w, x)
+    close(found, torch.stack([2 * (x_i @ w.t()).t() @ x_i for x_i in x]), rtol=1e-4, atol=1e-4)
+
+
+LENGTHS = """
+import resource, sys, torch
+from model import GPT, GPTConfig, onednn_is_faster
+torch.set_num_threads(1)
+if not onednn_is_faster():
+    sys.exit()
+model = GPT(GPTConfig(block_size=256, vocab_size=500, n_layer=1, n_head=2, n_embd=64))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+idx = torch.randint(500, (1, 256))
+model(idx, idx)[1].backward()
+before = peak()
+for length in range(60, 160):
+    model(idx[:, :length], idx[:, :length])[1].backward()
+print(peak() - before)
+"""
+
+
+def test_memory_does_not_grow_with_the_number_of_lengths():
+    """oneDNN keeps code for every shape that it has seen. In a process of its own: the limit is read once."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")}
+    done = subprocess.run([sys.executable, "-c", LENGTHS], capture_output=True, text=True, cwd=Path(model_module.__file__).parent, env=environment)
+    assert done.returncode == 0, done.stderr
+    if not done.stdout:
+        pytest.skip("products do not go through oneDNN on this CPU")
+    assert float(done.stdout) < 350  # MB; 700 without the limit

@@ -323,6 +323,16 @@ def test_config_out_of_range():
         plan(run(device="gpu"))
 
 
+def test_dtypes_of_a_gpu_that_is_not_here():
+    """tf32 is float32 in memory, and of GPUs alone; `auto` is bfloat16 on a GPU."""
+    tiny = dict(n_layer=1, n_head=1, n_embd=16, block_size=32, vocab_size=64, batch_tokens=64, micro_batch_size=2)
+    expected = plan(run(**tiny, device="cuda", dtype="float32")).memory
+    assert plan(run(**tiny, device="cuda", dtype="tf32")).memory == plan(run(**tiny, device="auto", dtype="tf32")).memory == expected
+    assert plan(run(**tiny, device="cuda")).memory == plan(run(**tiny, device="cuda", dtype="bfloat16")).memory != expected
+    with pytest.raises(ValueError, match="tf32 needs a CUDA device"):
+        plan(run(**tiny, device="cpu", dtype="tf32"))
+
+
 # ---- text
 
 
@@ -350,5 +360,8 @@ def test_scheme_table(capsys):
         assert rows[pos][0] == f"{count:,}" and rows[pos][2] == f"{count - GPT(GPTConfig(128, 320, 2, 2, 64)).parameter_count():+,}"
     assert rows["carope"][4] == f"{6 * 2 * 64 * 2:,}" and rows["crope"][4] == "0"
     assert rows["rope"][-1] == "1.000 |"
+    with pytest.raises(SystemExit):
+        main(["--schemes", "--gpus", "8"])
+    assert "takes no --gpus" in capsys.readouterr().err
     with pytest.raises(ValueError, match="no scheme 'alibbi'.*alibi"):
         scheme_table(RunConfig(), ["alibbi"])
