@@ -92,8 +92,9 @@ def test_compiled_blocks_under_ddp_with_accumulation(make, driver, tmp_path):
     fields = dict(max_steps=10, micro_batch_size=2, n_layer=2)
     eager, compiled = make("eager", **fields), make("compiled", compile=True, **fields)
     train(eager)
-    status, _, err = finish(start(torchrun(driver, compiled), tmp_path, BACKEND="aot_eager"))
+    status, _, err = finish(start(torchrun(driver, compiled), tmp_path, BACKEND="aot_eager", COUNT="1"))
     assert status == 0, err
+    assert err.count("reductions: 10\n") == 2  # on each rank once a step, of two micro-steps
     assert environments(compiled.out_dir)[0]["compile"]
     for key in ("train/loss", "val/loss", "grad_norm"):
         assert losses(compiled.out_dir, key) == pytest.approx(losses(eager.out_dir, key), rel=1e-5)

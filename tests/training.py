@@ -201,6 +201,20 @@ def counted(*a):
         os.kill(os.getpid(), signal.SIGUSR1)
     return to_device(*a)
 train.find_state, train.learning_rate, train.to_device = slow_find_state, hooked, counted
+if os.environ.get("COUNT"):
+    import atexit
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+    reductions = 0
+    class Counting(train.DistributedDataParallel):  # reductions of all gradients over ranks
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            self.register_comm_hook(None, reduce)
+    def reduce(state, bucket):
+        global reductions
+        reductions += bucket.is_last()
+        return default_hooks.allreduce_hook(None, bucket)
+    atexit.register(lambda: print("reductions:", reductions, file=sys.stderr))
+    train.DistributedDataParallel = Counting
 if backend := os.environ.get("BACKEND"):
     parts, train.compiler_works = model.GPT.compile_parts, lambda device: True
     model.GPT.compile_parts = lambda self: parts(self, backend=backend)
