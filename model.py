@@ -63,7 +63,7 @@ def onednn_is_faster() -> bool:
     amd = family is not None and int(family[1]) >= 26 and torch.backends.cpu.get_cpu_capability() == "AVX512"
     if not (amd and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
-    # oneDNN makes code for each shape. It and PyTorch keep 1,024 of these, 0.9 GB where lengths vary; training needs about 40.
+    # oneDNN makes code for each shape. It and PyTorch keep 1,024 of these, 0.9 GB where lengths vary; training needs about 30.
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read at the first product
         os.environ.setdefault(cache, "128")
     return True
