@@ -120,6 +120,11 @@ class RunConfig:
         return GPTConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(GPTConfig)})
 
 
+def padded_vocabulary(vocab_size: int) -> int:
+    """The vocabulary that a model gets for that of its data: the next multiple of 64, for the speed of matrix products."""
+    return -(-vocab_size // 64) * 64
+
+
 class Parser(ArgumentParser):
     """jsonargparse with the nearest valid name in its errors."""
 

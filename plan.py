@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import model as model_file
-from config import RunConfig, check, parse
+from config import RunConfig, check, padded_vocabulary, parse
 from data.shards import open_data
 from model import GPT, MLP, SCHEMES, Attention, GPTConfig, LayerNorm, nearest
 from train import PEAK_FLOPS, Ranks, autocast, make_optimizer, pick_device, pick_dtype, resolve_batch
@@ -241,7 +241,7 @@ def plan(
 
     data = open_data(config.data_dir, verify=False) if Path(config.data_dir).is_dir() else None
     tokenizer = data.vocab_size if data else vocab_size or GPT2_VOCABULARY
-    assumed, vocabulary = not data and config.vocab_size is None, config.vocab_size or -(-tokenizer // 64) * 64
+    assumed, vocabulary = not data and config.vocab_size is None, config.vocab_size or padded_vocabulary(tokenizer)
     if data and vocabulary < tokenizer:
         raise ValueError(f"vocab_size {vocabulary} is smaller than the {tokenizer} of {config.data_dir}")
     share, micro = resolve_batch(config, Ranks(0, gpus, 0))
@@ -414,7 +414,7 @@ def show(p: Plan) -> str:
     elif p.products:
         lines += ["", "memory: no estimate for MPS, whose attention differs"]
 
-    lines += ["", f"expected time at an MFU of {p.mfu:g}" + (f", cost at {p.price_per_hour:g} per GPU-hour" if p.price_per_hour is not None else "")]
+    lines += ["", f"expected time at an MFU of {p.mfu:g} (of the dense bfloat16 peak, whatever the dtype)" + (f", cost at {p.price_per_hour:g} per GPU-hour" if p.price_per_hour is not None else "")]
     rows = []
     for gpu, hours in p.hours.items():
         for n, h in dict(zip((1, p.gpus), hours)).items():
@@ -440,7 +440,7 @@ def scheme_table(config: RunConfig, schemes: list[str] | None = None) -> str:
     check(config)
     _, rows = resolve_batch(config, Ranks())
     tokens = rows * config.block_size
-    shape = dataclasses.replace(config, vocab_size=config.vocab_size or -(-GPT2_VOCABULARY // 64) * 64, pos_options={}).model_config()
+    shape = dataclasses.replace(config, vocab_size=config.vocab_size or padded_vocabulary(GPT2_VOCABULARY), pos_options={}).model_config()
 
     def row(scheme):
         run = simulate(dataclasses.replace(shape, pos=scheme), rows, torch.bfloat16, gpu=True)

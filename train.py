@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-from config import RunConfig, check, parse, write_yaml
+from config import RunConfig, check, padded_vocabulary, parse, write_yaml
 from data.shards import Data, DataError, Split, WindowOrder, batch, open_data
 from data.tokenizer import load_tokenizer
 from model import GPT, resolve
@@ -538,7 +538,7 @@ def train(config: RunConfig) -> dict:
 def with_vocabulary(config: RunConfig, data: Data) -> RunConfig:
     """The config with vocab_size: the data's, rounded up to a multiple of 64, where it is not set. ValueError if it is too small."""
     if config.vocab_size is None:
-        config = dataclasses.replace(config, vocab_size=-(-data.vocab_size // 64) * 64)
+        config = dataclasses.replace(config, vocab_size=padded_vocabulary(data.vocab_size))
     if config.vocab_size < data.vocab_size:
         raise ValueError(f"vocab_size {config.vocab_size} is smaller than the {data.vocab_size} of {config.data_dir}")
     return config

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import report
 from checkpoint import step_files, write_atomically
-from config import RunConfig
+from config import RunConfig, padded_vocabulary
 from data.shards import open_data
 from train import peak_flops
 
@@ -59,7 +59,7 @@ def cost(run: Run) -> tuple[int, int, int]:
             n = open_data(local(config.data_dir), verify=False).vocab_size
         except (OSError, ValueError):
             n = 257 if config.data_dir.endswith("-byte") else 50257
-        config.vocab_size = -(-n // 64) * 64
+        config.vocab_size = padded_vocabulary(n)
     parameters, flops = model_cost(config)
     tokens = config.max_steps * config.batch_tokens
     return parameters, tokens, flops * tokens

@@ -22,7 +22,7 @@ sys.path.insert(0, str(REPO))
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from config import RunConfig, check, parse
+from config import RunConfig, check, padded_vocabulary, parse
 from data.shards import batch, open_data
 from model import GPT, SCHEMES
 from train import Ranks, autocast, make_optimizer, pick_device, pick_dtype, resolve_batch
@@ -73,7 +73,7 @@ def batches(config: RunConfig, device: torch.device) -> tuple[RunConfig, list]:
     share, micro = resolve_batch(config, Ranks())
     has_data = (Path(config.data_dir) / "manifest.json").is_file()
     data = open_data(config.data_dir) if has_data else None
-    vocab_size = config.vocab_size or (-(-data.vocab_size // 64) * 64 if has_data else 50304)
+    vocab_size = config.vocab_size or padded_vocabulary(data.vocab_size if has_data else 50257)
     T, generator = config.block_size, torch.Generator().manual_seed(0)
     pairs = []
     for i in range(0, share, micro):
