@@ -10,3 +10,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell starts background jobs with Ctrl-C ignored, which would pass on to the programs that the tests interrupt
 if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+SLOWEST = ("test_train_ranks.py", "test_model.py", "test_sweep.py", "test_train_faults.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first: each is one process's work, and the last one to start must not be the longest."""
+    items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))

@@ -168,8 +168,9 @@ runpy.run_path({str(REPO / "train.py")!r}, run_name="__main__")
 def test_the_job_script_requeues_what_was_interrupted(make, tmp_path, ends):
     """scripts/train.sbatch with stand-ins: srun runs the command and, like Slurm's, answers SIGTERM with SIGKILL for it; scancel
     signals the command; scontrol notes its arguments."""
-    tools = tmp_path / "tools"
-    tools.mkdir()
+    tools, submitted = tmp_path / "tools", tmp_path / "submitted"
+    tools.mkdir(), submitted.mkdir()
+    (submitted / "train.py").symlink_to(REPO / "train.py")  # without the .venv that the repository may have, whose torchrun would be taken
     config = make(max_steps=100_000 if ends == "interrupted" else 12, schedule="constant", **({"learning_rate": -1.0} if ends == "failed" else {}))
     srun = 'while [ "${1#--}" != "$1" ]; do shift; done\n"$@" &\necho $! > $TASK\ntrap "kill -KILL $!" TERM\nwait $!\n'
     (tools / "srun").write_text(f"#!/bin/sh\n{srun}")
@@ -179,7 +180,7 @@ def test_the_job_script_requeues_what_was_interrupted(make, tmp_path, ends):
     for tool in tools.iterdir():
         tool.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "here", "OMP_NUM_THREADS": "1"}
-    environment |= {"SLURM_SUBMIT_DIR": str(REPO), "SLURM_GPUS_ON_NODE": "1", "TASK": str(tmp_path / "task")}
+    environment |= {"SLURM_SUBMIT_DIR": str(submitted), "SLURM_GPUS_ON_NODE": "1", "TASK": str(tmp_path / "task")}
     given = [a for a in arguments(config)]
     process = subprocess.Popen(["bash", REPO / "scripts" / "train.sbatch", *given], env=environment, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if ends == "interrupted":
