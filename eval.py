@@ -35,7 +35,7 @@ from model import GPT, SCALINGS, SCHEMES, Attention, by_onednn, chunk_rows, head
 from pretrained import Pretrained
 from probe import KEY, VALUE, filler_tokens, make_trials
 from record import start_wandb
-from train import Ranks, autocast, pick_device, ranks_of
+from devices import Ranks, autocast, pick_device, ranks_of
 from windows import PROTOCOLS, Windows, choose_targets, windows_of
 
 FIGURES = ("nats_per_token", "perplexity", "bits_per_byte", "accuracy", "tokens", "documents", "interval", "per_document")

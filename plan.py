@@ -26,8 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 import model as model_file
 from config import RunConfig, check, padded_vocabulary, parse
 from data.shards import open_data
+from devices import PEAK_FLOPS, Ranks, autocast, pick_device, pick_dtype
 from model import GPT, MLP, SCHEMES, Attention, GPTConfig, LayerNorm, nearest
-from train import PEAK_FLOPS, Ranks, autocast, make_optimizer, pick_device, pick_dtype, resolve_batch
+from train import make_optimizer, resolve_batch
 
 GPUS = ("A100", "H100")
 CARDS = (80, 40, 24)  # GB, 10^9 bytes: what this leaves of a card's GiB, 7 %, is for CUDA's context and the allocator's gaps

@@ -77,7 +77,7 @@ def check(variant: str, shape: dict) -> None:
 
 def work(variant: str, shape: dict, args: argparse.Namespace, pipe) -> None:
     """A process: builds one model, then answers each number of steps n with (seconds, of these in the optimizer, peak bytes)."""
-    from train import autocast, peak_memory, pick_device, pick_dtype
+    from devices import autocast, peak_memory, pick_device, pick_dtype
 
     device = pick_device(args.device)
     if args.threads or device.type == "cpu":
@@ -181,7 +181,7 @@ def rows(name: str, shape: dict, variants: list[str], seconds: dict, model_secon
 
 def record(shape: dict, steps: int, seconds: dict, memory: dict, args: argparse.Namespace) -> dict:
     """What --json writes: every round's seconds a step by variant, and the conditions."""
-    from train import pick_device
+    from devices import pick_device
 
     device = pick_device(args.device)
     name, threads = (torch.cuda.get_device_name(device), args.threads) if device.type == "cuda" else (device.type, args.threads or 1)

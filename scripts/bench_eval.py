@@ -29,7 +29,7 @@ def work(variant: str, length: int, scored: int, args: argparse.Namespace, pipe)
     import numpy as np
     import torch
 
-    from train import peak_memory, pick_device
+    from devices import peak_memory, pick_device
 
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -16,7 +16,8 @@ sys.path.insert(0, str(REPO))
 
 from config import check, parse
 from data.shards import open_data
-from train import Feed, Ranks, pick_device, resolve_batch
+from devices import Ranks, pick_device
+from train import Feed, resolve_batch
 
 ROUNDS, TOKENS = 7, 2**21  # a round reads at least so many tokens
 

@@ -12,7 +12,7 @@ import torch
 import checkpoint
 from data.tokenizer import load_tokenizer
 from model import SCHEMES
-from train import pick_device
+from devices import pick_device
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ import checkpoint
 import model as model_module
 from data.shards import batch, open_data
 from eval import write_json
-from train import pick_device
+from devices import pick_device
 
 
 def shifted(offset: int) -> type:

@@ -42,7 +42,7 @@ import report
 from checkpoint import step_files, write_atomically
 from config import RunConfig, padded_vocabulary
 from data.shards import open_data
-from train import peak_flops
+from devices import peak_flops
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 INTERRUPTED = 75  # EX_TEMPFAIL: started again, it goes on

@@ -24,8 +24,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from config import RunConfig, check, padded_vocabulary, parse
 from data.shards import batch, open_data
+from devices import Ranks, autocast, pick_device, pick_dtype
 from model import GPT, SCHEMES
-from train import Ranks, autocast, make_optimizer, pick_device, pick_dtype, resolve_batch
+from train import make_optimizer, resolve_batch
 
 FORWARD = ("embedding", "norms", "positions", "attention: projection", "attention: turn", "attention: sdpa", "attention: output", "MLP", "loss head", "other forward")
 STEP = ("accumulation of gradients", "other backward", "clip", "optimizer", "rest")

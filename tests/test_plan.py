@@ -16,7 +16,8 @@ from data.prepare import prepare
 from data.shards import open_data
 from model import GPT, SCHEMES, GPTConfig, chunk_rows
 from plan import main, memory, plan, scheme_table, show, simulate
-from train import autocast, make_optimizer
+from devices import autocast
+from train import make_optimizer
 
 CPU = torch.device("cpu")
 # Shape of the small models. The vocabulary is large enough for the loss head to work in chunks: 2^23 / 20,032 = 418 rows

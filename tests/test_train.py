@@ -30,7 +30,8 @@ from config import RunConfig, check, parse, write_yaml
 from data.prepare import prepare
 from data.shards import WindowOrder, batch, open_data
 from model import GPT, SCHEMES, GPTConfig
-from train import Ranks, Validation, learning_rate, main, make_optimizer, resolve_batch, train
+from devices import Ranks
+from train import Validation, learning_rate, main, make_optimizer, resolve_batch, train
 from training import CPU, ENVIRONMENT, REPO, TIMES, arguments, at_step, crash, finish, folders, kill, last, losses, make, metrics, one_thread, plain, same, same_run, start, wait_for_lines, write_text  # noqa: F401
 
 # ---- the same command, the same bits

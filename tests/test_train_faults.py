@@ -23,7 +23,8 @@ from data.prepare import prepare
 from data.shards import WindowOrder, batch, fingerprint, open_data, write_manifest
 from model import GPT
 from record import Log
-from train import Feed, Ranks, Training, Validation, largest_micro_batch, main, train
+from devices import Ranks
+from train import Feed, Training, Validation, largest_micro_batch, main, train
 from training import CPU, REPO, arguments, at_step, crash, environments, finish, folders, kill, last, losses, make, metrics, one_thread, plain, same, same_run, start, write_text  # noqa: F401
 
 # ---- what is due at the moment of an interruption

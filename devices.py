@@ -1,0 +1,202 @@
+"""Where a program runs: its ranks under torchrun, its device and dtype, and copies between host and device."""
+
+import contextlib
+import dataclasses
+import datetime
+import gc
+import os
+import re
+import resource
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from record import first_line
+
+# Peak dense FLOP/s of a GPU by a word of its name (NVIDIA's data sheets): bfloat16; float16 for the V100
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "V100": 125e12, "4090": 165e12}
+
+
+# ---- ranks
+
+
+@dataclasses.dataclass
+class Ranks:
+    """This process among those of torchrun; alone without it."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """In-place sum over ranks."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def max(self, tensor: torch.Tensor) -> torch.Tensor:
+        """In-place maximum over ranks."""
+        if self.world > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor
+
+    def first(self, value):
+        """The first rank's value (a plain object), on every rank."""
+        if self.world > 1:
+            box = [value]
+            dist.broadcast_object_list(box)
+            return box[0]
+        return value
+
+    def check_equal(self, number: int, device: torch.device, what: str) -> None:
+        """ValueError on every rank unless all have the same number."""
+        if self.world > 1:
+            extremes = torch.tensor([number, -number], device=device)
+            dist.all_reduce(extremes, dist.ReduceOp.MAX)
+            if extremes.sum() != 0:
+                raise ValueError(f"the ranks do not agree on {what}")
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.world > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def ranks_of(device_name: str, timeout: float = 600.0, tf32: bool = False):
+    """Join torchrun's process group, where there is one, with NCCL for CUDA and gloo elsewhere; yields (Ranks, device). Ranks
+    wait `timeout` seconds for one another; RankError where one is gone."""
+    ranks = Ranks(*(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
+    device = pick_device(device_name, ranks)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # TF32 only where asked: under bfloat16 the few products left in float32 make phases, and TF32 would cost them 100 times their error
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+    if ranks.world > 1:
+        cuda, wait = device.type == "cuda", datetime.timedelta(seconds=timeout)
+        store = fresh_store(ranks, wait)
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=ranks.rank, world_size=ranks.world, device_id=device if cuda else None, timeout=wait)
+    try:
+        yield ranks, device
+    except RuntimeError as error:
+        if ranks.world > 1 and lost_rank(error):
+            raise RankError(
+                f"rank {ranks.rank} of {ranks.world} lost another rank, which has died or has not answered for {timeout:g} s (rank_timeout); "
+                f"look at what that one said, and continue with --resume true ({first_line(error)})"
+            ) from error
+        raise
+    finally:
+        # NCCL's teardown is a collective: a rank that failed alone would wait in it for the others before it had said what went wrong
+        if ranks.world > 1 and (device.type != "cuda" or sys.exception() is None):
+            gc.collect()  # DDP, in reference cycles, would keep the group's threads alive: an abort at exit, about one run in six
+            dist.destroy_process_group()
+
+
+def fresh_store(ranks: Ranks, timeout: datetime.timedelta) -> dist.Store:
+    """Where the ranks find one another. torchrun keeps one store over its restarts, in which a restarted rank finds the dead ones'
+    addresses (pytorch #135712, #167288): each restart gets its own part of it. Over several nodes the restarts are not counted
+    alike, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun does the same (scripts/train.sbatch)."""
+    store, *_ = next(iter(dist.rendezvous("env://", ranks.rank, ranks.world, timeout=timeout)))
+    one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(ranks.world)
+    return dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store) if one_node else store
+
+
+class RankError(ValueError):
+    """Another rank has died or hangs."""
+
+
+def lost_rank(error: RuntimeError) -> bool:
+    """Whether an error is that of a collective operation whose partner is gone."""
+    words = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL", "Socket Timeout")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+
+
+# ---- device and dtype
+
+
+def pick_device(name: str, ranks: Ranks | None = None) -> torch.device:
+    """The device called `name`; `auto` is cuda, else mps, else cpu; a rank takes the GPU of its local number."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", ranks.local if ranks else 0)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    if name == "tf32":
+        if device.type != "cuda":
+            raise ValueError(f"dtype tf32 needs a CUDA device, not {device.type}: choose float32")
+        return torch.float32
+    return getattr(torch, name)
+
+
+def autocast(device: torch.device, dtype: torch.dtype):
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def compiler_works(device: torch.device) -> bool:
+    """Whether torch.compile can build anything on this machine; warns where not."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
+        return True
+    except Exception as error:
+        print(f"warning: torch.compile does not work here, training goes on without it: {first_line(error)}", file=sys.stderr)
+        return False
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the allocator's peak on CUDA, else the process's peak resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """FLOP/s of the device where they are known, else None."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    words = re.split("[ -]", name)
+    if "PCIe" in words and "H100" in words:
+        return 756e12
+    return next((flops for word, flops in PEAK_FLOPS.items() if word in words), None)
+
+
+# ---- between host and device
+
+
+def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """In memory from which a GPU copies by itself."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def to_device(arrays, device: torch.device) -> list[torch.Tensor]:
+    return [pinned(torch.from_numpy(a), device).to(device, non_blocking=True) for a in arrays]
+
+
+def to_host(values: torch.Tensor) -> Callable[[], list[float]]:
+    """Start to copy a few numbers to the host; the function that is returned waits for them."""
+    if values.device.type != "cuda":
+        return values.tolist
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> list[float]:
+        arrived.synchronize()
+        return host.tolist()
+
+    return wait
