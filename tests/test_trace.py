@@ -43,8 +43,7 @@ def test_trace(pos, run, tmp_path):
     assert min(ms for ms, _ in rows.values()) >= 0
     for part in ("attention: projection", "attention: turn", "attention: sdpa", "attention: output", "MLP", "norms"):
         assert rows[part][0] > 0 and rows[f"{part} (backward)"][0] > 0, part
-    assert rows["loss head"][0] > rows["loss head (backward)"][0]  # which forms its gradients in the forward pass
-    assert rows["optimizer"][0] > 0 and rows["clip"][0] > 0
+    assert rows["loss head"][0] > 0 and rows["optimizer"][0] > 0 and rows["clip"][0] > 0
 
     names = [event.get("name") for event in json.loads(out.read_text())["traceEvents"]]
     assert names.count("part/rest") == 2 and names.count("part/optimizer") == 2
