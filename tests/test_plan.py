@@ -18,6 +18,7 @@ from model import GPT, SCHEMES, GPTConfig, chunk_rows
 from plan import main, memory, plan, scheme_table, show, simulate
 from devices import autocast
 from train import make_optimizer
+from training import one_thread  # noqa: F401
 
 CPU = torch.device("cpu")
 # Shape of the small models. The vocabulary is large enough for the loss head to work in chunks: 2^23 / 20,032 = 418 rows
@@ -25,14 +26,6 @@ ROWS, LENGTH, LAYERS, HEADS, WIDTH, VOCAB = 5, 96, 3, 2, 64, 20032
 SHAPE = GPTConfig(block_size=LENGTH, vocab_size=VOCAB, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH)
 SMALL = RunConfig(block_size=1024, data_dir="nowhere")  # GPT-2 small, 19,000 steps of 524,288 tokens
 schemes = pytest.mark.parametrize("pos", SCHEMES)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run(**fields):
