@@ -1,6 +1,7 @@
 """Run a grid: every arm with every seed, trained, evaluated, and put into one table with intervals and one figure.
 
     python scripts/sweep.py GRID.yaml --plan --price_per_hour 2.5        # runs, FLOPs, hours and cost, before anything starts
+    python scripts/sweep.py GRID.yaml --plan --gpu H100 --parallel 8     # the same for eight H100 that are elsewhere, a run each
     python scripts/sweep.py GRID.yaml --out runs/mine                    # CPU cores, or one run a GPU
     python scripts/sweep.py GRID.yaml --parallel 2 --threads 1           # two runs at a time of one thread each
     python scripts/sweep.py GRID.yaml --ranks 8                          # each run by torchrun on 8 GPUs
@@ -40,29 +41,24 @@ from tqdm import tqdm
 
 import report
 from checkpoint import step_files, write_atomically
-from config import RunConfig, padded_vocabulary
-from data.shards import open_data
-from devices import peak_flops
+from config import RunConfig
+from devices import PEAK_FLOPS, peak_flops
+from plan import Plan
+from plan import plan as run_plan
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+LAUNCH = 2e-3  # seconds a layer: what a GPU's host needs at least for the kernels of a forward and backward pass; a guess, for --plan
 INTERRUPTED = 75  # EX_TEMPFAIL: started again, it goes on
 
 
 # ---- what it will cost
 
 
-def cost(run: Run) -> tuple[int, int, int]:
-    """(parameters, training tokens, training FLOPs) of a run. Where the data are not there yet, the vocabulary is its tokenizer's."""
-    config = RunConfig(**run.fields)
-    if config.vocab_size is None:
-        try:
-            n = open_data(local(config.data_dir), verify=False).vocab_size
-        except (OSError, ValueError):
-            n = 257 if config.data_dir.endswith("-byte") else 50257
-        config.vocab_size = padded_vocabulary(n)
-    parameters, flops = model_cost(config)
-    tokens = config.max_steps * config.batch_tokens
-    return parameters, tokens, flops * tokens
+def cost(run: Run, ranks: int = 1) -> Plan:
+    """The Plan of a run (plan.py). Where the data are not there yet, the vocabulary is its tokenizer's. ValueError for what could
+    not be run, such as a batch that does not divide over the ranks."""
+    config = RunConfig(**{**run.fields, "data_dir": local(run.fields.get("data_dir", RunConfig.data_dir))})
+    return run_plan(config, gpus=ranks, vocab_size=257 if config.data_dir.endswith("-byte") else None, details=False)
 
 
 def shape_of(run: Run) -> str:
@@ -71,53 +67,79 @@ def shape_of(run: Run) -> str:
 
 def flops_per_second(args) -> tuple[float, str]:
     """A guess at what one run computes a second, and where it is from. Runs that there are tell more: see `plan`."""
-    peak = peak_flops(torch.device("cuda")) if torch.cuda.is_available() else None
+    peak = PEAK_FLOPS[args.gpu] if args.gpu else peak_flops(torch.device("cuda")) if torch.cuda.is_available() else None
     if peak:
-        return args.ranks * args.mfu * peak, f"{args.ranks} GPU(s) a run at {args.mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s (--mfu)"
+        return args.ranks * args.mfu * peak, f"{args.ranks} {args.gpu or 'GPU(s)'} a run at {args.mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s (--mfu), or {LAUNCH * 1e3:g} ms a layer and micro-batch where that is longer, a guess"
     if torch.cuda.is_available():
-        raise ValueError("this GPU's peak is not known: give --tokens_per_s, the speed of one run")
+        raise ValueError("this GPU's peak is not known: give --gpu, or --tokens_per_s, the speed of one run")
     torch.set_num_threads(1)
     x, times = torch.randn(512, 512), []
     for _ in range(20):
         start = time.perf_counter()
         x @ x
         times.append(time.perf_counter() - start)
-    return 0.5 * 2 * 512**3 / min(times) * args.threads * args.ranks, "half of this machine's speed in a matrix product, a guess"
+    return 0.5 * 2 * 512**3 / min(times) * min(args.threads * args.ranks, cores()), "half of this machine's speed in a matrix product, a guess"
 
 
 def plan(grid: Grid, out: Path, args) -> str:
-    """The runs as a table, with parameters, tokens, FLOPs and hours, and their sum; what is done costs nothing more."""
+    """The runs as a table, with parameters, tokens, FLOPs of training and hours with validation, and their sum; what is done
+    costs nothing more. With --gpu all times are of that GPU, whatever ran here."""
     runs = planned_runs(grid, out)
     measured = {}
-    for run in runs:
+    for run in runs if not args.gpu else ():
         if speeds := run.series("tokens_per_s")[1][1:]:
             measured[shape_of(run)] = statistics.median(speeds)
     guess, source = (None, "") if args.tokens_per_s else flops_per_second(args)
     lines = ["| run | state | parameters | tokens | FLOPs | hours |", "|---|---|--:|--:|--:|--:|"]
-    total, hours = 0, 0.0
+    total, hours, failing = 0, [], 0
     for run in runs:
         try:
-            parameters, tokens, flops = cost(run)
+            p = cost(run, args.ranks)
         except ValueError as error:
-            lines.append(f"| {run.name} | cannot be built: {error} | | | | |")
+            lines.append(f"| {run.name} | cannot run: {error} | | | | |")
+            failing += 1
             continue
-        speed = args.tokens_per_s or measured.get(shape_of(run)) or guess / (flops / tokens)
+        speed = args.tokens_per_s or measured.get(shape_of(run))
+        if not speed:
+            seconds = p.config.batch_tokens * p.flops_per_token / guess  # a step
+            if args.gpu or torch.cuda.is_available():
+                seconds = max(seconds, p.accumulation * p.config.n_layer * LAUNCH)
+            speed = p.config.batch_tokens / seconds
         left = 0.0 if run.trained() else 1 - step_of(run) / run.max_steps
-        lines.append(f"| {run.name} | {state_of(run)} | {parameters:,} | {tokens:,} | {flops:.3g} | {left * tokens / speed / 3600:.2f} |")
-        total, hours = total + left * flops, hours + left * tokens / speed / 3600
+        hours.append(left * p.tokens * (1 + p.validation) / speed / 3600)
+        lines.append(f"| {run.name} | {state_of(run)} | {p.parameters['total']:,} | {p.tokens:,} | {p.flops:.3g} | {hours[-1]:.2f} |")
+        total += left * p.flops
+    if grid.throughput:
+        tokens, flops = bench_cost(grid)
+        done = report.throughput_path(grid, out).is_file()
+        speed = args.tokens_per_s or guess / args.ranks / (flops / tokens)  # on one device
+        hours.append(0.0 if done else tokens / speed / 3600)
+        lines.append(f"| speed, scripts/bench.py | {'done' if done else 'waiting'} | | {tokens:,} | {flops:.3g} | {hours[-1]:.2f} |")
+        total += 0 if done else flops
+    free = [0.0] * args.parallel  # when each slot is free again
+    for h in hours:
+        free[free.index(min(free))] += h
     lines += [
         "",
-        f"{len(runs)} runs, {sum(r.done() for r in runs)} done. Still to train: {total:.3g} FLOPs, {hours:.2f} run-hours, "
-        f"{hours / args.parallel:.2f} hours with {args.parallel} at a time; evaluation comes on top.",
+        f"{len(runs)} runs, {sum(r.done() for r in runs)} done{f', {failing} cannot run' if failing else ''}. Still to train: {total:.3g} FLOPs, "
+        f"{sum(hours):.2f} run-hours with validation, {max(free):.2f} hours with {args.parallel} at a time; evaluation comes on top.",
     ]
-    told = f"{args.tokens_per_s:,.0f} tokens/s (--tokens_per_s)" if args.tokens_per_s else f"measured where runs of the same shape are there, else {source}"
+    told = f"{args.tokens_per_s:,.0f} tokens/s (--tokens_per_s)" if args.tokens_per_s else source if args.gpu else f"measured where runs of the same shape are there, else {source}"
     lines.append(f"Speed of a run: {told}.")
     if grid.tune:
         lines.append("The learning rates of the main runs are tuned first; until then the grid's own stand for them.")
     if args.price_per_hour is not None:
-        gpus = args.ranks if torch.cuda.is_available() or args.tokens_per_s else 1
-        lines.append(f"Cost: {hours * gpus * args.price_per_hour:,.2f} at {args.price_per_hour:,.2f} an hour for each of {gpus} device(s) a run.")
+        gpus = args.ranks if args.gpu or torch.cuda.is_available() or args.tokens_per_s else 1
+        lines.append(f"Cost: {sum(hours) * gpus * args.price_per_hour:,.2f} at {args.price_per_hour:,.2f} an hour for each of {gpus} device(s) a run.")
     return "\n".join(lines)
+
+
+def bench_cost(grid: Grid) -> tuple[int, float]:
+    """(tokens, FLOPs) of the grid's `throughput`: rope and its variants, which differ by less than a percent, and a round to warm up."""
+    t = grid.throughput
+    config = RunConfig(**{k: v for k, v in t.items() if k in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")})
+    tokens = len({"rope", *bench_variants(grid).values()}) * (t.get("rounds", 7) + 1) * t.get("steps", 1) * t.get("batch", 1) * config.block_size
+    return tokens, tokens * model_cost(config)[1]
 
 
 def planned_runs(grid: Grid, out: Path) -> list[Run]:
@@ -503,6 +525,7 @@ def parser_of(prog: str, description: str) -> argparse.ArgumentParser:
     look = parser.add_argument_group("without running anything")
     look.add_argument("--plan", action="store_true", help="print runs, FLOPs and hours")
     look.add_argument("--price_per_hour", type=float, help="of one device, for --plan")
+    look.add_argument("--gpu", type=str.upper, choices=PEAK_FLOPS, help="for --plan: hours on such GPUs, --ranks a run, --parallel runs at a time, on a machine without one too")
     look.add_argument("--tokens_per_s", type=float, help="speed of one run, for --plan (default: that of finished runs, else a guess)")
     look.add_argument("--mfu", type=float, default=0.4, help="for --plan on GPUs: part of the peak that training reaches (default: 0.4)")
     look.add_argument("--status", action="store_true", help="print where every run stands")
@@ -538,6 +561,11 @@ def grid_of(path: Path, args) -> tuple[Grid, list[str]]:
     return grid, said
 
 
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def complete(args, grid: Grid) -> None:
     """Numbers of runs, threads and GPUs where the command line leaves them open. They depend on the grid and the machine
     alone: what is done already has no influence, so a sweep that goes on has the same threads, and the same bits."""
@@ -546,19 +574,20 @@ def complete(args, grid: Grid) -> None:
             raise ValueError(f"--{name} must be positive, not {getattr(args, name)}")
     if not 0 < args.mfu <= 1:
         raise ValueError(f"--mfu must lie in (0, 1], not {args.mfu}")
+    if args.gpu and not args.plan:
+        raise ValueError("--gpu is for --plan: runs take the GPUs that are here")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    args.gpus = (visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]) if torch.cuda.is_available() else []
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    args.gpus = (visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]) if torch.cuda.is_available() and not args.gpu else []
     total = max(1, len(grid.arms or {}) * len(grid.settings) * len(grid.seeds))
-    room = len(args.gpus) // args.ranks if args.gpus else cores // args.ranks
+    room = 1 if args.gpu else len(args.gpus) // args.ranks if args.gpus else cores() // args.ranks
     if args.gpus and (args.parallel or 1) > room:
         raise ValueError(f"{args.parallel or 1} run(s) at a time of {args.ranks} rank(s) need more than the {len(args.gpus)} GPU(s) here")
     if args.slurm or args.only:
-        args.parallel, args.threads = 1, args.threads or (4 if args.slurm else max(1, cores // args.ranks))
+        args.parallel, args.threads = 1, args.threads or (4 if args.slurm else max(1, cores() // args.ranks))
     elif torch.backends.mps.is_available():
         args.parallel = args.parallel or 1
     args.parallel = args.parallel or max(1, min(room, total))
-    args.threads = args.threads or max(1, cores // (args.parallel * args.ranks))
+    args.threads = args.threads or max(1, cores() // (args.parallel * args.ranks))
 
 
 def run(path: Path, args, program: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -52,6 +53,19 @@ def test_every_grid_can_be_built_and_its_published_arms_exist(path, scale, monke
 
 def test_every_table_has_its_grid_and_a_reduction():
     assert set(reproduce.TABLES) <= {path.stem for path in GRIDS} and all((path, "cpu") in CASES for path in GRIDS if path.stem in reproduce.TABLES)
+
+
+def test_the_readmes_hours_and_cost_are_what_plan_prints(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "local", lambda path: str(tmp_path / path))  # no data, as on a fresh machine
+    rows = re.findall(r"^\| `python (scripts/reproduce\.py [^`]*)` \| (.*) \|$", (REPO / "README.md").read_text(), re.M)
+    assert {command.split()[1] for command, _ in rows} == set(reproduce.TABLES)
+    for command, cells in rows:
+        monkeypatch.setattr(sys, "argv", [*command.split(), "--plan", "--gpu", "H100", "--price_per_hour", "2.5", "--out", str(tmp_path / "out")])
+        with pytest.raises(SystemExit):
+            reproduce.main()
+        text = capsys.readouterr().out
+        found = re.search(r"^(\d+) runs, 0 done. Still to train: (\S+) FLOPs, (\S+) run-hours .*?, (\S+) hours with .*^Cost: (\S+) at", text, re.M | re.S)
+        assert found and cells == " | ".join(found.groups()), f"{command}: {' | '.join(found.groups())}"
 
 
 def test_the_controls_that_papers_lack_are_there():

@@ -1,5 +1,6 @@
 """scripts/sweep.py and what it stands on: grids, runs, statistics, tables. Real processes on tiny models where they matter."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -247,31 +248,55 @@ def test_scales_and_selections(tmp_path):
 # ---- the plan
 
 
+def planned(grid, out, *words):
+    arguments = sweep.parser_of("sweep", "").parse_args(["--plan", *words])
+    sweep.complete(arguments, grid)
+    return sweep.plan(grid, out, arguments)
+
+
 def test_plan_by_hand(tmp_path, data):
-    """rope: vocabulary 320 × 32, 2 layers of 12·32² and norms; FLOPs a token 6N + 12·L·C·T; 30 steps of 64 tokens."""
+    """rope: vocabulary 320 × 32, 2 layers of 12·32² and norms; FLOPs a token 6N + 12·L·C·T; 30 steps of 64 tokens, validated on
+    64 tokens at 0, 10, 20 and 30, forward alone: a third of the FLOPs."""
     grid = Grid.read(write_grid(tmp_path / "g.yaml", data, seeds=3))
     parameters = 320 * 32 + 2 * 12 * 32**2 + 5 * 32
     flops = (6 * (320 * 32 + 2 * 12 * 32**2) + 12 * 2 * 32 * 16) * 30 * 64
-    assert sweep.cost(grid.runs(tmp_path)[0]) == (parameters, 30 * 64, flops)
-    arguments = sweep.parser_of("sweep", "").parse_args(["--plan", "--tokens_per_s", "0.1", "--parallel", "2", "--price_per_hour", "1.5"])
-    sweep.complete(arguments, grid)
-    text = sweep.plan(grid, tmp_path / "out", arguments)
-    hours = 30 * 64 / 0.1 / 3600  # 5.33 a run
+    text = planned(grid, tmp_path / "out", "--tokens_per_s", "0.1", "--parallel", "2", "--price_per_hour", "1.5")
+    hours = (30 * 64 + 4 * 64 / 3) / 0.1 / 3600  # 5.57 a run
     assert text.count(f"| waiting | {parameters:,} | 1,920 | {flops:.3g} | {hours:.2f} |") == 3  # and three of crope
-    assert f"{6 * hours:.2f} run-hours, {3 * hours:.2f} hours with 2 at a time" in text and f"Cost: {6 * hours * 1.5:,.2f}" in text
+    assert f"{6 * hours:.2f} run-hours" in text and f"{3 * hours:.2f} hours with 2 at a time" in text and f"Cost: {6 * hours * 1.5:,.2f}" in text
     assert not (tmp_path / "out").exists()
-    broken = Grid.read(write_grid(tmp_path / "b.yaml", data, arms=ARMS, seeds=1))
-    assert "cannot be built: pos_options: unknown option 'bas'" in sweep.plan(broken, tmp_path / "out", arguments)
+    odd = planned(grid, tmp_path / "out", "--tokens_per_s", "0.1", "--parallel", "4")  # six runs by four: two rounds
+    assert f"{2 * hours:.2f} hours with 4 at a time" in odd
+    broken = planned(Grid.read(write_grid(tmp_path / "b.yaml", data, arms=ARMS, seeds=1)), tmp_path / "out")
+    assert "cannot run: pos_options: unknown option 'bas'" in broken and "1 cannot run" in broken
+
+
+def test_plan_for_a_gpu_that_is_elsewhere(tmp_path):
+    """carope-1's Small rope on 8 H100 at an MFU of 0.4; a step so small that launching its kernels takes longer; and what does not divide."""
+    grid = Grid.read(REPO / "configs/sweeps/carope-1.yaml", changes={"arms": ["rope"], "settings": ["Small"], "seeds": 1})
+    text = planned(grid, tmp_path, "--gpu", "h100", "--ranks", "8", "--price_per_hour", "2")
+    tokens = 19000 * 524288
+    flops = (6 * (50304 * 768 + 12 * 12 * 768**2) + 12 * 12 * 768 * 512) * tokens
+    hours = flops * (1 + 39 * 2097152 / 3 / tokens) / (8 * 0.4 * 989e12) / 3600
+    assert f"| {tokens:,} | {flops:.3g} | {hours:.2f} |" in text and f"Cost: {hours * 8 * 2:,.2f} at 2.00 an hour for each of 8" in text
+    assert f"{hours:.2f} hours with 1 at a time" in text and "8 H100 a run at 40% of 989 TFLOP/s" in text
+    small = Grid.read(REPO / "configs/sweeps/crope-2.yaml", changes={"arms": ["rope"], "settings": ["2 × 512, width 64, γ 0.9 each 1,000"], "seeds": 1})
+    validated = 1 + 21 * 1048576 / 3 / 10_240_000
+    assert f"| {10_000 * 4 * sweep.LAUNCH * validated / 3600:.2f} |" in planned(small, tmp_path, "--gpu", "H100")
+    assert "cannot run: batch_tokens 1024 is 2 windows of 512, which do not divide over 8 ranks" in planned(small, tmp_path, "--gpu", "H100", "--ranks", "8")
+    speed = Grid.read(REPO / "configs/sweeps/carope-throughput.yaml")
+    assert f"| speed, scripts/bench.py | waiting | | {3 * 16 * 10 * 32 * 512:,} |" in planned(speed, tmp_path, "--gpu", "H100")
+    with pytest.raises(ValueError, match="--gpu is for --plan"):
+        arguments_of("--gpu", "H100")
 
 
 def test_plan_takes_the_measured_speed_and_what_is_left(swept, monkeypatch):
     """A run at step 10 of 30 has two thirds to go, at the speed of its shape's other runs."""
     grid = Grid.read(swept[0], changes={"arms": ["rope"]})
     monkeypatch.setattr(grid_module.Run, "metrics", lambda run: [{"step": s, "tokens_per_s": 8.0} for s in (2, 10)] if run.seed == 1 else [])
-    arguments = sweep.parser_of("sweep", "").parse_args(["--parallel", "1"])
-    sweep.complete(arguments, grid)
-    hours = [float(line.split("|")[-2]) for line in sweep.plan(grid, swept[1], arguments).splitlines() if line.startswith("| rope")]
-    assert hours == [round(2 / 3 * 1920 / 8 / 3600, 2), round(1920 / 8 / 3600, 2)]
+    monkeypatch.setattr(sweep, "cost", lambda run, ranks, real=sweep.cost: dataclasses.replace(real(run, ranks), tokens=1_920_000, validation=0.5))
+    hours = [float(line.split("|")[-2]) for line in planned(grid, swept[1], "--parallel", "1").splitlines() if line.startswith("| rope")]
+    assert hours == [round(2 / 3 * 2_880_000 / 8 / 3600, 2), round(2_880_000 / 8 / 3600, 2)]
 
 
 # ---- tuning
