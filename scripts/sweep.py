@@ -381,18 +381,34 @@ def execute(grid: Grid, out: Path, args, only: list[str] | None = None) -> dict[
         display.clear()
 
 
-def measure_throughput(grid: Grid, out: Path) -> None:
-    """scripts/bench.py with the grid's arguments, alone on the machine, unless its figures are there."""
+@contextlib.contextmanager
+def alone(path: Path, what: str):
+    """Hold the lock `path`, a file; a process that is passed it holds it too, so that one that a killed sweep left is waited for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that is {what}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+
+
+def measure_throughput(grid: Grid, out: Path) -> str | None:
+    """scripts/bench.py with the grid's arguments, alone on the machine, unless its figures are there. Returns what went wrong, or None."""
     target = report.throughput_path(grid, out)
-    if target.is_file():
-        return
-    command = [sys.executable, str(REPO / "scripts" / "bench.py"), "--no_peer", "--json", str(target)]
-    for name, value in {**grid.throughput, "schemes": list(bench_variants(grid).values())}.items():
-        command += [f"--{name}", *([] if value is True else map(str, value if isinstance(value, list) else [value]))]
-    print(f"speed: {shlex.join(command[1:])}", flush=True)
-    done = subprocess.run(command, stdout=subprocess.DEVNULL)
-    if done.returncode:
-        raise ValueError(f"the measurement of speed ended with exit code {done.returncode}")
+    with alone(out / "logs" / "speed.lock", "measuring speeds") as lock:
+        if target.is_file():
+            return None
+        partial = target.with_name(f".{target.name}.partial")
+        command = [sys.executable, str(REPO / "scripts" / "bench.py"), "--no_peer", "--json", str(partial)]
+        for name, value in {**grid.throughput, "schemes": list(bench_variants(grid).values())}.items():
+            command += [f"--{name}", *([] if value is True else map(str, value if isinstance(value, list) else [value]))]
+        print(f"speed: {shlex.join(command[1:])}", flush=True)
+        code = subprocess.run(command, stdout=subprocess.DEVNULL, pass_fds=[lock.fileno()]).returncode
+        if code:
+            return f"scripts/bench.py ended with exit code {code}; its message is above"
+        os.replace(partial, target)
 
 
 def prepare(grid: Grid, sources: list[str]) -> None:
@@ -406,15 +422,17 @@ def prepare(grid: Grid, sources: list[str]) -> None:
         raise ValueError(f"--source needs a name for each of several corpora: --source {' '.join(d['corpus'] + '=PATH' for d in wanted.values())}")
     for folder, data in wanted.items():
         folder = local(folder)
-        if (Path(folder) / "manifest.json").is_file():
+        there = Path(folder) / "manifest.json"
+        if there.is_file():
             continue
         command = [sys.executable, str(REPO / "data" / "prepare.py"), data["corpus"], "--out", folder]
         for key, value in {k: v for k, v in data.items() if k != "corpus"}.items():
             command += [f"--{key}", str(value)]
         if source := named.get(data["corpus"], named.get(None)):
             command += ["--source", source]
-        if subprocess.run(command).returncode:
-            raise ValueError(f"the data were not made: {shlex.join(command[1:])}")
+        with alone(Path(f"{folder}.lock"), f"preparing {folder}") as lock:
+            if not there.is_file() and subprocess.run(command, pass_fds=[lock.fileno()]).returncode:
+                raise ValueError(f"the data were not made: {shlex.join(command[1:])}")
 
 
 # ---- SLURM
@@ -623,8 +641,8 @@ def run(path: Path, args, program: list[str]) -> int:
         print(f"{len(planned_runs(grid, out))} runs in {out}, {sum(r.done() for r in runs)} done already; {how}; logs in {out / 'logs'}", flush=True)
     failed = execute(grid, out, args, args.only)
     if not args.only:
-        if grid.throughput:
-            measure_throughput(grid, out)
+        if grid.throughput and (error := measure_throughput(grid, out)):
+            failed["speed"] = error
         if any(r and r.done() for r in grid.main_runs(out)) or grid.throughput:
             print("\n" + report.write(out))
             print("Written: " + ", ".join(str(out / name) for name in ("table.md", "table.tex", "figure.png") if (out / name).is_file()))

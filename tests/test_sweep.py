@@ -185,6 +185,33 @@ def test_a_run_of_another_process_is_waited_for(data, tmp_path):
     assert sweep.held(run) is None and sweep.state_of(run) == "waiting"
 
 
+def test_data_and_speeds_that_a_killed_sweep_left_in_the_making_are_waited_for(tmp_path, monkeypatch):
+    """A process that outlived its sweep holds the lock and then makes the file: nothing is made twice."""
+    grid = Grid.read(write_grid(tmp_path / "g.yaml", fields=FIELDS, data={"corpus": "files", "tokenizer": "byte"}, throughput={"rounds": 1}))
+    monkeypatch.setattr(sweep, "local", lambda path: str(tmp_path / path))
+    run, made = subprocess.run, []
+
+    def left(path, target):
+        path.parent.mkdir(parents=True, exist_ok=True), target.parent.mkdir(parents=True, exist_ok=True)
+        with sweep.alone(path, "") as lock:
+            subprocess.Popen(["bash", "-c", f"sleep 1; echo 1 > {target}"], pass_fds=[lock.fileno()])
+
+    monkeypatch.setattr(sweep.subprocess, "run", lambda command, **more: made.append(command) or run(["true"], **more))
+    left(tmp_path / "data" / "files-byte.lock", tmp_path / "data" / "files-byte" / "manifest.json")
+    sweep.prepare(grid, None)
+    left(tmp_path / "out" / "logs" / "speed.lock", report.throughput_path(grid, tmp_path / "out"))
+    assert sweep.measure_throughput(grid, tmp_path / "out") is None and not made
+
+
+def test_a_failed_measurement_of_speed_leaves_tables_and_errors(swept, tmp_path, monkeypatch, capsys):
+    out = folder_of(tmp_path, swept)
+    path = write_grid(tmp_path / "tiny.yaml", yaml.safe_load(swept[0].read_text())["fields"]["data_dir"], arms=ARMS, eval=EVAL, throughput={"shape": "nowhere"})
+    arguments = sweep.parser_of("sweep", "").parse_args(["--out", str(out), "--arms", "rope", "broken", "--seeds", "1", "--threads", "1"])
+    assert sweep.run(path, arguments, ["scripts/sweep.py"]) == 1
+    printed = capsys.readouterr()
+    assert "speed: scripts/bench.py ended with exit code 2" in printed.err and "unknown option 'bas'" in printed.err and "| broken | none is done |" in printed.out
+
+
 def test_interrupted_it_passes_the_signal_on_and_says_so(data, tmp_path):
     path = write_grid(tmp_path / "g.yaml", data, arms=["rope"], seeds=1, fields={**FIELDS, "data_dir": str(data), "max_steps": 100000})
     arguments = [sys.executable, "scripts/sweep.py", path, "--out", tmp_path / "out", "--threads", "1"]
