@@ -41,7 +41,7 @@ def main() -> None:
             print(report.write(args.folder))
             return
         path = REPO / "configs" / "sweeps" / f"{args.table}.yaml"
-        if args.scale and (reduced := sweep.grid_of(path, args)[0].reduced):
+        if reduced := sweep.grid_of(path, args)[0].reduced:
             print(f"Reduced: {' '.join(reduced.split())}\n", flush=True)
         sys.exit(sweep.run(path, args, ["scripts/reproduce.py", args.table]))
 

@@ -36,7 +36,7 @@ sys.path.insert(0, str(REPO))
 
 import torch
 import yaml
-from grid import Grid, Run, bench_variants, command_of, local, model_cost
+from grid import ELSEWHERE, Grid, Run, bench_variants, command_of, local, model_cost
 from tqdm import tqdm
 
 import report
@@ -48,6 +48,8 @@ from plan import plan as run_plan
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 LAUNCH = 2e-3  # seconds a layer: what a GPU's host needs at least for the kernels of a forward and backward pass; a guess, for --plan
+# Fields whose change leaves a set-up the paper's own, within rounding
+NO_MATTER = (*ELSEWHERE, "micro_batch_size", "compile", "checkpoint_interval", "keep_checkpoints", "log_interval", "sample_interval", "rank_timeout")
 INTERRUPTED = 75  # EX_TEMPFAIL: started again, it goes on
 
 
@@ -576,6 +578,9 @@ def grid_of(path: Path, args) -> tuple[Grid, list[str]]:
             content.pop("data_dir", None)
         grid.fields.pop("data_dir", None)
         said += ["--corpus", args.corpus]
+    changed = [f"--set {k}={v}" for k, v in changes.get("fields", {}).items() if k not in NO_MATTER] + [f"--corpus {args.corpus}"] * bool(args.corpus)
+    if changed and grid.published:
+        grid.content["reduced"] = " ".join(filter(None, [grid.reduced, f"Changed on the command line: {', '.join(changed)}."]))
     return grid, said
 
 
@@ -612,7 +617,7 @@ def run(path: Path, args, program: list[str]) -> int:
     """Do what the command line asks for with the grid at `path`; `program` is how a user would call it. Returns the exit code."""
     grid, said = grid_of(path, args)
     complete(args, grid)
-    out = args.out or Path("runs") / "-".join(filter(None, (grid.name, args.scale, args.corpus)))
+    out = args.out or Path("runs") / "-".join(filter(None, (grid.name, args.scale if args.scale != "paper" else None, args.corpus)))
     grid.content["command"] = shlex.join(["python", *program, *said])
     if args.plan:
         print(plan(grid, out, args))

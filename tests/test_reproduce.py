@@ -133,6 +133,17 @@ def test_a_reduced_set_up_compares_directions_only(study_of):
     assert "measured in a reduced set-up" in text and "2,000 of 10,000 steps" in text
 
 
+def test_a_set_up_that_the_command_line_changes_is_no_longer_the_papers():
+    path = REPO / "configs/sweeps/crope-1.yaml"
+    grid_of = lambda *words, path=path: sweep.grid_of(path, sweep.parser_of("", "").parse_args([*words]))[0]  # noqa: E731
+    assert grid_of("--set", "device=cpu", "micro_batch_size=8").reduced is None and grid_of("--scale", "paper", "--seeds", "5", "--arms", "rope").reduced is None
+    assert grid_of("--set", "max_steps=100", "device=cpu").reduced == "Changed on the command line: --set max_steps=100."
+    assert grid_of("--corpus", "novels").reduced == "Changed on the command line: --corpus novels."
+    both = grid_of("--scale", "cpu", "--set", "max_steps=100").reduced
+    assert both.startswith("one corpus, novels") and both.endswith("Changed on the command line: --set max_steps=100.")
+    assert grid_of("--set", "max_steps=5", path=REPO / "configs/sweeps/schemes.yaml").reduced is None  # no paper's
+
+
 def test_perplexities_are_compared_as_such_and_differences_in_nats(study_of):
     """CARoPE, table 1: rows of a report, at multiples of the training length, null figures as n/a."""
 
