@@ -107,8 +107,14 @@ class Run:
     def missing_reports(self) -> list[str]:
         return [name for name in self.reports if not self.path_of(name).is_file()]
 
+    def diverged(self) -> bool:
+        """Ended by max_bad_steps in a row that were not finite: started again, it would come to the same end."""
+        steps = [m for m in self.metrics() if "skipped" in m or "train/loss" in m]
+        n = RunConfig(**self.fields).max_bad_steps
+        return len(steps) >= n and all(m.get("skipped") for m in steps[-n:]) and steps[-1]["step"] - steps[-n]["step"] == n - 1
+
     def done(self) -> bool:
-        return self.trained() and not self.missing_reports()
+        return self.trained() and not self.missing_reports() or self.diverged()
 
 
 @dataclass
@@ -189,6 +195,8 @@ class Grid:
             raise ValueError(f"{path}: seeds must be a number, or a list of different whole numbers, not {c['seeds']}")
         if c.get("figure", "nats") not in ("nats", "perplexity"):
             raise ValueError(f"{path}: figure must be nats or perplexity, not {c['figure']!r}")
+        if bad := [k for k in ((self.tune or {}).get("fields") or {}) if k not in RunConfig.__dataclass_fields__ or k in PER_RUN]:
+            raise ValueError(f"{path}: tune: fields: {bad[0]} is no field that a grid may set{nearest(bad[0], RunConfig.__dataclass_fields__)}")
         if self.tune and (set(self.tune) - {"learning_rate", "seeds", "fields"} or not as_list(self.tune.get("learning_rate"))):
             raise ValueError(f"{path}: tune takes learning_rate, a list, and optionally seeds and fields; it has {', '.join(self.tune)}")
         for name, report in (self.eval or {}).items():
@@ -247,10 +255,10 @@ class Grid:
         return [self.run(out, setting, arm, seed, rate, fields=tune.get("fields", {}), tuning=rate) for rate in rates for seed in seeds]
 
     def best_rate(self, out: Path, setting: str, arm: str) -> float | None:
-        """The tuned learning rate: lowest mean validation loss at the end of its trials, the lower rate in a tie. None until all have
-        ended, or where none is finite."""
+        """The tuned learning rate: lowest mean validation loss at the end of its trials, the lower rate in a tie; a rate with which a
+        trial diverged is out. None until all have ended, or where none is finite."""
         trials = self.trials(out, setting, arm)
-        if not all(t.trained() for t in trials):
+        if not all(t.trained() or t.diverged() for t in trials):
             return None
         losses = {rate: [t.val_loss() for t in trials if t.tuning == rate] for rate in sorted({t.tuning for t in trials})}
         means = {rate: np.mean(values) for rate, values in losses.items() if None not in values}

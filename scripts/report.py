@@ -96,7 +96,7 @@ class Study:
 
     @classmethod
     def read(cls, folder: Path) -> "Study":
-        """ValueError where the folder has no grid."""
+        """ValueError where the folder has no grid, or runs that are to be compared were trained on different data."""
         grid = Grid.of_folder(folder)
         runs, missing = {}, []
         for setting in grid.settings:
@@ -104,7 +104,12 @@ class Study:
                 rate = grid.best_rate(folder, setting, arm) if grid.tune else None
                 all_ = {} if grid.tune and rate is None else {seed: grid.run(folder, setting, arm, seed, rate) for seed in grid.seeds}
                 runs[setting, arm] = {seed: r for seed, r in all_.items() if r.done() and r.val_loss() is not None}
-                missing += [f"{', '.join(filter(None, (setting, arm)))}, seed {s}" for s in grid.seeds if s not in runs[setting, arm]]
+                label = ", ".join(filter(None, (setting, arm)))
+                ends = {s: " (diverged)" if s in all_ and all_[s].diverged() else "" for s in grid.seeds}
+                missing += [f"{label}, seed {s}{end}" for s, end in ends.items() if s not in runs[setting, arm]]
+            lines = [m for arm in grid.arms or {} for run in runs[setting, arm].values() for m in run.metrics()]
+            if len({m["environment"].get("data_hash") for m in lines if "environment" in m}) > 1:
+                raise ValueError(f"{folder}: runs{f' of {setting}' if setting else ''} were trained on different data, so they do not compare: was their data folder made anew?")
         return cls(Path(folder), grid, runs, missing)
 
     def config(self, setting: str, arm: str) -> RunConfig | None:
@@ -411,7 +416,10 @@ def notes(study: Study) -> list[str]:
     if grid.reduced:
         found.append(f"Reduced: {' '.join(grid.reduced.split())}")
     if study.missing:
-        found.append(f"Missing, not done or diverged, so means are over other seeds: {'; '.join(study.missing)}.")
+        found.append(
+            f"Missing, not done or diverged: {'; '.join(study.missing)}. Means are over an arm's other seeds, differences over those that both arms have; "
+            "where these are one, brackets are over documents alone, and nothing is bold."
+        )
     return found
 
 

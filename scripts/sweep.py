@@ -107,7 +107,7 @@ def plan(grid: Grid, out: Path, args) -> str:
             if args.gpu or torch.cuda.is_available():
                 seconds = max(seconds, p.accumulation * p.config.n_layer * LAUNCH)
             speed = p.config.batch_tokens / seconds
-        left = 0.0 if run.trained() else 1 - step_of(run) / run.max_steps
+        left = 0.0 if run.trained() or run.diverged() else 1 - step_of(run) / run.max_steps
         hours.append(left * p.tokens * (1 + p.validation) / speed / 3600)
         lines.append(f"| {run.name} | {state_of(run)} | {p.parameters['total']:,} | {p.tokens:,} | {p.flops:.3g} | {hours[-1]:.2f} |")
         total += left * p.flops
@@ -175,7 +175,7 @@ def state_of(run: Run, failed: dict | None = None) -> str:
     if failed and run.name in failed:
         return "failed"
     if run.done():
-        return "done"
+        return "done" if run.trained() else "diverged"
     if held(run):
         return "evaluating" if run.trained() else "training"
     return "to evaluate" if run.trained() else "stopped" if step_of(run) else "waiting"
@@ -503,7 +503,8 @@ def collect(grid: Grid, out: Path, target: Path) -> None:
     for run in runs:
         there = target / run.name
         (there / "eval").mkdir(parents=True, exist_ok=True)
-        for path in [run.folder / "config.yaml", run.folder / "metrics.jsonl", *(run.path_of(name) for name in run.reports)]:
+        reports = [run.path_of(name) for name in run.reports] if run.trained() else []  # none of a run that diverged
+        for path in [run.folder / "config.yaml", run.folder / "metrics.jsonl", *reports]:
             shutil.copyfile(path, there / path.relative_to(run.folder))
     if grid.throughput:
         shutil.copyfile(report.throughput_path(grid, out), report.throughput_path(grid, target))

@@ -329,10 +329,10 @@ def test_plan_takes_the_measured_speed_and_what_is_left(swept, monkeypatch):
 # ---- tuning
 
 
-def fake(run, loss, steps=None):
+def fake(run, loss, steps=None, **environment):
     """The files of a finished run."""
     run.folder.mkdir(parents=True)
-    lines = [{"step": 0, "environment": {"host": "x"}}, {"step": 0, "tokens": 0, "val/loss": 6.0}, {"step": 3, "tokens": 192, "train/loss": 5.0, "tokens_per_s": 9.0}]
+    lines = [{"step": 0, "environment": {"host": "x", **environment}}, {"step": 0, "tokens": 0, "val/loss": 6.0}, {"step": 3, "tokens": 192, "train/loss": 5.0, "tokens_per_s": 9.0}]
     lines.append({"step": steps or run.max_steps, "tokens": 1, "val/loss": loss})
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run.folder / "config.yaml").write_text(yaml.safe_dump({**run.fields, "vocab_size": 320}))
@@ -364,6 +364,58 @@ def test_tuning_gives_every_arm_the_same_budget_and_takes_the_best_on_validation
     text = report.markdown(Study.read(tmp_path))
     assert "tuned for each arm with the same budget: 0.0005, 0.001, 0.002 with seed(s) 7, 8, max_steps 12" in text
     assert "At the end of the range, so perhaps not the best: crope." in text and "| rope | 34,976 | 2 | 0.001 |" in text and "host x" in text
+
+
+def diverge(run, n=10, gap=0):
+    """The files of a run whose last n steps were not finite."""
+    run.folder.mkdir(parents=True)
+    steps = [5 + i + (gap if i > 4 else 0) for i in range(n)]
+    lines = [{"step": 0, "environment": {"host": "x"}}, {"step": 0, "val/loss": 6.0}, *({"step": s, "skipped": 1, "train/loss": None} for s in steps)]
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run.folder / "config.yaml").write_text(yaml.safe_dump({**run.fields, "vocab_size": 320}))
+
+
+def test_a_learning_rate_that_diverges_is_out_and_holds_nothing_up(tmp_path):
+    grid = Grid.read(write_grid(tmp_path / "g.yaml", arms=["rope"], tune={"learning_rate": [1e-3, 1.0]}))
+    low, high = grid.runs(tmp_path)
+    fake(low, 3.0)
+    diverge(high, 9)
+    assert not high.done() and grid.best_rate(tmp_path, "", "rope") is None  # may still go on
+    shutil.rmtree(high.folder)
+    diverge(high, 10, gap=1)  # a good step, not logged, between them
+    assert not high.done()
+    shutil.rmtree(high.folder)
+    diverge(high)
+    assert high.done() and sweep.state_of(high) == "diverged" and grid.best_rate(tmp_path, "", "rope") == 1e-3
+    with pytest.raises(ValueError, match="tune: fields: max_step is no field .*did you mean max_steps"):
+        Grid.read(write_grid(tmp_path / "b.yaml", tune={"learning_rate": [1e-3], "fields": {"max_step": 3}}))
+
+
+def test_a_diverged_run_is_collected_and_named_in_the_table(tmp_path):
+    grid = Grid.read(write_grid(tmp_path / "g.yaml", eval={}))
+    grid.content["command"] = "c"
+    out, target = tmp_path / "out", tmp_path / "results"
+    for run in grid.runs(out):
+        diverge(run) if (run.arm, run.seed) == ("crope", 2) else fake(run, 3.0 + (run.arm == "crope"))
+    for run in grid.runs(out):
+        (run.folder / "checkpoints").mkdir()
+        (run.folder / "checkpoints" / f"step_{run.max_steps}.pt").touch()
+    assert [sweep.state_of(r) for r in grid.runs(out)] == ["done", "done", "done", "diverged"]
+    sweep.collect(grid, out, target)
+    text = report.markdown(Study.read(target))
+    assert "diverged: crope, seed 2 (diverged). Means are over" in text and re.search(r"^\| crope \| [\d,]+ \| 1 \|.*\| 4.0000 \| \+1.0000 \|$", text, re.M)
+
+
+def test_runs_on_different_data_are_not_compared(tmp_path):
+    """The same fields and the same folder of data, which somebody has made anew between two runs."""
+    for name, second in (("same", "a"), ("other", "b")):
+        grid = Grid.read(write_grid(tmp_path / "g.yaml", seeds=1))
+        for run, data_hash in zip(grid.runs(tmp_path / name), ("a", second)):
+            fake(run, 3.0, data_hash=data_hash)
+        sweep.write_grid(grid, tmp_path / name)
+    assert not Study.read(tmp_path / "same").missing
+    with pytest.raises(ValueError, match="trained on different data"):
+        Study.read(tmp_path / "other")
 
 
 def arguments_of(*words):
@@ -503,6 +555,6 @@ def test_every_result_made_by_these_scripts_is_what_they_make(tmp_path):
     """Folders of results/ that hold a grid: the committed tables are those that the committed files give."""
     for path in (REPO / "results").glob("*/grid.yaml"):
         study = Study.read(path.parent)
-        assert not study.missing, path
+        assert all(run.endswith("(diverged)") for run in study.missing), path
         assert report.markdown(study) in (path.parent / "README.md").read_text(), f"{path.parent}: run scripts/report.py on it"
         assert (path.parent / "table.tex").read_text() == report.latex_text(study), path
