@@ -50,10 +50,9 @@ def styles_of(arms: dict[str, dict]) -> dict[str, dict]:
     return found
 
 
-def band(axes, x, by_seed: np.ndarray, style: dict, label: str, marker: bool = True, **more) -> None:
-    """Mean over seeds (seeds, n) with a band from the lowest to the highest."""
-    look = {k: v for k, v in style.items() if k != "marker" or marker}
-    axes.plot(x, by_seed.mean(0), label=label, markersize=5, linewidth=1.3, **look, **more)
+def band(axes, x, by_seed: np.ndarray, style: dict, label: str) -> None:
+    """Mean over seeds (seeds, n) with a band from the lowest to the highest. About ten markers a curve: in print, colours alone tell nothing."""
+    axes.plot(x, by_seed.mean(0), label=label, markersize=5, linewidth=1.3, markevery=max(1, len(x) // 10), **style)
     if len(by_seed) > 1:
         axes.fill_between(x, by_seed.min(0), by_seed.max(0), color=style["color"], alpha=0.18, linewidth=0)
 
@@ -107,7 +106,7 @@ def draw_loss(axes, study, setting, styles) -> bool:
         found = True
         x = np.array(series[0][0][:n]) / 1e6
         skip = 1 if x[0] == 0 else 0  # ln V at the start would flatten the rest
-        band(axes, x[skip:], values[:, skip:], styles[arm], arm, marker=n < 30)
+        band(axes, x[skip:], values[:, skip:], styles[arm], arm)
         start.append(values.mean(0)[max(skip, n // 4)])
         stop.append(values.min())
     if found:
@@ -125,7 +124,7 @@ def draw_position(axes, study, setting, styles) -> bool:
         if curves:
             found = True
             first, last = np.array(curves[0]["first"]), np.array(curves[0]["last"])
-            band(axes, np.sqrt(first * last), np.array([c["nats"] for c in curves]), styles[arm], arm, marker=False)
+            band(axes, np.sqrt(first * last), np.array([c["nats"] for c in curves]), styles[arm], arm)
     if found:
         config = next(c for arm in study.grid.arms if (c := study.config(setting, arm)))
         mark_training_length(axes, config.block_size)

@@ -218,6 +218,15 @@ def test_styles_tell_arms_apart():
             assert len({s["color"] for s in styles.values()}) == len({s["marker"] for s in styles.values()}) == len(arms)
 
 
+def test_long_curves_can_be_told_apart_without_colours():
+    figure = plot.plt.figure()
+    for n in (3, 50, 500):
+        plot.band(axes := figure.add_subplot(), np.arange(n), np.ones((2, n)), {"color": "k", "marker": "s", "linestyle": "-"}, "rope")
+        (line,) = axes.lines
+        assert line.get_marker() == "s" and 3 <= len(range(0, n, line.get_markevery())) <= 15 and len(axes.collections) == 1  # and the seeds' band
+    plot.plt.close(figure)
+
+
 def test_from_a_text_to_the_table(tmp_path, monkeypatch, capsys):
     """crope-2 --scale cpu with a corpus, width and steps of its own: the data are prepared, runs trained and evaluated, the table printed."""
     words = "and the of light darkness water earth heaven day night was it so good".split()
