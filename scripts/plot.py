@@ -27,7 +27,7 @@ sys.path.insert(0, str(REPO))
 
 # Okabe & Ito's colours, which colour-blind readers can tell apart; markers for print
 STYLES = {
-    "learned": ("#000000", "o"), "sinusoidal": ("#999999", "P"), "none": ("#999999", "x"), "rope": ("#0072B2", "s"),
+    "learned": ("#000000", "o"), "sinusoidal": ("#999999", "P"), "none": ("#56B4E9", "x"), "rope": ("#0072B2", "s"),
     "crope": ("#E69F00", "^"), "comrope": ("#009E73", "D"), "carope": ("#D55E00", "v"), "alibi": ("#CC79A7", "*"),
 }  # fmt: skip
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#000000", "#999999")
@@ -184,7 +184,7 @@ def first_rows(study, setting, fits) -> tuple:
 
 def mark_training_length(axes, length: int) -> None:
     axes.axvline(length, color="black", linestyle=":", linewidth=1)
-    axes.annotate("training length", (length, 0.98), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="right", fontsize=7)
+    axes.annotate(" training length", (length, 0.99), xycoords=("data", "axes fraction"), va="top", fontsize=7)
 
 
 def plain_log_ticks(axes) -> None:
