@@ -74,6 +74,8 @@ def test_the_controls_that_papers_lack_are_there():
     for name in ("crope-1", "crope-2"):
         control = arms[name]["rope, grouped Q/K/V"]
         assert control["pos"] == "rope" and cost(control) == cost(arms[name]["crope"]) == cost(arms[name]["rope"]) - 4 * 3 * 128**2 // 2
+    for name in ("crope-1", "crope-2", "carope-1"):  # sinusoids as large as the embeddings, beside Vaswani's amplitude of 1
+        assert arms[name]["sinusoidal, scale 0.02"] == {"pos": "sinusoidal", "pos_options": {"scale": 0.02}}
     found = [(a["pos"], a.get("pos_options", {})) for a in arms["carope-1"].values()]
     for control in (("rope", {"base": 5e5}), ("rope", {"base": 2e7}), ("carope", {"content": False}), ("alibi", {})):
         assert control in found
