@@ -407,9 +407,10 @@ def notes(study: Study) -> list[str]:
     for name in grid.eval or {}:
         there = next((r for key in study.runs for r in study.reports(*key, name).values() if "results" in r), None)
         if there:
-            tokens = next((r["tokens"] for r in there["results"] if r["tokens"]), 0)
+            rows = [r for key in study.runs for report in study.reports(*key, name).values() for r in report.get("results", ()) if r["tokens"]]
+            curve = all(r["protocol"] == "per-position" for r in rows)  # whose windows an arm that ends earlier has the start of
             span = "the split as one text" if there["stream"] else f"{there['documents']} whole documents"
-            targets = f"{tokens:,} target {study.unit}s, the same for all arms and lengths"
+            targets = f"{max((r['tokens'] for r in rows), default=0):,} target {study.unit}s, " + ("in whole windows" if curve else "the same for all arms and lengths")
             found.append(f"Report {name}: split {there['split']}, {span}, {targets}; stride {there['stride']}; {there['dtype']}.")
         reasons = [row["reason"] for key in study.runs for r in study.reports(*key, name).values() for row in r.get("results", ()) if row.get("reason")]
         found += [f"n/a: {reason}." for reason in dict.fromkeys(reasons)]
