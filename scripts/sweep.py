@@ -42,6 +42,7 @@ from tqdm import tqdm
 import report
 from checkpoint import step_files, write_atomically
 from config import RunConfig
+from data.prepare import cores
 from devices import PEAK_FLOPS, peak_flops
 from plan import Plan
 from plan import plan as run_plan
@@ -583,11 +584,6 @@ def grid_of(path: Path, args) -> tuple[Grid, list[str]]:
     if changed and grid.published:
         grid.content["reduced"] = " ".join(filter(None, [grid.reduced, f"Changed on the command line: {', '.join(changed)}."]))
     return grid, said
-
-
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def complete(args, grid: Grid) -> None:
