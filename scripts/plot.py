@@ -7,7 +7,7 @@ length      perplexity or nats against context length, the same targets where th
 loss        validation and training loss against tokens
 position    nats by position in the window
 parameters  final validation loss against the number of parameters
-speed       final validation loss against the speed of training, by scripts/bench.py where the grid has `throughput`
+speed       final validation loss against the speed of training relative to rope's, by scripts/bench.py where the grid has `throughput`
 """
 
 import argparse
@@ -137,7 +137,7 @@ def draw_position(axes, study, setting, styles) -> bool:
 def draw_parameters(axes, study, setting, styles) -> bool:
     from grid import model_cost
 
-    x = {arm: model_cost(c)[0] / 1e6 for arm in study.grid.arms if (c := study.config(setting, arm))}
+    x = {arm: (model_cost(c)[0] / 1e6, None) for arm in study.grid.arms if (c := study.config(setting, arm))}
     if not scatter(axes, study, setting, styles, x):
         return False
     axes.set(xlabel="parameters (millions)", title="Loss and size")
@@ -145,27 +145,30 @@ def draw_parameters(axes, study, setting, styles) -> bool:
 
 
 def draw_speed(axes, study, setting, styles) -> bool:
-    """Where the grid asks for a benchmark of its arms: speeds as the runs went tell more about the machine's other work."""
+    """Where the grid asks for a benchmark of its arms: speeds as the runs went tell more about the machine's other work, and
+    so do tokens a second beside ratios within a round."""
     from grid import bench_variants
-    from report import throughput_path
+    from report import speed_ratios, throughput_path
 
     if not study.grid.throughput or not (path := throughput_path(study.grid, study.folder)).is_file():
         return False
     bench = json.loads(path.read_text())
-    x = {arm: bench["tokens_a_step"] / np.median(bench["seconds"][v]) for arm, v in bench_variants(study.grid).items() if v in bench["seconds"]}
-    if not scatter(axes, study, setting, styles, {arm: v for arm, v in x.items() if arm in study.grid.arms}):
+    x = {arm: speed_ratios(bench, v) for arm, v in bench_variants(study.grid).items() if v in bench["seconds"] and arm in study.grid.arms}
+    if not scatter(axes, study, setting, styles, x):
         return False
-    axes.set(xlabel="training tokens/s, interleaved benchmark", title="Loss and speed")
+    axes.set(xlabel="training speed relative to rope", title="Loss and speed")
     return True
 
 
-def scatter(axes, study, setting, styles, x: dict[str, float]) -> bool:
-    """Final validation loss of the arms at their x: the mean over seeds, and a bar from the lowest to the highest."""
-    for arm, at in x.items():
+def scatter(axes, study, setting, styles, x: dict[str, tuple]) -> bool:
+    """Final validation loss of the arms at their (x, its interval or None): the mean over seeds, and a bar from the lowest to
+    the highest."""
+    for arm, (at, interval) in x.items():
         if losses := list(study.losses(setting, arm).values()):
             mean = np.mean(losses)
             look = {**styles[arm], "linestyle": "none"}
-            axes.errorbar([at], [mean], [[mean - min(losses)], [max(losses) - mean]], capsize=3, label=arm, **look)
+            width = interval and [[at - interval[0]], [interval[1] - at]]
+            axes.errorbar([at], [mean], [[mean - min(losses)], [max(losses) - mean]], width, capsize=3, label=arm, **look)
     axes.set_ylabel(f"validation loss (nats per {study.unit})")
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.ticklabel_format(axis="both", useOffset=False)

@@ -492,7 +492,8 @@ def write_sbatch(path: Path, grid: Grid, out: Path, args, made: list[str], comma
 
 def collect(grid: Grid, out: Path, target: Path) -> None:
     """Copy what tables and figures are made of: of every run config.yaml, metrics.jsonl and the grid's reports; the grid; speeds.
-    ValueError where runs are not done."""
+    Folders of runs that an earlier collection left in the target and the grid no longer has are named, not deleted. ValueError
+    where runs are not done."""
     runs = grid.runs(out)
     if undone := [r.name for r in runs if not r.done()] + ["runs that wait for their learning rate"] * (None in grid.main_runs(out)):
         raise ValueError(f"{len(undone)} runs in {out} are not done ({', '.join(undone[:3])} …): run the sweep first")
@@ -509,6 +510,8 @@ def collect(grid: Grid, out: Path, target: Path) -> None:
             shutil.copyfile(path, there / path.relative_to(run.folder))
     if grid.throughput:
         shutil.copyfile(report.throughput_path(grid, out), report.throughput_path(grid, target))
+    if old := sorted({path.parent.name for path in target.glob("*/config.yaml")} - {run.name for run in runs}):
+        print(f"{target} also holds {', '.join(old)}, no longer in this grid and in no table: delete what you do not need", file=sys.stderr)
 
 
 def write_grid(grid: Grid, folder: Path) -> None:

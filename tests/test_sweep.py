@@ -122,6 +122,16 @@ def test_collected_files_alone_give_the_same_tables_and_figure(swept, tmp_path):
     assert (target / "README.md").read_text() == readme + "By hand.\n"
 
 
+def test_collect_names_folders_that_the_grid_no_longer_has(swept, tmp_path, capsys):
+    out, target = folder_of(tmp_path, swept, arms=["rope", "crope"]), tmp_path / "results"
+    sweep.collect(Grid.of_folder(out), out, target)
+    assert capsys.readouterr().err == ""
+    fewer = Grid.read(swept[0], changes={"arms": ["rope"]})
+    sweep.collect(fewer, out, target)
+    said, left = capsys.readouterr().err, {p.name for p in target.glob("crope-*")}
+    assert len(left) == 2 and all(name in said for name in left) and not any(run.name in said for run in fewer.runs(out))
+
+
 def test_collect_refuses_what_is_not_done(swept, tmp_path):
     with pytest.raises(ValueError, match="2 runs .* are not done"):
         sweep.collect(Grid.read(swept[0]), swept[1], tmp_path / "results")
