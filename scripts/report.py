@@ -364,7 +364,7 @@ def throughput_table(study: Study) -> Table:
     published = (study.grid.published or {}).get("tokens_per_s", {})
     base = published.get("rope")
     head = ["arm", "tokens/s", "relative to rope", "peak memory, MB", *(["published, tokens/s", "published, relative", "verdict"] if published else [])]
-    table = Table(f"training speed, median of {there['rounds']} interleaved rounds on {there['device']}, {there['threads']} thread(s)", head)
+    table = Table(f"training speed: medians over {there['rounds']} interleaved rounds, of tokens/s and of ratios within a round, on {there['device']}, {there['threads']} thread(s)", head)
     for variant, seconds in there["seconds"].items():
         ratio, interval = speed_ratios(there, variant)
         relation = "1" if variant == "rope" else f"{ratio:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
@@ -438,13 +438,16 @@ def tuning_note(study: Study) -> str:
 
 
 def environment(study: Study) -> str:
-    """Where the runs were made, as their metrics and evaluations say."""
+    """Where the runs were made, as their metrics and evaluations say; without runs, where speed was measured."""
     for by_seed in study.runs.values():
         for run in by_seed.values():
             found = next((m["environment"] for m in run.metrics() if "environment" in m), {})
             there = next((r for n in study.grid.eval or {} if (r := run.report(n)) and "torch" in r), {})
             found = {**{k: there[k] for k in ("torch", "device", "threads") if k in there}, **found}
             return ", ".join(f"{k} {v}" for k, v in found.items() if isinstance(v, (str, int, float)))
+    if study.grid.throughput and (path := throughput_path(study.grid, study.folder)).is_file():
+        bench = json.loads(path.read_text())
+        return ", ".join(f"{k} {bench[k]}" for k in ("torch", "device", "threads", "compile") if k in bench)
     return ""
 
 

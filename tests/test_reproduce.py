@@ -180,6 +180,7 @@ def test_speeds_are_compared_by_their_ratio(tmp_path):
     rows = {row[0]: row for row in table.rows}
     assert rows["rope"][1:4] == ["1,000", "1", "1"] and rows["carope"][2].startswith("0.909 [0.909, 0.909]")
     assert rows["carope"][-3:] == ["760,000", "1.206", "differs"] and rows["carope content=false"][-3:] == ["–", "", ""]
+    assert "Made by `c` (device cpu, threads 1)." in report.markdown(Study.read(tmp_path))
 
 
 def test_shifted_positions():
