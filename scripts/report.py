@@ -372,7 +372,9 @@ def throughput_table(study: Study) -> Table:
         if published:
             theirs = published.get(variant)
             relative = theirs / base if theirs and base and variant != "rope" else None
-            cells += [f"{theirs:,.0f}" if theirs else "–", f"{relative:.3f}" if relative else "", verdict(relative, interval, len(seconds))]
+            found = {"difference": ratio - 1, "interval": [bound - 1 for bound in interval], "seeds": len(seconds)}
+            judged = direction(relative - 1, found) if study.grid.reduced and relative else verdict(relative, interval, len(seconds))
+            cells += [f"{theirs:,.0f}" if theirs else "–", f"{relative:.3f}" if relative else "", judged]
         table.rows.append(cells)
     return table
 
@@ -473,9 +475,7 @@ README = """\
 {begin}
 {end}
 
-![figures](figure.png)
-
-## Answer
+{figure}## Answer
 
 """
 

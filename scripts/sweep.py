@@ -501,7 +501,8 @@ def collect(grid: Grid, out: Path, target: Path) -> None:
         raise ValueError(f"{out} lacks the measurement of speed: run the sweep first")
     write_grid(grid, target)
     if not (target / "README.md").exists():
-        (target / "README.md").write_text(report.README.format(title=grid.name, begin=report.BEGIN, end=report.END))
+        figure = "![figures](figure.png)\n\n" if grid.arms else ""
+        (target / "README.md").write_text(report.README.format(title=grid.name, begin=report.BEGIN, end=report.END, figure=figure))
     for run in runs:
         there = target / run.name
         (there / "eval").mkdir(parents=True, exist_ok=True)

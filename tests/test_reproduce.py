@@ -169,18 +169,22 @@ def test_perplexities_are_compared_as_such_and_differences_in_nats(study_of):
     assert found["Small, 1× the training length", "rope"]["less published"] == f"{math.exp(3.062) - 21.31:+.2f}"
 
 
-def test_speeds_are_compared_by_their_ratio(tmp_path):
-    grid = Grid.read(REPO / "configs/sweeps/carope-throughput.yaml", "cpu")
+@pytest.mark.parametrize(("scale", "judged"), [("paper", "differs"), ("cpu", "other direction")])
+def test_speeds_are_compared_by_their_ratio(scale, judged, tmp_path):
+    grid = Grid.read(REPO / "configs/sweeps/carope-throughput.yaml", scale)
     grid.content["command"] = "c"
-    sweep.write_grid(grid, tmp_path)
+    sweep.write_grid(grid, tmp_path / "out")
     seconds = {"rope": [1.0, 2.0, 1.0], "carope": [1.1, 2.2, 1.1], "carope content=false": [1.0, 2.0, 1.0]}
     there = {"seconds": seconds, "memory": dict.fromkeys(seconds, 1e6), "tokens_a_step": 1000, "rounds": 3, "device": "cpu", "threads": 1}
-    report.throughput_path(grid, tmp_path).write_text(json.dumps(there))
-    (table,) = report.tables(Study.read(tmp_path))
+    report.throughput_path(grid, tmp_path / "out").write_text(json.dumps(there))
+    (table,) = report.tables(Study.read(tmp_path / "out"))
     rows = {row[0]: row for row in table.rows}
     assert rows["rope"][1:4] == ["1,000", "1", "1"] and rows["carope"][2].startswith("0.909 [0.909, 0.909]")
-    assert rows["carope"][-3:] == ["760,000", "1.206", "differs"] and rows["carope content=false"][-3:] == ["–", "", ""]
-    assert "Made by `c` (device cpu, threads 1)." in report.markdown(Study.read(tmp_path))
+    assert rows["carope"][-3:] == ["760,000", "1.206", judged] and rows["carope content=false"][-3:] == ["–", "", ""]
+    sweep.collect(grid, tmp_path / "out", tmp_path / "results")
+    report.write(tmp_path / "results")
+    readme = (tmp_path / "results" / "README.md").read_text()
+    assert "Made by `c` (device cpu, threads 1)." in readme and "figure.png" not in readme  # there are no runs to draw
 
 
 def test_shifted_positions():
