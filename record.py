@@ -39,7 +39,7 @@ def environment(config: RunConfig, device: torch.device, dtype: torch.dtype, wor
         "cuda": torch.version.cuda if cuda else None,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda and world > 1 else None,
         "git": git_state(Path(__file__).parent),
-        "device": torch.cuda.get_device_name(device) if cuda else f"{device.type} ({processor()})",
+        "device": device_name(device),
         "ranks": world,
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
@@ -58,6 +58,10 @@ def git_state(repo: Path) -> dict | None:
         return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(git("status", "--porcelain", "--untracked-files=no").strip())}
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({processor()})"
 
 
 def processor() -> str:

@@ -182,12 +182,11 @@ def rows(name: str, shape: dict, variants: list[str], seconds: dict, model_secon
 def record(shape: dict, steps: int, seconds: dict, memory: dict, args: argparse.Namespace) -> dict:
     """What --json writes: every round's seconds a step by variant, and the conditions."""
     from devices import pick_device
-    from record import processor
+    from record import device_name
 
     device = pick_device(args.device)
-    cuda = device.type == "cuda"
-    name, threads = (torch.cuda.get_device_name(device), args.threads) if cuda else (f"{device.type} ({processor()})", args.threads or 1)
-    about = {"device": name, "threads": threads, "torch": torch.__version__, "steps": steps, "compile": args.compile}
+    threads = args.threads or (1 if device.type == "cpu" else torch.get_num_threads())
+    about = {"device": device_name(device), "threads": threads, "torch": torch.__version__, "steps": steps, "compile": args.compile}
     return {"seconds": seconds, "memory": memory, "tokens_a_step": shape["batch"] * shape["block_size"], "rounds": args.rounds, **about, **shape}
 
 

@@ -22,6 +22,7 @@ def test_a_tiny_run(tmp_path):
     record = json.loads((tmp_path / "b.json").read_text())
     assert {variant: len(seconds) for variant, seconds in record["seconds"].items()} == {"rope": 2, "comrope block=2": 2}
     assert record["tokens_a_step"] == 32 and record["memory"]["rope"] > 1e7
+    assert record["device"].startswith("cpu (") and record["threads"] == 1
 
 
 @pytest.mark.parametrize(

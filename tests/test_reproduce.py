@@ -187,6 +187,22 @@ def test_speeds_are_compared_by_their_ratio(scale, judged, tmp_path):
     assert "Made by `c` (device cpu, threads 1)." in readme and "figure.png" not in readme  # there are no runs to draw
 
 
+def test_the_panel_of_speed_shows_ratios_within_a_round_and_their_intervals(study_of):
+    """The machine slows down by half; crope takes 1.25 times rope's time in every round but one."""
+    study = study_of(REPO / "configs/sweeps/schemes.yaml", {"rope": [1.5, 1.7], "crope": [1.6, 1.6]})
+    there = {"seconds": {"rope": [1.0, 1.0, 2.0, 2.0, 2.0], "crope": [1.25, 1.25, 2.5, 2.5, 2.0]}, "tokens_a_step": 1000}
+    report.throughput_path(study.grid, study.folder).write_text(json.dumps(there))
+    axes = plot.plt.figure().add_subplot()
+    assert plot.draw_speed(axes, study, "", plot.styles_of(study.grid.arms))
+    shown = {bar.get_label(): bar.lines for bar in axes.containers}
+    at = {arm: (float(point.get_xdata()[0]), float(point.get_ydata()[0])) for arm, (point, _, _) in shown.items()}
+    assert at["rope"] == pytest.approx((1.0, 1.6)) and at["crope"] == pytest.approx((0.8, 1.6))
+    ends = [tuple(line.get_segments()[0][:, axis]) for axis, line in enumerate(shown["crope"][2])]
+    ratio, interval = report.speed_ratios(there, "crope")
+    assert ratio == pytest.approx(0.8) and ends[0] == pytest.approx(interval) and interval[0] == pytest.approx(0.8) and interval[1] > 0.85
+    plot.plt.close(axes.figure)
+
+
 def test_shifted_positions():
     """Rotations are relative, so losses stay; a scheme whose angles are not linear in the position would show."""
     idx = torch.randint(64, (2, 17), generator=torch.Generator().manual_seed(0))
