@@ -41,6 +41,8 @@ sys.path.insert(0, str(REPO))
 
 from checkpoint import read_metrics, step_files
 from config import RunConfig, check
+from data.corpora import CORPORA
+from data.shards import unknown
 from model import GPT, SCHEMES, GPTConfig, nearest
 
 KEYS = (
@@ -142,8 +144,8 @@ class Grid:
                 elif key in ("arms", "settings") and isinstance(value, list):
                     value = select(as_mapping(given.get(key), key), value, key, path)
                 given[key] = value
-        if unknown := [k for k in given if k not in KEYS]:
-            raise ValueError(f"{path}: unknown key {unknown[0]!r}{nearest(unknown[0], KEYS)} (keys: {', '.join(KEYS)})")
+        if odd := [k for k in given if k not in KEYS]:
+            raise ValueError(f"{path}: unknown key {odd[0]!r}{nearest(odd[0], KEYS)} (keys: {', '.join(KEYS)})")
 
         def config_of(base):
             there = yaml.safe_load((path.parent / base).read_text()) if base else {}
@@ -213,20 +215,23 @@ class Grid:
     # ---- runs
 
     def data_of(self, setting: str) -> dict | None:
-        """What data/prepare.py is to make for a setting, or None where fields name the folder."""
+        """What data/prepare.py is to make for a setting, or None where fields name the folder. ValueError for a corpus that it
+        does not know."""
         own = self.settings[setting]
         if "data_dir" in own or ("data_dir" in (self.content.get("fields") or {}) and "data" not in own and not self.data):
             return None
         data = {**(self.data or {}), **own.get("data", {})}
+        if data and data.get("corpus") not in CORPORA:
+            raise unknown("corpus", data.get("corpus"), list(CORPORA))
         return {"tokenizer": "gpt2", **data} if data else None
 
     def fields_of(self, setting: str, arm: str) -> dict:
         """Fields of train.py for a setting and an arm, with values of the right kind; without seeds. Paths are relative to the repository."""
         own = {k: v for k, v in self.settings[setting].items() if k != "data"}
         fields = {**self.fields, **own, **self.arms[arm]}
-        if unknown := [k for k in fields if k not in RunConfig.__dataclass_fields__ or k in PER_RUN]:
-            why = "a grid sets it itself" if unknown[0] in PER_RUN else f"no field of train.py{nearest(unknown[0], RunConfig.__dataclass_fields__)}"
-            raise ValueError(f"{unknown[0]}: {why}")
+        if odd := [k for k in fields if k not in RunConfig.__dataclass_fields__ or k in PER_RUN]:
+            why = "a grid sets it itself" if odd[0] in PER_RUN else f"no field of train.py{nearest(odd[0], RunConfig.__dataclass_fields__)}"
+            raise ValueError(f"{odd[0]}: {why}")
         if data := self.data_of(setting):
             fields["data_dir"] = f"data/{data['corpus']}-{data['tokenizer']}"
         defaults = RunConfig()

@@ -585,6 +585,7 @@ def grid_of(path: Path, args) -> tuple[Grid, list[str]]:
                 content["data"] = {**(content.get("data") or {}), "corpus": args.corpus}
             content.pop("data_dir", None)
         grid.fields.pop("data_dir", None)
+        grid.check(path)
         said += ["--corpus", args.corpus]
     changed = [f"--set {k}={v}" for k, v in changes.get("fields", {}).items() if k not in NO_MATTER] + [f"--corpus {args.corpus}"] * bool(args.corpus)
     if changed and grid.published:
