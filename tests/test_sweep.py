@@ -265,8 +265,8 @@ def test_runs_are_paired_and_named_by_what_they_are(tmp_path):
     ({"eval": {"far": {"protocol": "sliding"}}}, "'far' of eval lacks lengths"),
     ({"figure": "bits"}, "figure must be nats or perplexity"),
     ({"arms": {"rope a": {}, "rope, a": {}}}, "differ in punctuation only"),
-    ({"data": {"corpus": "novel"}}, "unknown corpus 'novel'; did you mean 'novels'"),
-    ({"data": {"tokenizer": "byte"}}, "unknown corpus None"),
+    ({"settings": {"a": {"data": {"corpus": "novel"}}}}, "unknown corpus 'novel'; did you mean 'novels'"),
+    ({"settings": {"a": {"data": {"tokenizer": "byte"}}}}, "unknown corpus None"),
 ])  # fmt: skip
 def test_grids_that_are_wrong_say_where(tmp_path, keys, words):
     with pytest.raises(ValueError, match=words):
