@@ -204,6 +204,9 @@ class Grid:
         for name, report in (self.eval or {}).items():
             if "lengths" not in report and "program" not in report:
                 raise ValueError(f"{path}: the report {name!r} of eval lacks lengths")
+        for data in map(self.data_of, self.settings):
+            if data and data.get("corpus") not in CORPORA:
+                raise ValueError(f"{path}: {unknown('corpus', data.get('corpus'), list(CORPORA))}")
         for setting, arm in itertools.product(self.settings, self.arms):
             try:
                 check(RunConfig(**self.fields_of(setting, arm)))
@@ -215,14 +218,11 @@ class Grid:
     # ---- runs
 
     def data_of(self, setting: str) -> dict | None:
-        """What data/prepare.py is to make for a setting, or None where fields name the folder. ValueError for a corpus that it
-        does not know."""
+        """What data/prepare.py is to make for a setting, or None where fields name the folder."""
         own = self.settings[setting]
         if "data_dir" in own or ("data_dir" in (self.content.get("fields") or {}) and "data" not in own and not self.data):
             return None
         data = {**(self.data or {}), **own.get("data", {})}
-        if data and data.get("corpus") not in CORPORA:
-            raise unknown("corpus", data.get("corpus"), list(CORPORA))
         return {"tokenizer": "gpt2", **data} if data else None
 
     def fields_of(self, setting: str, arm: str) -> dict:

@@ -11,7 +11,6 @@ speed       final validation loss against the speed of training relative to rope
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -148,11 +147,10 @@ def draw_speed(axes, study, setting, styles) -> bool:
     """Where the grid asks for a benchmark of its arms: speeds as the runs went tell more about the machine's other work, and
     so do tokens a second beside ratios within a round."""
     from grid import bench_variants
-    from report import speed_ratios, throughput_path
+    from report import speed_ratios, throughput
 
-    if not study.grid.throughput or not (path := throughput_path(study.grid, study.folder)).is_file():
+    if not (bench := throughput(study)):
         return False
-    bench = json.loads(path.read_text())
     x = {arm: speed_ratios(bench, v) for arm, v in bench_variants(study.grid).items() if v in bench["seconds"] and arm in study.grid.arms}
     if not scatter(axes, study, setting, styles, x):
         return False

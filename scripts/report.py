@@ -222,8 +222,8 @@ def tables(study: Study) -> list[Table]:
         found.append(training_table(study, setting, head))
         for name in grid.eval or {}:
             found += report_tables(study, setting, name, head)
-    if grid.throughput and throughput_path(grid, study.folder).is_file():
-        found.append(throughput_table(study))
+    if bench := throughput(study):
+        found.append(throughput_table(study, bench))
     return found
 
 
@@ -358,8 +358,14 @@ def speed_ratios(there: dict, variant: str) -> tuple[float, list[float]]:
     return float(np.median(ratios)), [float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)]
 
 
-def throughput_table(study: Study) -> Table:
-    there = json.loads(throughput_path(study.grid, study.folder).read_text())
+def throughput(study: Study) -> dict | None:
+    """What scripts/bench.py measured for the grid; None where it asks for nothing, or nothing was measured yet."""
+    if not study.grid.throughput or not (path := throughput_path(study.grid, study.folder)).is_file():
+        return None
+    return json.loads(path.read_text())
+
+
+def throughput_table(study: Study, there: dict) -> Table:
     labels = {variant: label for label, variant in bench_variants(study.grid).items()}
     published = (study.grid.published or {}).get("tokens_per_s", {})
     base = published.get("rope")
@@ -447,10 +453,8 @@ def environment(study: Study) -> str:
             there = next((r for n in study.grid.eval or {} if (r := run.report(n)) and "torch" in r), {})
             found = {**{k: there[k] for k in ("torch", "device", "threads") if k in there}, **found}
             return ", ".join(f"{k} {v}" for k, v in found.items() if isinstance(v, (str, int, float)))
-    if study.grid.throughput and (path := throughput_path(study.grid, study.folder)).is_file():
-        bench = json.loads(path.read_text())
-        return ", ".join(f"{k} {bench[k]}" for k in ("torch", "device", "threads", "compile") if k in bench)
-    return ""
+    bench = throughput(study) or {}
+    return ", ".join(f"{k} {bench[k]}" for k in ("torch", "device", "threads", "compile") if k in bench)
 
 
 def markdown(study: Study) -> str:
