@@ -26,22 +26,22 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import checkpoint
-from config import RunConfig
+from nanope import REPO, checkpoint
+from nanope.config import RunConfig
 from data.shards import Data, Split, open_data
 from data.tokenizer import load_tokenizer
-from intervals import document_interval, paired_difference, position_curve, row_figures
+from nanope.evaluation.statistics import document_interval, paired_difference, position_curve, row_figures
 from model import GPT, SCALINGS, SCHEMES, Attention, by_onednn, chunk_rows, head_dtype, linear, nearest, no_autocast, wide
-from pretrained import Pretrained
-from probe import KEY, VALUE, filler_tokens, make_trials
-from record import start_wandb
-from devices import Ranks, autocast, pick_device, ranks_of
-from windows import PROTOCOLS, Windows, choose_targets, windows_of
+from nanope.hf import Pretrained
+from nanope.evaluation.probe import KEY, VALUE, filler_tokens, make_trials
+from nanope.log import start_wandb
+from nanope.distributed import Ranks, autocast, pick_device, ranks_of
+from nanope.evaluation.protocols import PROTOCOLS, Windows, choose_targets, windows_of
 
 FIGURES = ("nats_per_token", "perplexity", "bits_per_byte", "accuracy", "tokens", "documents", "interval", "per_document")
 # Fields of a run that two seeds of one experiment may differ in
 NOT_THE_EXPERIMENT = {"out_dir", "seed", "data_seed", "resume", "device", "wandb", "micro_batch_size", "log_interval", "checkpoint_interval", "keep_checkpoints", "eval_interval", "eval_tokens"}  # fmt: skip
-SOURCES = [Path(__file__).with_name(f"{name}.py") for name in ("model", "eval", "windows", "intervals", "probe", "pretrained")]
+SOURCES = [REPO / f"{name}.py" for name in ("model", "eval", "nanope/hf", "nanope/evaluation/protocols", "nanope/evaluation/statistics", "nanope/evaluation/probe")]
 
 
 # ---- scoring

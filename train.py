@@ -27,13 +27,13 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-import checkpoint
-from config import RunConfig, check, padded_vocabulary, parse, write_yaml
+from nanope import checkpoint
+from nanope.config import RunConfig, check, padded_vocabulary, parse, write_yaml
 from data.shards import Data, DataError, Split, WindowOrder, batch, open_data
 from data.tokenizer import load_tokenizer
-from devices import Ranks, autocast, compiler_works, peak_flops, peak_memory, pick_dtype, pinned, ranks_of, to_device, to_host
+from nanope.distributed import Ranks, autocast, compiler_works, peak_flops, peak_memory, pick_dtype, pinned, ranks_of, to_device, to_host
 from model import GPT, resolve
-from record import Log, differences, environment, first_line
+from nanope.log import Log, differences, environment, first_line
 
 # What a resumed run must have in common with its checkpoint: the model and the order of its data
 FIXED_ON_RESUME = ("block_size", "n_layer", "n_head", "n_embd", "bias", "dropout", "vocab_size", "pos", "pos_options", "batch_tokens", "seed", "data_seed")
@@ -761,7 +761,7 @@ def main() -> None:
             check(config)
             sys.exit(show_differences(config, Path(mode["diff"])))
         if mode["plan"]:
-            from plan import plan, show
+            from nanope.plan import plan, show
 
             return print(show(plan(config, gpus=mode["gpus"] or int(os.environ.get("WORLD_SIZE", 1)), mfu=mode["mfu"], price_per_hour=mode["price_per_hour"])))
         result = train(config)

@@ -6,6 +6,8 @@ happens in DIR.partial, where a finished shard has a record beside it and a fini
 continues after the last of them. When every unit is there the shards get their final names, the manifest joins their
 records, and DIR.partial becomes DIR.
 """
+
+import _root
 import argparse
 import collections
 import concurrent.futures
@@ -33,9 +35,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-REPO = Path(__file__).resolve().parents[1]
-if not __package__:  # as a script: look for modules in the repository, not in data/
-    sys.path[0] = str(REPO)
 
 from data import corpora
 from data.corpora import CORPORA, SPLITS, Bad, File, download, groups, read_unit, units

@@ -2,6 +2,8 @@
 
 Without an option, the manifest as a table. A document or a window is counted from 0 through the whole split.
 """
+
+import _root
 import argparse
 import os
 import sys
@@ -9,8 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-if not __package__:  # as a script: look for modules in the repository, not in data/
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data.prepare import summary
 from data.shards import DataError, Split, open_data

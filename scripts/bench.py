@@ -13,6 +13,7 @@ steps each, and only one works at a time. Ratios are taken within a round and th
 machine whose speed drifts does not favour anyone. The first round is a warm-up.
 """
 
+import _root
 import argparse
 import contextlib
 import importlib.util
@@ -25,8 +26,6 @@ import sys
 import time
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
 
 import torch
 import yaml
@@ -77,7 +76,7 @@ def check(variant: str, shape: dict) -> None:
 
 def work(variant: str, shape: dict, args: argparse.Namespace, pipe) -> None:
     """A process: builds one model, then answers each number of steps n with (seconds, of these in the optimizer, peak bytes)."""
-    from devices import autocast, peak_memory, pick_device, pick_dtype
+    from nanope.distributed import autocast, peak_memory, pick_device, pick_dtype
 
     device = pick_device(args.device)
     if args.threads or device.type == "cpu":
@@ -181,8 +180,8 @@ def rows(name: str, shape: dict, variants: list[str], seconds: dict, model_secon
 
 def record(shape: dict, steps: int, seconds: dict, memory: dict, args: argparse.Namespace) -> dict:
     """What --json writes: every round's seconds a step by variant, and the conditions."""
-    from devices import pick_device
-    from record import device_name
+    from nanope.distributed import pick_device
+    from nanope.log import device_name
 
     device = pick_device(args.device)
     threads = args.threads or (1 if device.type == "cpu" else torch.get_num_threads())

@@ -12,6 +12,7 @@ turn are then timed
 What prepare needs for a corpus of one document is its start-up; a corpus of gigabytes does not notice it. The first round
 is a warm-up. Ratios are taken within a round, and their median is printed.
 """
+import _root
 import argparse
 import multiprocessing
 import os
@@ -22,8 +23,6 @@ import tempfile
 import time
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
 
 FLOOR = 0.9  # of the better of threads and processes
 MEMORY_LIMIT = 1.5e9  # bytes, of all processes of prepare with 2 workers

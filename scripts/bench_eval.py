@@ -8,6 +8,7 @@ for which the usual loop sets the labels before to -100 and forms their logits a
 rounds, the first of which is a warm-up. Peak memory is the process's, the libraries' own some 300 MB included.
 """
 
+import _root
 import argparse
 import multiprocessing
 import statistics
@@ -15,8 +16,6 @@ import sys
 import time
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
 
 OURS, PEER = "eval.py", "transformers"
 # Targets at the default shape on 2 CPU cores, relative to transformers: speed at least, memory at most. Measured: sliding reaches
@@ -29,7 +28,7 @@ def work(variant: str, length: int, scored: int, args: argparse.Namespace, pipe)
     import numpy as np
     import torch
 
-    from devices import peak_memory, pick_device
+    from nanope.distributed import peak_memory, pick_device
 
     if args.threads:
         torch.set_num_threads(args.threads)

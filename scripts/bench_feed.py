@@ -6,17 +6,16 @@ Reads batches of a run as train.py does (windows all over the shards, in the ord
 else. Files that fit memory are read from it after the first time: for a disk, take a folder larger than memory, or drop its cache.
 """
 
+import _root
 import statistics
 import sys
 import time
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
 
-from config import check, parse
+from nanope.config import check, parse
 from data.shards import open_data
-from devices import Ranks, pick_device
+from nanope.distributed import Ranks, pick_device
 from train import Feed, resolve_batch
 
 ROUNDS, TOKENS = 7, 2**21  # a round reads at least so many tokens

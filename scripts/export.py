@@ -7,17 +7,16 @@ GPTNeoXForCausalLM with a sequential residual. What is written is loaded again a
 Needs requirements-dev.txt. An exported model runs in lm-evaluation-harness: lm_eval --model hf --model_args pretrained=DIR --tasks …
 """
 
+import _root
 import argparse
 import lzma
 import sys
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
 
 import torch
 
-import checkpoint
+from nanope import checkpoint
 from data.tokenizer import BYTE_CHARACTERS, VOCABULARY, load_tokenizer
 from model import GPT
 

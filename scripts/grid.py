@@ -21,6 +21,7 @@
 A run's folder is named by arm, setting, seed and a hash of every field that is not train.py's default: another config is another folder.
 """
 
+import _root
 import dataclasses
 import functools
 import hashlib
@@ -29,6 +30,7 @@ import json
 import os
 import re
 import sys
+from nanope import REPO
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,11 +38,9 @@ import numpy as np
 import torch
 import yaml
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
 
-from checkpoint import read_metrics, step_files
-from config import RunConfig, check
+from nanope.checkpoint import read_metrics, step_files
+from nanope.config import RunConfig, check
 from data.corpora import CORPORA
 from data.shards import unknown
 from model import GPT, SCHEMES, GPTConfig, nearest

@@ -10,6 +10,7 @@ parameters  final validation loss against the number of parameters
 speed       final validation loss against the speed of training relative to rope's, by scripts/bench.py where the grid has `throughput`
 """
 
+import _root
 import argparse
 import sys
 from pathlib import Path
@@ -21,8 +22,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
 
 # Okabe & Ito's colours, which colour-blind readers can tell apart; markers for print
 STYLES = {

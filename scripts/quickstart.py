@@ -8,11 +8,10 @@ It is scripts/sweep.py on configs/sweeps/quickstart.yaml, with all its options. 
 run, logs/, table.md, figure.png. Interrupt it and start it again: runs that are finished are kept, the others continue.
 """
 
+import _root
 import sys
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
 
 import sweep
 

@@ -6,6 +6,7 @@
 Figures are means over seeds; differences are paired: the same data order, the same shared initial weights, the same tokens.
 """
 
+import _root
 import argparse
 import json
 import math
@@ -14,16 +15,14 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
 
 import numpy as np
 import scipy.stats
 import yaml
 from grid import Grid, Run, as_list, bench_variants, digest, model_cost
 
-from config import RunConfig
-from intervals import paired_difference
+from nanope.config import RunConfig
+from nanope.evaluation.statistics import paired_difference
 
 NOISE = "≈"
 BEGIN, END = "<!-- made by scripts/report.py: begin -->", "<!-- end -->"

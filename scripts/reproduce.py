@@ -9,15 +9,15 @@ It is scripts/sweep.py on configs/sweeps/TABLE.yaml, with all its options: kill 
 file holds the paper's set-up, its figures, and every decision where the paper leaves one open.
 """
 
+import _root
 import sys
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
 
 import sweep
 
 import report
+from nanope import REPO
 from model import nearest
 
 TABLES = {

@@ -1,18 +1,17 @@
 """Write text from a run: python scripts/sample.py --run DIR --prompt TEXT [--tokens N]"""
 
+import _root
 import argparse
 import sys
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
 
 import torch
 
-import checkpoint
+from nanope import checkpoint
 from data.tokenizer import load_tokenizer
 from model import SCHEMES
-from devices import pick_device
+from nanope.distributed import pick_device
 
 
 def main() -> None:

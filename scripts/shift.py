@@ -8,21 +8,20 @@ Schemes that know no absolute positions (alibi, none, and carope, whose phases a
 and are not given; tables of absolute positions are.
 """
 
+import _root
 import argparse
 import sys
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
 
 import numpy as np
 import torch
 
-import checkpoint
+from nanope import checkpoint
 import model as model_module
 from data.shards import batch, open_data
 from eval import write_json
-from devices import pick_device
+from nanope.distributed import pick_device
 
 
 def shifted(offset: int) -> type:

@@ -15,6 +15,7 @@ runs is left alone and waited for. A run that fails does not stop the others. sc
 own sweeps go without this program: configs/sweeps/wandb.yaml.
 """
 
+import _root
 import argparse
 import contextlib
 import dataclasses
@@ -31,8 +32,6 @@ import sys
 import time
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
 
 import torch
 import yaml
@@ -40,13 +39,14 @@ from grid import ELSEWHERE, Grid, Run, bench_variants, command_of, local, model_
 from tqdm import tqdm
 
 import report
-from checkpoint import step_files, write_atomically
-from config import RunConfig
+from nanope import REPO
+from nanope.checkpoint import step_files, write_atomically
+from nanope.config import RunConfig
 from data.prepare import cores
-from devices import PEAK_FLOPS, peak_flops
+from nanope.distributed import PEAK_FLOPS, peak_flops
 from model import linear
-from plan import Plan
-from plan import plan as run_plan
+from nanope.plan import Plan
+from nanope.plan import plan as run_plan
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 LAUNCH = 2e-3  # seconds a layer: what a GPU's host needs at least for the kernels of a forward and backward pass; a guess, for --plan

@@ -8,6 +8,7 @@ Parts are the model's methods, each within a profiler range. A backward operatio
 its sequence number, which autograd gives to both. On a GPU the times are those of its kernels, and the rest of the step is idle.
 """
 
+import _root
 import argparse
 import contextlib
 import dataclasses
@@ -16,15 +17,13 @@ from collections import defaultdict
 from pathlib import Path
 from unittest import mock
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from config import RunConfig, check, padded_vocabulary, parse
+from nanope.config import RunConfig, check, padded_vocabulary, parse
 from data.shards import batch, open_data
-from devices import Ranks, autocast, pick_device, pick_dtype
+from nanope.distributed import Ranks, autocast, pick_device, pick_dtype
 from model import GPT, SCHEMES
 from train import make_optimizer, resolve_batch
 

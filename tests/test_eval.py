@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 
 import eval as evaluation
-from config import RunConfig
+from nanope.config import RunConfig
 from data.prepare import prepare
 from data.shards import open_data
 from data.tokenizer import load_tokenizer
-from intervals import row_figures
+from nanope.evaluation.statistics import row_figures
 from model import GPT, GPTConfig
 from train import train
 

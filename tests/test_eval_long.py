@@ -15,15 +15,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 import yaml
 
-import checkpoint
+from nanope import checkpoint
 import eval as evaluation
-from config import RunConfig
+from nanope.config import RunConfig
 from data.prepare import prepare
-from intervals import paired_difference
+from nanope.evaluation.statistics import paired_difference
 from model import GPT, SCHEMES, GPTConfig
-from probe import KEY, VALUE, make_trials
+from nanope.evaluation.probe import KEY, VALUE, make_trials
 from train import train
-from windows import PROTOCOLS
+from nanope.evaluation.protocols import PROTOCOLS
 
 REPO = Path(__file__).resolve().parents[1]
 SCALED = ("rope", "crope", "comrope")

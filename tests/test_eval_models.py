@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-import checkpoint
+from nanope import checkpoint
 import eval as evaluation
 from data.prepare import prepare
 from data.tokenizer import load_tokenizer

@@ -10,13 +10,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import checkpoint
-from config import RunConfig
+from nanope import checkpoint
+from nanope.config import RunConfig
 from data.prepare import prepare
 from data.shards import open_data
 from model import GPT, SCHEMES, GPTConfig, chunk_rows
-from plan import main, memory, plan, scheme_table, show, simulate
-from devices import autocast
+from nanope.plan import main, memory, plan, scheme_table, show, simulate
+from nanope.distributed import autocast
 from train import make_optimizer
 from training import one_thread  # noqa: F401
 

@@ -9,8 +9,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import model
-import plan
-from config import RunConfig
+from nanope import plan
+from nanope.config import RunConfig
 from model import GPT, SCHEMES, Attention, GPTConfig
 
 REPO = Path(__file__).resolve().parents[1]

@@ -23,7 +23,7 @@ import sweep
 from grid import Grid, bench_variants, model_cost
 from report import Study
 
-from config import RunConfig
+from nanope.config import RunConfig
 from model import GPT, GPTConfig
 
 GRIDS = [path for path in sorted((REPO / "configs" / "sweeps").glob("*.yaml")) if path.stem != "wandb"]

@@ -28,7 +28,7 @@ import sweep
 from grid import Grid
 from report import Study, Table, difference_cell, difference_of_losses, difference_of_rows, latex, seed_interval, verdict
 
-from config import RunConfig
+from nanope.config import RunConfig
 from data.prepare import prepare
 
 FIELDS = {"block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 32, "batch_tokens": 64, "max_steps": 30, "warmup_steps": 3, "eval_interval": 10, "eval_tokens": 64}

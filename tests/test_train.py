@@ -22,15 +22,15 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-import checkpoint
-import config as config_module
-import record
+from nanope import checkpoint
+from nanope import config as config_module
+from nanope import log as record
 import train as train_module
-from config import RunConfig, check, parse, write_yaml
+from nanope.config import RunConfig, check, parse, write_yaml
 from data.prepare import prepare
 from data.shards import WindowOrder, batch, open_data
 from model import GPT, SCHEMES, GPTConfig
-from devices import Ranks
+from nanope.distributed import Ranks
 from train import Validation, learning_rate, main, make_optimizer, resolve_batch, train
 from training import CPU, ENVIRONMENT, REPO, TIMES, arguments, at_step, crash, finish, folders, kill, last, losses, make, metrics, one_thread, plain, same, same_run, start, wait_for_lines, write_text  # noqa: F401
 

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-import record
+from nanope import checkpoint
+from nanope import log as record
 from data.prepare import prepare
 from data.shards import WindowOrder, batch, fingerprint, open_data, write_manifest
 from model import GPT
-from record import Log
-from devices import Ranks
+from nanope.log import Log
+from nanope.distributed import Ranks
 from train import Feed, Training, Validation, largest_micro_batch, main, train
 from training import CPU, REPO, arguments, at_step, crash, environments, finish, folders, kill, last, losses, make, metrics, one_thread, plain, same, same_run, start, write_text  # noqa: F401
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import checkpoint
+from nanope import checkpoint
 from train import train
 from training import DRIVER, REPO, arguments, environments, finish, folders, last, losses, make, metrics, one_thread, same, same_run, start, wait_for_lines  # noqa: F401
 

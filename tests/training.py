@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
+from nanope import checkpoint
 import train as train_module
-from config import RunConfig
+from nanope.config import RunConfig
 from data.prepare import prepare
 from train import learning_rate, train
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from record import first_line
+from nanope.log import first_line
 
 # Peak dense FLOP/s of a GPU by a word of its name (NVIDIA's data sheets): bfloat16; float16 for the V100
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "V100": 125e12, "4090": 165e12}

@@ -24,9 +24,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import model as model_file
-from config import RunConfig, check, padded_vocabulary, parse
+from nanope.config import RunConfig, check, padded_vocabulary, parse
 from data.shards import open_data
-from devices import PEAK_FLOPS, Ranks, autocast, pick_device, pick_dtype
+from nanope.distributed import PEAK_FLOPS, Ranks, autocast, pick_device, pick_dtype
 from model import GPT, MLP, SCHEMES, Attention, GPTConfig, LayerNorm, nearest
 from train import make_optimizer, resolve_batch
 

@@ -21,8 +21,8 @@ import torch
 import yaml
 from tqdm import tqdm
 
-import checkpoint
-from config import RunConfig, write_yaml
+from nanope import REPO, checkpoint
+from nanope.config import RunConfig, write_yaml
 from model import SCHEMES, Attention
 
 # ---- the environment
@@ -38,7 +38,7 @@ def environment(config: RunConfig, device: torch.device, dtype: torch.dtype, wor
         "numpy": np.__version__,
         "cuda": torch.version.cuda if cuda else None,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda and world > 1 else None,
-        "git": git_state(Path(__file__).parent),
+        "git": git_state(REPO),
         "device": device_name(device),
         "ranks": world,
         "threads": torch.get_num_threads(),

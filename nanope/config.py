@@ -11,7 +11,7 @@ from typing import Literal
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
-from checkpoint import write_atomically
+from nanope.checkpoint import write_atomically
 from model import GPTConfig, nearest
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)

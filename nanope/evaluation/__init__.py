@@ -1,0 +1,1 @@
+"""Evaluation: protocols, scoring, statistics, the retrieval probe, comparisons of runs."""
