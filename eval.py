@@ -26,22 +26,53 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from nanope import REPO, checkpoint
-from nanope.config import RunConfig
 from data.shards import Data, Split, open_data
 from data.tokenizer import load_tokenizer
-from nanope.evaluation.statistics import document_interval, paired_difference, position_curve, row_figures
-from model import GPT, SCALINGS, SCHEMES, Attention, by_onednn, chunk_rows, head_dtype, linear, nearest, no_autocast, wide
-from nanope.hf import Pretrained
+from model import (
+    GPT,
+    SCALINGS,
+    SCHEMES,
+    Attention,
+    by_onednn,
+    chunk_rows,
+    head_dtype,
+    linear,
+    nearest,
+    no_autocast,
+    wide,
+)
+from nanope import REPO, checkpoint
+from nanope.config import RunConfig
+from nanope.distributed import Ranks, autocast, ranks_of
 from nanope.evaluation.probe import KEY, VALUE, filler_tokens, make_trials
-from nanope.log import start_wandb
-from nanope.distributed import Ranks, autocast, pick_device, ranks_of
 from nanope.evaluation.protocols import PROTOCOLS, Windows, choose_targets, windows_of
+from nanope.evaluation.statistics import document_interval, paired_difference, position_curve, row_figures
+from nanope.hf import Pretrained
+from nanope.log import start_wandb
 
-FIGURES = ("nats_per_token", "perplexity", "bits_per_byte", "accuracy", "tokens", "documents", "interval", "per_document")
+FIGURES = (
+    "nats_per_token",
+    "perplexity",
+    "bits_per_byte",
+    "accuracy",
+    "tokens",
+    "documents",
+    "interval",
+    "per_document",
+)
 # Fields of a run that two seeds of one experiment may differ in
 NOT_THE_EXPERIMENT = {"out_dir", "seed", "data_seed", "resume", "device", "wandb", "micro_batch_size", "log_interval", "checkpoint_interval", "keep_checkpoints", "eval_interval", "eval_tokens"}  # fmt: skip
-SOURCES = [REPO / f"{name}.py" for name in ("model", "eval", "nanope/hf", "nanope/evaluation/protocols", "nanope/evaluation/statistics", "nanope/evaluation/probe")]
+SOURCES = [
+    REPO / f"{name}.py"
+    for name in (
+        "model",
+        "eval",
+        "nanope/hf",
+        "nanope/evaluation/protocols",
+        "nanope/evaluation/statistics",
+        "nanope/evaluation/probe",
+    )
+]
 
 
 # ---- scoring
@@ -52,25 +83,38 @@ def score_head(h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> 
     """NLL in nats and whether the likeliest token is the target: h (n, C), weight (V, C), targets (n,) → (n,) float32
     (h's dtype if wider) and (n,) bool. Logits exist for a chunk of rows at a time."""
     dtype, exact, rows = head_dtype(h), wide(h.dtype), chunk_rows(weight.size(0), h.device)
-    nll, hits = torch.empty(len(h), dtype=exact, device=h.device), torch.empty(len(h), dtype=torch.bool, device=h.device)
+    nll, hits = (
+        torch.empty(len(h), dtype=exact, device=h.device),
+        torch.empty(len(h), dtype=torch.bool, device=h.device),
+    )
     with no_autocast(h.device):
         head = weight.to(dtype)
         fast = dtype == h.dtype and by_onednn(h)
         rows = max(1, rows // 2) if fast else rows  # at full speed with half of them, and it holds packed copies
-        buffer = None if fast else torch.empty(min(rows, len(h)), len(head), dtype=dtype, device=h.device)  # one for all chunks: new memory is slow
+        buffer = (
+            None if fast else torch.empty(min(rows, len(h)), len(head), dtype=dtype, device=h.device)
+        )  # one for all chunks: new memory is slow
         for i in range(0, len(h), rows):
             part, target = slice(i, i + rows), targets[i : i + rows]
-            logits = linear(h[part], head) if fast else torch.mm(h[part].to(dtype), head.t(), out=buffer[: len(target)]).to(exact)  # (rows, V)
+            logits = (
+                linear(h[part], head)
+                if fast
+                else torch.mm(h[part].to(dtype), head.t(), out=buffer[: len(target)]).to(exact)
+            )  # (rows, V)
             peak, ours = logits.amax(1), logits.gather(1, target[:, None]).squeeze(1)
             hits[part] = ours == peak
-            level = hits[part].nonzero().squeeze(1)  # right, or one of several that are equal: then the first of them counts
+            level = (
+                hits[part].nonzero().squeeze(1)
+            )  # right, or one of several that are equal: then the first of them counts
             hits[i + level] = logits[level].argmax(1) == target[level]
             nll[part] = logits.sub_(peak[:, None]).exp_().sum(1).log() + (peak - ours)
     return nll, hits
 
 
 @torch.no_grad()
-def score_tokens(model: GPT | Pretrained, tokens: np.ndarray, scored: np.ndarray, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
+def score_tokens(
+    model: GPT | Pretrained, tokens: np.ndarray, scored: np.ndarray, dtype: torch.dtype
+) -> tuple[np.ndarray, np.ndarray]:
     """NLL and hits of the last `scored` (B,) tokens of each row of tokens (B, L+1): (Σ scored,) float64 and bool, row by row."""
     device = model.lm_head.weight.device
     tokens = torch.from_numpy(tokens)
@@ -82,7 +126,13 @@ def score_tokens(model: GPT | Pretrained, tokens: np.ndarray, scored: np.ndarray
 
 
 def score(
-    model: GPT | Pretrained, split: Split, windows: Windows, batch_tokens: int, dtype: torch.dtype, ranks: Ranks, progress: tqdm
+    model: GPT | Pretrained,
+    split: Split,
+    windows: Windows,
+    batch_tokens: int,
+    dtype: torch.dtype,
+    ranks: Ranks,
+    progress: tqdm,
 ) -> tuple[np.ndarray, np.ndarray]:
     """NLL in nats and hits of every scored token, in the order of `windows.targets()`: (tokens,) float64 and bool, on every
     rank. The batches are the same for any number of ranks, and so is each figure."""
@@ -177,12 +227,18 @@ def evaluate(
         raise ValueError(f"lengths must be at least 1, not {lengths[0]}")
     stride = stride or max(1, lengths[0] // 2)
     if stride > lengths[0]:
-        raise ValueError(f"stride {stride} exceeds the shortest length {lengths[0]}: its tokens would have no context in the window")
+        raise ValueError(
+            f"stride {stride} exceeds the shortest length {lengths[0]}: its tokens would have no context in the window"
+        )
     tokenizer = load_tokenizer(data.manifest["tokenizer"]["name"])
     if tokenizer.sha256 != data.tokenizer_hash:
-        raise ValueError(f"{data.folder} was made with another {tokenizer.name} tokenizer than this version has; prepare it again")
+        raise ValueError(
+            f"{data.folder} was made with another {tokenizer.name} tokenizer than this version has; prepare it again"
+        )
     if model.lm_head.weight.size(0) < data.vocab_size:
-        raise ValueError(f"the model has a vocabulary of {model.lm_head.weight.size(0)}, and {data.folder} one of {data.vocab_size}")
+        raise ValueError(
+            f"the model has a vocabulary of {model.lm_head.weight.size(0)}, and {data.folder} one of {data.vocab_size}"
+        )
     tokens, documents, spans = spans_of(data, split, stream, longest)
     variants = scaled_models(model, list(scalings), factor)
     results, hashes = [], {}
@@ -196,7 +252,12 @@ def evaluate(
             if protocol == "per-position":  # by causality, shorter lengths have the same curve up to their end
                 able, reasons = able[-1:], {n: r for n, r in reasons.items() if n == longest}
             for length in sorted([*able, *reasons]):
-                row = {"length": length, "protocol": protocol, "scaling": scaling, "factor": factor if scaling != "none" else 1.0}
+                row = {
+                    "length": length,
+                    "protocol": protocol,
+                    "scaling": scaling,
+                    "factor": factor if scaling != "none" else 1.0,
+                }
                 row["cropping_baseline"] = length == block_size and scaling == "none"
                 if length in reasons:
                     results.append(row | dict.fromkeys(FIGURES) | {"reason": reasons[length]})
@@ -209,10 +270,22 @@ def evaluate(
 
                 def figures():  # called at once, by parts.get
                     label = f"{protocol} {length}" + (f" {scaling}" if scaling != "none" else "")
-                    with tqdm(total=int(windows.size.sum()), desc=label, unit="token", unit_scale=True, disable=None if ranks.main else True) as bar:
+                    with tqdm(
+                        total=int(windows.size.sum()),
+                        desc=label,
+                        unit="token",
+                        unit_scale=True,
+                        disable=None if ranks.main else True,
+                    ) as bar:
                         nll, hits = score(scaled, tokens, windows, batch_tokens, dtype, ranks, bar)
-                    found = row_figures(nll, hits, tokenizer.token_bytes[targets.ids], targets.document, resamples, seed)
-                    curve = {"curve": position_curve(nll, targets.document, length, resamples, seed)} if protocol == "per-position" else {}
+                    found = row_figures(
+                        nll, hits, tokenizer.token_bytes[targets.ids], targets.document, resamples, seed
+                    )
+                    curve = (
+                        {"curve": position_curve(nll, targets.document, length, resamples, seed)}
+                        if protocol == "per-position"
+                        else {}
+                    )
                     return found | {"targets_sha256": targets.sha256} | curve
 
                 key = row | {"targets": targets.sha256, "stride": stride, "resamples": resamples, "seed": seed}
@@ -285,14 +358,20 @@ def backend(model: GPT | Pretrained) -> str:
     return "flex_attention" if biased and model.lm_head.weight.is_cuda else "scaled_dot_product_attention"
 
 
-def evaluate_probe(model, reason, data, split, count, seed, resamples, batch_tokens, dtype, parts, ranks, variant) -> list[dict]:
+def evaluate_probe(
+    model, reason, data, split, count, seed, resamples, batch_tokens, dtype, parts, ranks, variant
+) -> list[dict]:
     """Rows of the retrieval probe (probe.py) at 1, 2, 4 and 8 times the training length: recall, the NLL of the value
     without less with its key in context, in nats per token, with its 95 % bootstrap interval over trials."""
     tokens, _, spans = spans_of(data, split, False, 0)
     rows = []
     able, reasons = able_lengths(model, [n * model.config.block_size for n in (1, 2, 4, 8)], reason)
-    reasons |= {n: f"two times {KEY} + {VALUE} tokens do not fit into a length of {n}" for n in able if filler_tokens(n) < 1}
-    for length in [n for n in able if n not in reasons][::-1]:  # the trials are those of the longest length that has documents, the same for all
+    reasons |= {
+        n: f"two times {KEY} + {VALUE} tokens do not fit into a length of {n}" for n in able if filler_tokens(n) < 1
+    }
+    for length in [n for n in able if n not in reasons][
+        ::-1
+    ]:  # the trials are those of the longest length that has documents, the same for all
         try:
             trials = make_trials(tokens, spans, length, count, seed)
             break
@@ -301,14 +380,23 @@ def evaluate_probe(model, reason, data, split, count, seed, resamples, batch_tok
     for length in sorted({*able, *reasons}):
         row = {"length": length, **variant}
         if length in reasons:
-            rows.append(row | dict.fromkeys(("recall", "interval", "with_key", "without_key", "accuracy", "trials")) | {"reason": reasons[length]})
+            rows.append(
+                row
+                | dict.fromkeys(("recall", "interval", "with_key", "without_key", "accuracy", "trials"))
+                | {"reason": reasons[length]}
+            )
             continue
 
         def figures():  # called at once, by parts.get
             size = max(1, batch_tokens // length)
-            nll, hits = np.zeros((2, count)), np.zeros((2, count))  # with the key, without; mean over the value's tokens
+            nll, hits = (
+                np.zeros((2, count)),
+                np.zeros((2, count)),
+            )  # with the key, without; mean over the value's tokens
             jobs = [(k, i) for k in (0, 1) for i in range(0, count, size)]
-            for number, (k, i) in enumerate(tqdm(jobs, desc=f"probe {length}", unit="batch", disable=None if ranks.main else True)):
+            for number, (k, i) in enumerate(
+                tqdm(jobs, desc=f"probe {length}", unit="batch", disable=None if ranks.main else True)
+            ):
                 if number % ranks.world == ranks.rank:
                     batch = np.stack([t.tokens(length, k == 0) for t in trials[i : i + size]])
                     found = score_tokens(model, batch, np.full(len(batch), VALUE), dtype)
@@ -316,10 +404,34 @@ def evaluate_probe(model, reason, data, split, count, seed, resamples, batch_tok
             nll, hits = sum_over_ranks(np.stack((nll, hits)), model.lm_head.weight.device, ranks)
             recall = nll[1] - nll[0]
             interval = document_interval(recall, np.ones(count), resamples, seed)
-            means = {"with_key": float(nll[0].mean()), "without_key": float(nll[1].mean()), "accuracy": float(hits[0].mean())}
-            return {"recall": float(recall.mean()), "interval": interval, **means, "trials": count, "key_tokens": KEY, "value_tokens": VALUE}
+            means = {
+                "with_key": float(nll[0].mean()),
+                "without_key": float(nll[1].mean()),
+                "accuracy": float(hits[0].mean()),
+            }
+            return {
+                "recall": float(recall.mean()),
+                "interval": interval,
+                **means,
+                "trials": count,
+                "key_tokens": KEY,
+                "value_tokens": VALUE,
+            }
 
-        rows.append(row | parts.get(row | {"probe": count, "seed": seed, "resamples": resamples, "split": split, "longest": int(len(trials[0].filler))}, figures))
+        rows.append(
+            row
+            | parts.get(
+                row
+                | {
+                    "probe": count,
+                    "seed": seed,
+                    "resamples": resamples,
+                    "split": split,
+                    "longest": int(len(trials[0].filler)),
+                },
+                figures,
+            )
+        )
     return rows
 
 
@@ -332,7 +444,9 @@ def arms_of(configs: list[dict]) -> list[str]:
     keys = [{k: v for k, v in c.items() if k not in NOT_THE_EXPERIMENT} for c in configs]
     distinct = [k for i, k in enumerate(keys) if k not in keys[:i]]
     if len(distinct) < 2:
-        raise ValueError("the runs differ in their seeds at most: they are one experiment, and there is nothing to compare")
+        raise ValueError(
+            "the runs differ in their seeds at most: they are one experiment, and there is nothing to compare"
+        )
     fields = [f for f in distinct[0] if any(d.get(f) != distinct[0][f] for d in distinct)]
     if len({k["pos"] for k in distinct}) == len(distinct):
         fields = ["pos"]
@@ -347,20 +461,39 @@ def compare(reports: list[dict]) -> list[dict]:
     """Each experiment against that of the first report, row by row: mean difference in nats per token on the same tokens,
     negative where it is better than the first, with interval and p-value (intervals.paired_difference)."""
     names = arms_of([r["config"] for r in reports])
-    arms = {name: {(r["config"]["seed"], r["config"]["data_seed"]): r for r, n in zip(reports, names) if n == name} for name in names}
+    arms = {
+        name: {(r["config"]["seed"], r["config"]["data_seed"]): r for r, n in zip(reports, names) if n == name}
+        for name in names
+    }
     first, *others = arms
     paired = {name: arms[name].keys() == arms[first].keys() for name in others}
     rows = []
     for name in others:
         ours, theirs = ([arms[n][seed] for seed in sorted(arms[n])] for n in (first, name))
         for key in [(r["protocol"], r["length"], r["scaling"]) for r in ours[0]["results"]]:
-            a, b = ([next((r for r in report["results"] if (r["protocol"], r["length"], r["scaling"]) == key), None) for report in arm] for arm in (ours, theirs))
+            a, b = (
+                [
+                    next((r for r in report["results"] if (r["protocol"], r["length"], r["scaling"]) == key), None)
+                    for report in arm
+                ]
+                for arm in (ours, theirs)
+            )
             row = dict(zip(("protocol", "length", "scaling"), key)) | {"first": first, "second": name}
             if not all(r and r["nats_per_token"] is not None for r in a + b):
-                rows.append(row | {"difference": None, "reason": next((r["reason"] for r in a + b if r and r.get("reason")), "not there for every run")})
+                rows.append(
+                    row
+                    | {
+                        "difference": None,
+                        "reason": next(
+                            (r["reason"] for r in a + b if r and r.get("reason")), "not there for every run"
+                        ),
+                    }
+                )
                 continue
             if len({r["targets_sha256"] for r in a + b}) > 1:
-                raise ValueError(f"the runs' evaluations by {key[0]} at length {key[1]} scored different tokens: evaluate all on the same data")
+                raise ValueError(
+                    f"the runs' evaluations by {key[0]} at length {key[1]} scored different tokens: evaluate all on the same data"
+                )
             sums = [np.array([r["per_document"]["nll"] for r in arm]) for arm in (a, b)]
             rows.append(row | paired_difference(*sums, np.array(a[0]["per_document"]["tokens"]), paired[name]))
     return rows
@@ -368,7 +501,10 @@ def compare(reports: list[dict]) -> list[dict]:
 
 def comparison_table(rows: list[dict]) -> str:
     """The comparison as a Markdown table, and what its intervals can tell."""
-    lines = ["| protocol | length | scaling | compared | difference, nats/token | 95 % interval | p | seeds |", "|---|--:|---|---|--:|:-:|--:|:-:|"]
+    lines = [
+        "| protocol | length | scaling | compared | difference, nats/token | 95 % interval | p | seeds |",
+        "|---|--:|---|---|--:|:-:|--:|:-:|",
+    ]
     notes = []
     for r in rows:
         head = f"| {r['protocol']} | {r['length']} | {r['scaling']} | {r['second']} less {r['first']} |"
@@ -376,10 +512,18 @@ def comparison_table(rows: list[dict]) -> str:
             lines.append(f"{head} n/a | | | |")
             notes.append(f"n/a at {r['length']}: {r['reason']}")
             continue
-        interval = f"{r['interval'][0]:+.4f} … {r['interval'][1]:+.4f} | {r['p_value']:.2g}" if r["interval"] else "one document, one seed | "
-        lines.append(f"{head} {r['difference']:+.4f} | {interval} | {r['seeds'][0]}, {r['seeds'][1]}{', paired' if r['paired_seeds'] else ''} |")
+        interval = (
+            f"{r['interval'][0]:+.4f} … {r['interval'][1]:+.4f} | {r['p_value']:.2g}"
+            if r["interval"]
+            else "one document, one seed | "
+        )
+        lines.append(
+            f"{head} {r['difference']:+.4f} | {interval} | {r['seeds'][0]}, {r['seeds'][1]}{', paired' if r['paired_seeds'] else ''} |"
+        )
     if any(r.get("levels") == ["documents"] for r in rows):
-        notes.append("One seed in an arm: interval and p-value are over documents, for these checkpoints. They say nothing about other seeds.")
+        notes.append(
+            "One seed in an arm: interval and p-value are over documents, for these checkpoints. They say nothing about other seeds."
+        )
     if any("seeds" in r.get("levels", ()) for r in rows):
         notes.append("Intervals and p-values are over seeds and documents.")
     return "\n".join([*lines, "", *dict.fromkeys(notes)])
@@ -390,7 +534,10 @@ def comparison_table(rows: list[dict]) -> str:
 
 def table(report: dict) -> str:
     """The report's rows as a Markdown table."""
-    lines = ["| protocol | length | nats/token | 95 % interval | perplexity | bits/byte | top-1 | tokens |", "|---|--:|--:|:-:|--:|--:|--:|--:|"]
+    lines = [
+        "| protocol | length | nats/token | 95 % interval | perplexity | bits/byte | top-1 | tokens |",
+        "|---|--:|--:|:-:|--:|--:|--:|--:|",
+    ]
     reasons = []
     for r in report["results"]:
         scaling = f" {r['scaling']} ×{r['factor']:g}" if r["scaling"] != "none" else ""
@@ -403,7 +550,11 @@ def table(report: dict) -> str:
         figures = f"{r['nats_per_token']:.4f} | {interval} | {r['perplexity']:.3f} | {r['bits_per_byte']:.4f} | {r['accuracy']:.1%} | {r['tokens']:,}"
         lines.append(f"| {r['protocol']} | {length} | {figures} |")
     if report.get("probe"):
-        lines += ["", "| probe length | recall, nats/token | 95 % interval | NLL with key | without | top-1 with key |", "|--:|--:|:-:|--:|--:|--:|"]
+        lines += [
+            "",
+            "| probe length | recall, nats/token | 95 % interval | NLL with key | without | top-1 with key |",
+            "|--:|--:|:-:|--:|--:|--:|",
+        ]
         for r in report["probe"]:
             length = f"{r['length']}" + (f" {r['scaling']} ×{r['factor']:g}" if r["scaling"] != "none" else "")
             if r["recall"] is None:
@@ -411,7 +562,9 @@ def table(report: dict) -> str:
                 reasons.append(f"probe n/a at {length}: {r['reason']}")
             else:
                 interval = f"{r['interval'][0]:.4f} … {r['interval'][1]:.4f}" if r["interval"] else "one trial"
-                lines.append(f"| {length} | {r['recall']:.4f} | {interval} | {r['with_key']:.4f} | {r['without_key']:.4f} | {r['accuracy']:.1%} |")
+                lines.append(
+                    f"| {length} | {r['recall']:.4f} | {interval} | {r['with_key']:.4f} | {r['without_key']:.4f} | {r['accuracy']:.1%} |"
+                )
     return "\n".join(lines + reasons)
 
 
@@ -454,32 +607,99 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", help="a run's folder, or a checkpoint file")
-    what.add_argument("--compare", nargs="+", metavar="RUN", help="two or more runs: paired differences to the first's experiment; seeds of one experiment are found by their configs")
-    what.add_argument("--model", help="a transformers causal LM: a local folder or a hub name such as gpt2; needs --data made with its tokenizer")
+    what.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="RUN",
+        help="two or more runs: paired differences to the first's experiment; seeds of one experiment are found by their configs",
+    )
+    what.add_argument(
+        "--model",
+        help="a transformers causal LM: a local folder or a hub name such as gpt2; needs --data made with its tokenizer",
+    )
     parser.add_argument("--checkpoint", default="last", help="last, best, or a step number (default: last)")
-    parser.add_argument("--lengths", type=int, nargs="+", required=True, help="context lengths in tokens; the training length is added")
-    parser.add_argument("--protocol", nargs="+", choices=PROTOCOLS, default=["same-targets"], help="one or more, see below (default: same-targets)")
-    parser.add_argument("--stride", type=int, help="S: targets a block of same-targets, tokens between windows of sliding (default: half the shortest length)")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", required=True, help="context lengths in tokens; the training length is added"
+    )
+    parser.add_argument(
+        "--protocol",
+        nargs="+",
+        choices=PROTOCOLS,
+        default=["same-targets"],
+        help="one or more, see below (default: same-targets)",
+    )
+    parser.add_argument(
+        "--stride",
+        type=int,
+        help="S: targets a block of same-targets, tokens between windows of sliding (default: half the shortest length)",
+    )
     parser.add_argument("--data", help="data folder (default: the run's own)")
-    parser.add_argument("--split", default="val", help="split of the data folder, or val_long, the long documents of val (default: val)")
-    parser.add_argument("--stream", action="store_true", help="the split as one text, documents joined by end-of-text tokens, as most papers do")
-    parser.add_argument("--max_targets", type=int, default=50_000, help="scored tokens, spread evenly over all; 0 for all (default: 50,000)")
-    parser.add_argument("--scaling", nargs="+", choices=("none", *SCALINGS), default=["none"], help="frequency scaling, one or more (rope, crope, comrope; default: none)")
-    parser.add_argument("--factor", type=float, help="of --scaling: the new context over the training length, the same for every length")
-    parser.add_argument("--probe", type=int, default=0, metavar="TRIALS", help="trials of the retrieval probe at 1, 2, 4, 8 times the training length (default: 0, none; 200 is a good number)")
-    parser.add_argument("--batch_tokens", type=int, help="input tokens a forward pass (default: 4,096 on a CPU, else 65,536)")
+    parser.add_argument(
+        "--split", default="val", help="split of the data folder, or val_long, the long documents of val (default: val)"
+    )
+    parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="the split as one text, documents joined by end-of-text tokens, as most papers do",
+    )
+    parser.add_argument(
+        "--max_targets",
+        type=int,
+        default=50_000,
+        help="scored tokens, spread evenly over all; 0 for all (default: 50,000)",
+    )
+    parser.add_argument(
+        "--scaling",
+        nargs="+",
+        choices=("none", *SCALINGS),
+        default=["none"],
+        help="frequency scaling, one or more (rope, crope, comrope; default: none)",
+    )
+    parser.add_argument(
+        "--factor", type=float, help="of --scaling: the new context over the training length, the same for every length"
+    )
+    parser.add_argument(
+        "--probe",
+        type=int,
+        default=0,
+        metavar="TRIALS",
+        help="trials of the retrieval probe at 1, 2, 4, 8 times the training length (default: 0, none; 200 is a good number)",
+    )
+    parser.add_argument(
+        "--batch_tokens", type=int, help="input tokens a forward pass (default: 4,096 on a CPU, else 65,536)"
+    )
     parser.add_argument("--resamples", type=int, default=2000, help="bootstrap resamples of documents (default: 2,000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap and of the probe (default: 0)")
     parser.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="autocast dtype (default: float32)")
-    parser.add_argument("--json", help="where to write the report, and its table as .md (default: in RUN/eval/, or nowhere for a file, --model or --compare)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="autocast dtype (default: float32)",
+    )
+    parser.add_argument(
+        "--json",
+        help="where to write the report, and its table as .md (default: in RUN/eval/, or nowhere for a file, --model or --compare)",
+    )
     args = parser.parse_args(arguments)
-    for name, lowest in (("stride", 1), ("max_targets", 0), ("batch_tokens", 1), ("resamples", 1000), ("seed", 0), ("probe", 0), ("factor", 1)):
+    for name, lowest in (
+        ("stride", 1),
+        ("max_targets", 0),
+        ("batch_tokens", 1),
+        ("resamples", 1000),
+        ("seed", 0),
+        ("probe", 0),
+        ("factor", 1),
+    ):
         value = getattr(args, name)
         if value is not None and not value >= lowest:
             parser.error(f"--{name} must be at least {lowest}, not {value}")
     if (args.factor is None) != (args.scaling == ["none"]):
-        parser.error("--scaling needs a --factor, for example 8" if args.factor is None else "--factor is for --scaling pi, ntk or yarn")
+        parser.error(
+            "--scaling needs a --factor, for example 8"
+            if args.factor is None
+            else "--factor is for --scaling pi, ntk or yarn"
+        )
     if args.model and not args.data:
         parser.error("--model needs --data, a folder prepared with the model's tokenizer")
     if args.compare and len(args.compare) < 2:
@@ -502,7 +722,10 @@ def report_name(args: argparse.Namespace, step: int) -> str:
 
 def options(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> dict:
     return {
-        **{name: getattr(args, name) for name in ("split", "stride", "max_targets", "resamples", "seed", "stream", "probe")},
+        **{
+            name: getattr(args, name)
+            for name in ("split", "stride", "max_targets", "resamples", "seed", "stream", "probe")
+        },
         **{"scalings": args.scaling, "factor": args.factor or 1.0, "dtype": getattr(torch, args.dtype), "ranks": ranks},
         "batch_tokens": args.batch_tokens or (4096 if device.type == "cpu" else 65536),
     }
@@ -517,23 +740,44 @@ def finish(report: dict, output: Path | None, args: argparse.Namespace, ranks: R
     return report
 
 
-def evaluate_run(run: str, args: argparse.Namespace, lengths: list[int], ranks: Ranks, device: torch.device, output: str | None) -> dict:
+def evaluate_run(
+    run: str, args: argparse.Namespace, lengths: list[int], ranks: Ranks, device: torch.device, output: str | None
+) -> dict:
     """Evaluate one run of train.py, reusing what is finished, and write its report."""
     path = checkpoint.find(run, args.checkpoint)
     state = checkpoint.load(path)
     data = open_data(args.data or state["config"]["data_dir"])
     if state["tokenizer"]["sha256"] != data.tokenizer_hash:
         theirs, ours = data.manifest["tokenizer"]["name"], state["tokenizer"]["name"]
-        raise ValueError(f"{run} was trained with tokenizer {ours}; {data.folder} has another, {theirs}: their perplexities do not compare")
+        raise ValueError(
+            f"{run} was trained with tokenizer {ours}; {data.folder} has another, {theirs}: their perplexities do not compare"
+        )
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    target = Path(output) if output else Path(run) / "eval" / report_name(args, state["step"]) if Path(run).is_dir() else None
-    conditions = {"checkpoint": digest, "data": data.hash, "dtype": args.dtype, "device": device.type, "torch": torch.__version__}
+    target = (
+        Path(output)
+        if output
+        else Path(run) / "eval" / report_name(args, state["step"])
+        if Path(run).is_dir()
+        else None
+    )
+    conditions = {
+        "checkpoint": digest,
+        "data": data.hash,
+        "dtype": args.dtype,
+        "device": device.type,
+        "torch": torch.__version__,
+    }
     parts = Parts(target.parent / ".parts" if target else None, conditions, ranks)
     model = checkpoint.build_model(state).to(device)
     report = evaluate(model, data, lengths, args.protocol, parts=parts, **options(args, ranks, device))
     report |= {"run": str(run), "step": state["step"], "checkpoint_sha256": digest, "data_dir": str(data.folder)}
-    report |= {"pos": model.config.pos, "pos_options": model.config.pos_options, "parameters": model.parameter_count(), "config": state["config"]}
+    report |= {
+        "pos": model.config.pos,
+        "pos_options": model.config.pos_options,
+        "parameters": model.parameter_count(),
+        "config": state["config"],
+    }
     finish(report, target, args, ranks)
     if ranks.main:
         log_to_wandb(state["config"], Path(run), flat_figures(report))
@@ -547,10 +791,22 @@ def evaluate_model(args: argparse.Namespace, ranks: Ranks, device: torch.device)
     model.check_tokenizer(data, "val" if args.split == "val_long" else args.split)
     digest = model.sha256()
     target = Path(args.json) if args.json else None
-    conditions = {"weights": digest, "data": data.hash, "dtype": args.dtype, "device": device.type, "torch": torch.__version__}
+    conditions = {
+        "weights": digest,
+        "data": data.hash,
+        "dtype": args.dtype,
+        "device": device.type,
+        "torch": torch.__version__,
+    }
     parts = Parts(target.parent / ".parts" if target else None, conditions, ranks)
     report = evaluate(model, data, args.lengths, args.protocol, parts=parts, **options(args, ranks, device))
-    report |= {"model": args.model, "weights_sha256": digest, "data_dir": str(data.folder), "pos": model.config.pos, "parameters": model.parameter_count()}
+    report |= {
+        "model": args.model,
+        "weights_sha256": digest,
+        "data_dir": str(data.folder),
+        "pos": model.config.pos,
+        "parameters": model.parameter_count(),
+    }
     return finish(report, target, args, ranks)
 
 
@@ -562,9 +818,24 @@ def compare_runs(args: argparse.Namespace, ranks: Ranks, device: torch.device) -
     reports = [evaluate_run(run, args, lengths, ranks, device, None) for run in args.compare]
     rows = compare(reports)
     if args.json and ranks.main:
-        keep = ("run", "step", "checkpoint_sha256", "data_hash", "targets_sha256", "stride", "split", "stream", "dtype", "device", "torch")
+        keep = (
+            "run",
+            "step",
+            "checkpoint_sha256",
+            "data_hash",
+            "targets_sha256",
+            "stride",
+            "split",
+            "stream",
+            "dtype",
+            "device",
+            "torch",
+        )
         runs = [{k: r[k] for k in keep} for r in reports]
-        write_json(Path(args.json), {"comparison": rows, "runs": runs, "command": {k: v for k, v in vars(args).items() if k != "parser"}})
+        write_json(
+            Path(args.json),
+            {"comparison": rows, "runs": runs, "command": {k: v for k, v in vars(args).items() if k != "parser"}},
+        )
     return comparison_table(rows)
 
 
@@ -577,13 +848,22 @@ def main(arguments: list[str] | None = None) -> None:
             if args.compare:
                 text = compare_runs(args, ranks, device)
             else:
-                text = table(evaluate_model(args, ranks, device) if args.model else evaluate_run(args.run, args, args.lengths, ranks, device, args.json))
+                text = table(
+                    evaluate_model(args, ranks, device)
+                    if args.model
+                    else evaluate_run(args.run, args, args.lengths, ranks, device, args.json)
+                )
         if main_rank:
             print(text)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}" if main_rank else 1)
     except KeyboardInterrupt:
-        print("\ninterrupted: what was finished is kept beside the report, and the same command goes on from there" if main_rank else "", file=sys.stderr)
+        print(
+            "\ninterrupted: what was finished is kept beside the report, and the same command goes on from there"
+            if main_rank
+            else "",
+            file=sys.stderr,
+        )
         sys.exit(128 + signal.SIGINT)
 
 

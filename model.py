@@ -21,9 +21,10 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn as nn
@@ -71,7 +72,12 @@ def onednn_is_faster() -> bool:
 
 def by_onednn(x: torch.Tensor) -> bool:
     """Whether products of the rows of x go through oneDNN: float32 on such a CPU in eager code, and rows enough to repay its set-up."""
-    if x.dtype != torch.float32 or x.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    if (
+        x.dtype != torch.float32
+        or x.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cpu")
+    ):
         return False
     if torch._C._are_functorch_transforms_active():  # torch.func knows F.linear, and not Product
         return False
@@ -138,7 +144,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         if need_grad:
             grad_h = torch.empty_like(h)  # (N, C), of the summed loss
             shape = weight.shape[::-1] if fast else weight.shape
-            grad_weight = torch.zeros(shape, dtype=wide(weight.dtype), device=weight.device)  # (V, C); (C, V) by oneDNN, its faster order
+            grad_weight = torch.zeros(
+                shape, dtype=wide(weight.dtype), device=weight.device
+            )  # (V, C); (C, V) by oneDNN, its faster order
         rows = chunk_rows(weight.size(0), h.device)
         if fast:  # at full speed with half the rows, and it holds a packed copy of p
             rows = max(1, rows // 2)
@@ -216,10 +224,19 @@ def linear_nll(h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> 
     dtype, exact = head_dtype(h), wide(h.dtype)
     nll = torch.zeros(targets.shape, dtype=exact, device=h.device)
     with no_autocast(h.device):
-        keep = ... if torch.compiler.is_compiling() else targets >= 0  # no logits for the rest; a graph's shapes are fixed
-        scored, target, head = h[keep].reshape(-1, h.size(-1)).to(dtype), targets[keep].reshape(-1), weight.to(dtype)  # (n, C), (n,)
+        keep = (
+            ... if torch.compiler.is_compiling() else targets >= 0
+        )  # no logits for the rest; a graph's shapes are fixed
+        scored, target, head = (
+            h[keep].reshape(-1, h.size(-1)).to(dtype),
+            targets[keep].reshape(-1),
+            weight.to(dtype),
+        )  # (n, C), (n,)
         rows = chunk_rows(weight.size(0), h.device)
-        parts = [F.cross_entropy(linear(x, head).to(exact), y, ignore_index=-1, reduction="none") for x, y in zip(scored.split(rows), target.split(rows))]
+        parts = [
+            F.cross_entropy(linear(x, head).to(exact), y, ignore_index=-1, reduction="none")
+            for x, y in zip(scored.split(rows), target.split(rows))
+        ]
         nll[keep] = torch.cat(parts).view(targets[keep].shape)
     return nll
 
@@ -237,7 +254,9 @@ def rope_frequencies(width: int, base: float, device: torch.device | str = "cpu"
     return base ** (-torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
 
 
-def scale_frequencies(freqs: torch.Tensor, rule: str, factor: float, length: int, width: int, base: float) -> tuple[torch.Tensor, float]:
+def scale_frequencies(
+    freqs: torch.Tensor, rule: str, factor: float, length: int, width: int, base: float
+) -> tuple[torch.Tensor, float]:
     """Frequencies for a context `factor` times the training length, and what all attention logits are multiplied by.
 
     freqs: any shape, float64, radians per token, of a model trained at `length` tokens.
@@ -256,7 +275,9 @@ def scale_frequencies(freqs: torch.Tensor, rule: str, factor: float, length: int
     if rule == "ntk":
         if width < 4 or base <= 1:
             raise ValueError(f"ntk needs at least 4 turning channels a head and a base above 1, not {width} and {base}")
-        share = (freqs.clamp_min(torch.finfo(freqs.dtype).tiny).log() / (-(width - 2) / width * math.log(base))).clamp(0, 1)
+        share = (freqs.clamp_min(torch.finfo(freqs.dtype).tiny).log() / (-(width - 2) / width * math.log(base))).clamp(
+            0, 1
+        )
         return freqs * factor**-share, 1.0
     if rule == "yarn":
         kept = ((length * freqs / (2 * math.pi) - 1) / (32 - 1)).clamp(0, 1)
@@ -323,7 +344,9 @@ class Context:
 
     def of_layer(self, shared: Any) -> "Context":
         """The same for one layer, with its own item of what `prepare` made."""
-        return Context(self.start, self.length, self.dtype, self.device, self.embedding, self.constants, self.block_mask, shared)
+        return Context(
+            self.start, self.length, self.dtype, self.device, self.embedding, self.constants, self.block_mask, shared
+        )
 
     def cos_sin(self, angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of float64 angles, in the dtype and on the device of this pass."""
@@ -449,7 +472,9 @@ class Attention(nn.Module):
             mask = n <= m
             if bias is not None:
                 mask = bias(batch, heads, m, n).masked_fill(~mask, -math.inf)
-                mask = mask.expand(q.size(0), q.size(1), -1, -1)  # with all four dimensions, a CPU's fused kernel takes it
+                mask = mask.expand(
+                    q.size(0), q.size(1), -1, -1
+                )  # with all four dimensions, a CPU's fused kernel takes it
             parts = part, k[:, :, :end], v[:, :, :end]
             if bias is not None:  # autocast would round the bias, large at a distance, to bfloat16
                 parts = [t.to(mask.dtype) for t in parts]
@@ -555,16 +580,24 @@ class RoPE(Attention):
         super().__init__(config)
         self.base, self.fraction, self.explicit = base, fraction, explicit
         if self.head_width % 2:
-            raise ValueError(f"{config.pos} turns channels in pairs: head width n_embd/n_head = {self.head_width} must be even")
+            raise ValueError(
+                f"{config.pos} turns channels in pairs: head width n_embd/n_head = {self.head_width} must be even"
+            )
         if not 0 < fraction <= 1 or round(fraction * self.head_width) % 2 or not round(fraction * self.head_width):
-            raise ValueError(f"fraction {fraction} must lie in (0, 1] and leave an even number of the {self.head_width} channels of a head turning")
+            raise ValueError(
+                f"fraction {fraction} must lie in (0, 1] and leave an even number of the {self.head_width} channels of a head turning"
+            )
         if base <= 0:
             raise ValueError(f"base must be positive, not {base}")
         if explicit:
             self.register_buffer("freqs", self.frequencies().expand(self.n_head, -1).clone())
 
     def projection(self, config):
-        return GroupedLinear(config.n_embd, config.bias) if config.pos_options["qkv"] == "grouped" else super().projection(config)
+        return (
+            GroupedLinear(config.n_embd, config.bias)
+            if config.pos_options["qkv"] == "grouped"
+            else super().projection(config)
+        )
 
     def _apply(self, fn, recurse=True):
         """Explicit frequencies stay float64 (float32 on MPS) whatever the weights are cast to: a phase of
@@ -578,7 +611,9 @@ class RoPE(Attention):
             self.freqs = freqs.float()
             super()._apply(fn, recurse)
         if not self.freqs.is_meta:
-            self.freqs = freqs.to(self.freqs.device, torch.float32 if self.freqs.device.type == "mps" else torch.float64)
+            self.freqs = freqs.to(
+                self.freqs.device, torch.float32 if self.freqs.device.type == "mps" else torch.float64
+            )
         return self
 
     def frequencies(self, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -675,7 +710,11 @@ def svd_of_small(M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
         return torch.stack((cos, -sin, sin, cos), -1).unflatten(-1, (2, 2))
 
     signs = torch.stack((torch.ones_like(r), torch.where(r < s, -1.0, 1.0).to(r)), -1)
-    return rotation((alpha + beta) / 2) * signs.unsqueeze(-2), torch.stack((r + s, (r - s).abs()), -1), rotation((alpha - beta) / 2)
+    return (
+        rotation((alpha + beta) / 2) * signs.unsqueeze(-2),
+        torch.stack((r + s, (r - s).abs()), -1),
+        rotation((alpha - beta) / 2),
+    )
 
 
 def skew_canonical_form(A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -731,17 +770,23 @@ class SkewGradient(torch.autograd.Function):
         y, Q, omega = ctx.saved_tensors
         T, dtype = y.size(1), ctx.dtype
         # One product of views for each block of q and of k, 2 T H D/b of them: nothing is copied
-        g_blocks, y_blocks = (z.to(dtype).flatten(1).unflatten(1, (-1, Q.size(-1))) for z in (g, y))  # (B, 2 T H D/b, b)
+        g_blocks, y_blocks = (
+            z.to(dtype).flatten(1).unflatten(1, (-1, Q.size(-1))) for z in (g, y)
+        )  # (B, 2 T H D/b, b)
         with no_autocast(g.device):  # which is still on where backward is called inside it
             M = torch.bmm(g_blocks.permute(1, 2, 0), y_blocks.transpose(0, 1))
         M = M.view(T, 2, *Q.shape).sum(1)  # (T, H, D/b, b, b)
-        p, q, r, s = (M[..., i::2, j::2] for i in (0, 1) for j in (0, 1))  # a pair's 2×2 entries, (T, H, D/b, b/2, b/2) each
+        p, q, r, s = (
+            M[..., i::2, j::2] for i in (0, 1) for j in (0, 1)
+        )  # a pair's 2×2 entries, (T, H, D/b, b/2, b/2) each
         m = torch.arange(ctx.start, ctx.start + T, dtype=omega.dtype, device=omega.device).view(-1, 1, 1, 1, 1)
 
         def integrated(re, im, delta):
             """Σ_m (re + i im)_m W_m(δ), δ (H, D/b, b/2, b/2): its real and imaginary part."""
             turns = m * (delta / (4 * math.pi))
-            half = ((turns - turns.round()) * (2 * math.pi)).to(re)  # mδ/2 without whole turns: exact in float64, cheap below
+            half = ((turns - turns.round()) * (2 * math.pi)).to(
+                re
+            )  # mδ/2 without whole turns: exact in float64, cheap below
             delta, sin = delta.to(re), half.sin()
             length = torch.where(delta == 0, m.to(re), 2 * sin / delta)
             cos, sin = length * half.cos(), length * sin
@@ -750,7 +795,9 @@ class SkewGradient(torch.autograd.Function):
         rows, columns = omega.unsqueeze(-1), omega.unsqueeze(-2)
         a, b = integrated(p + s, r - q, rows - columns)
         c, d = integrated(p - s, r + q, rows + columns)
-        E = torch.stack((a + c, d - b, b + d, a - c), -1).unflatten(-1, (2, 2)).transpose(-3, -2).reshape(Q.shape)  # blocks [[a, -b], [b, a]] + [[c, d], [d, -c]]
+        E = (
+            torch.stack((a + c, d - b, b + d, a - c), -1).unflatten(-1, (2, 2)).transpose(-3, -2).reshape(Q.shape)
+        )  # blocks [[a, -b], [b, a]] + [[c, d], [d, -c]]
         return g, (Q @ E @ Q.mT / ctx.unit).to(g.device, ctx.A_dtype), None, None, None, None, None
 
 
@@ -882,7 +929,9 @@ class PathRotation(torch.autograd.Function):
         y, log_f = ctx.saved_tensors
         phases = path_phases(log_f, y.size(-1) // 2).unsqueeze(2)
         grad_qk = rotate(g, phases.cos(), -phases.sin())
-        (y0, y1), (g0, g1) = (z.to(log_f.dtype).unflatten(-1, (-1, 2)).unbind(-1) for z in (y, g))  # (B, T, 2, H, D/2) each
+        (y0, y1), (g0, g1) = (
+            z.to(log_f.dtype).unflatten(-1, (-1, 2)).unbind(-1) for z in (y, g)
+        )  # (B, T, 2, H, D/2) each
         grad_phases = (g1 * y0 - g0 * y1).sum(2)  # (B, T, H, D/2)
         after = grad_phases.flip(1).cumsum(1).flip(1)  # Σ_{m ≥ t}: f_t is in the phase of every later token
         i = torch.arange(after.size(-1), dtype=log_f.dtype, device=log_f.device)
@@ -913,14 +962,18 @@ class CARoPE(Attention):
         super().__init__(config)
         self.source = source
         if self.head_width % 2:
-            raise ValueError(f"carope turns channels in pairs: head width n_embd/n_head = {self.head_width} must be even")
+            raise ValueError(
+                f"carope turns channels in pairs: head width n_embd/n_head = {self.head_width} must be even"
+            )
         if base <= 1:
             raise ValueError(f"carope's base must exceed 1, not {base}: f = base^(-2/D) lies below 1")
         self.base = base
         self.c_pos = Linear(config.n_embd, config.n_head, bias=init == "rope")
         if not content:
             if init == "paper":
-                raise ValueError("carope's content false trains the bias alone, which init paper does not have: take init rope")
+                raise ValueError(
+                    "carope's content false trains the bias alone, which init paper does not have: take init rope"
+                )
             self.c_pos.weight = None
 
     def initial_value(self, name, shape, normal):
@@ -956,7 +1009,9 @@ class ALiBi(Attention):
         """(H,) float64."""
         power = 2 ** int(math.log2(self.n_head))
         h = torch.arange(1, self.n_head + 1, dtype=torch.float64, device=device)
-        return 2.0 ** (-8 / power * torch.where(h <= power, h, h - power - 0.5))  # beyond the power of 2: halfway between, ½, 3/2 …
+        return 2.0 ** (
+            -8 / power * torch.where(h <= power, h, h - power - 0.5)
+        )  # beyond the power of 2: halfway between, ½, 3/2 …
 
     @classmethod
     def prepare(cls, layers, ctx):
@@ -1016,7 +1071,9 @@ def resolve(config: GPTConfig) -> GPTConfig:
     if not problems and config.n_embd % config.n_head:
         problems.append(f"n_embd {config.n_embd} must be a multiple of n_head {config.n_head}")
     if not isinstance(config.pos, str) or config.pos not in SCHEMES:
-        problems.append(f"pos {config.pos!r} is no scheme{nearest(config.pos, SCHEMES)} (schemes: {', '.join(SCHEMES)})")
+        problems.append(
+            f"pos {config.pos!r} is no scheme{nearest(config.pos, SCHEMES)} (schemes: {', '.join(SCHEMES)})"
+        )
         raise ValueError("; ".join(problems))
     scheme = SCHEMES[config.pos]
     parameters = inspect.signature(scheme.__init__).parameters.values()
@@ -1027,7 +1084,11 @@ def resolve(config: GPTConfig) -> GPTConfig:
         if name not in defaults:
             problems.append(f"pos_options: unknown option {name!r}{nearest(name, defaults)} ({valid})")
         elif not option_fits(value, types[name]):
-            expected = get_args(types[name]) if get_origin(types[name]) is Literal else getattr(types[name], "__name__", types[name])
+            expected = (
+                get_args(types[name])
+                if get_origin(types[name]) is Literal
+                else getattr(types[name], "__name__", types[name])
+            )
             problems.append(f"pos_options: {name} of {config.pos} cannot be {value!r}; expected {expected}")
     if problems:
         raise ValueError("; ".join(problems))
@@ -1162,7 +1223,9 @@ class GPT(nn.Module):
         layers = [block.attn for block in blocks]
         constants = scheme.constants(layers) if self.fixed is None else self.fixed
         ctx = Context(start, idx.size(1), wide(embedding.dtype), idx.device, embedding, constants)
-        if scheme.score_bias is not Attention.score_bias and flex_fits(ctx, self.config.dropout if self.training else 0.0):
+        if scheme.score_bias is not Attention.score_bias and flex_fits(
+            ctx, self.config.dropout if self.training else 0.0
+        ):
             ctx.block_mask = causal_block_mask(ctx.length, ctx.device)
         x = embedding
         if "wpe" in self.transformer:
@@ -1226,20 +1289,31 @@ class GPT(nn.Module):
         """ValueError where the scheme cannot go to this length."""
         c = self.config
         if length > c.block_size and not SCHEMES[c.pos].extends:
-            raise ValueError(f"{c.pos} positions end at block_size {c.block_size}: a length of {length} is not possible")
+            raise ValueError(
+                f"{c.pos} positions end at block_size {c.block_size}: a length of {length} is not possible"
+            )
 
     def check_tokens(self, ids: torch.Tensor, lowest: int, what: str) -> None:
         if ids.numel() and not (lowest <= ids.min() and ids.max() < self.config.vocab_size):
-            raise ValueError(f"{what} holds ids {ids.min()} … {ids.max()}, outside {lowest} … vocab_size-1 = {self.config.vocab_size - 1}")
+            raise ValueError(
+                f"{what} holds ids {ids.min()} … {ids.max()}, outside {lowest} … vocab_size-1 = {self.config.vocab_size - 1}"
+            )
 
     @torch.no_grad()
     def generate(
-        self, idx: torch.Tensor, n: int, temperature: float = 1.0, top_k: int | None = None, generator: torch.Generator | None = None
+        self,
+        idx: torch.Tensor,
+        n: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> torch.Tensor:
         """Append n sampled tokens: idx (B, T) int64, T ≥ 1 → (B, T + n). Temperature 0 is greedy; top_k keeps the
         k likeliest. Cached: each token is computed once. ValueError where the scheme cannot reach T + n - 1."""
         if idx.size(1) < 1 or n < 0 or not temperature >= 0 or (top_k is not None and top_k < 1):
-            raise ValueError(f"generate needs a prompt of ≥ 1 tokens, n ≥ 0, temperature ≥ 0, top_k ≥ 1; got {idx.size(1)}, {n}, {temperature}, {top_k}")
+            raise ValueError(
+                f"generate needs a prompt of ≥ 1 tokens, n ≥ 0, temperature ≥ 0, top_k ≥ 1; got {idx.size(1)}, {n}, {temperature}, {top_k}"
+            )
         self.check_length(idx.size(1) + n - 1)
         caches, new, training = [{} for _ in self.transformer["h"]], idx, self.training
         self.eval()
@@ -1282,7 +1356,10 @@ class GPT(nn.Module):
         """The plain rope model with explicit frequencies whose frequencies are scaled by `rule` (see scale_frequencies) for
         contexts of factor × block_size: evaluation beyond the training length. ValueError where to_rope() has none."""
         model, c = self.to_rope(), self.config
-        width, base = round(c.pos_options.get("fraction", 1.0) * c.n_embd / c.n_head), c.pos_options.get("base", 10000.0)
+        width, base = (
+            round(c.pos_options.get("fraction", 1.0) * c.n_embd / c.n_head),
+            c.pos_options.get("base", 10000.0),
+        )
         for block in model.transformer["h"]:
             freqs, logits = scale_frequencies(block.attn.frequencies(), rule, factor, c.block_size, width, base)
             block.attn.freqs.copy_(freqs)
@@ -1303,13 +1380,24 @@ class GPT(nn.Module):
             from huggingface_hub import snapshot_download
 
             try:
-                folder = Path(snapshot_download(str(name), allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json"]))
+                folder = Path(
+                    snapshot_download(
+                        str(name), allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json"]
+                    )
+                )
             except Exception as error:
                 raise OSError(f"{name} is no local folder, and the hub did not give it: {error}") from error
         if not (folder / "config.json").is_file():
-            raise OSError(f"{folder} holds no config.json: expected a GPT-2 folder as transformers' save_pretrained writes it")
+            raise OSError(
+                f"{folder} holds no config.json: expected a GPT-2 folder as transformers' save_pretrained writes it"
+            )
         c = json.loads((folder / "config.json").read_text())
-        expected = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
+        expected = {
+            "model_type": "gpt2",
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": 1e-5,
+            "tie_word_embeddings": True,
+        }
         expected |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "n_inner": None}
         for key, value in expected.items():
             if c.get(key, value) != value and not (key == "n_inner" and c[key] == 4 * c.get("n_embd", 0)):
@@ -1323,7 +1411,9 @@ class GPT(nn.Module):
             raise ValueError(f"{folder}: the weights are damaged: {error}") from error
         if missing := {"n_positions", "vocab_size", "n_layer", "n_head", "n_embd"} - c.keys():
             raise ValueError(f"{folder}/config.json lacks {', '.join(sorted(missing))}")
-        model = cls(GPTConfig(c["n_positions"], c["vocab_size"], c["n_layer"], c["n_head"], c["n_embd"], 0.0, True, "learned"))
+        model = cls(
+            GPTConfig(c["n_positions"], c["vocab_size"], c["n_layer"], c["n_head"], c["n_embd"], 0.0, True, "learned")
+        )
         state = {}
         for key, ours in model.state_dict().items():
             source = "wte.weight" if key == "lm_head.weight" else key.removeprefix("transformer.")

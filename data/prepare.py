@@ -7,7 +7,6 @@ continues after the last of them. When every unit is there the shards get their 
 records, and DIR.partial becomes DIR.
 """
 
-import _root
 import argparse
 import collections
 import concurrent.futures
@@ -32,13 +31,23 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+import _root
 import numpy as np
 from tqdm import tqdm
 
-
 from data import corpora
 from data.corpora import CORPORA, SPLITS, Bad, File, download, groups, read_unit, units
-from data.shards import OCTAVE, DataError, ShardWriter, Split, open_data, unknown, write_json, write_manifest, write_whole
+from data.shards import (
+    OCTAVE,
+    DataError,
+    ShardWriter,
+    Split,
+    open_data,
+    unknown,
+    write_json,
+    write_manifest,
+    write_whole,
+)
 from data.tokenizer import load_tokenizer, pieces, tokenizer_names
 
 SHARD_TOKENS = 100_000_000
@@ -59,6 +68,7 @@ def cores():
 
 
 # ---- what goes to validation ----
+
 
 @dataclass
 class Survey:
@@ -97,8 +107,10 @@ def validation_rule(corpus, files, tokenizer, asked, expected, skip_bad):
     """
     if corpora.own_splits(corpus) or corpus.val:
         if asked is not None:
-            raise DataError("--val_tokens does not apply: this corpus " + ("names its validation documents" if corpus.val
-                                                                          else "has a validation split of its own"))
+            raise DataError(
+                "--val_tokens does not apply: this corpus "
+                + ("names its validation documents" if corpus.val else "has a validation split of its own")
+            )
         return {"kind": "names", "documents": list(corpus.val)} if corpus.val else {"kind": "own"}
     seen = None
     if expected is None:
@@ -122,7 +134,9 @@ def validation_rule(corpus, files, tokenizer, asked, expected, skip_bad):
         note(f"{asked:,} validation tokens would take no document; the one with the smallest hash is taken")
     elif seen and threshold > seen.high:
         threshold = seen.high
-        note(f"{asked:,} validation tokens would take every document; the one with the largest hash is left for training")
+        note(
+            f"{asked:,} validation tokens would take every document; the one with the largest hash is left for training"
+        )
     elif threshold >= 1:
         raise DataError(f"--val_tokens {asked:,} is the whole corpus, which has about {expected:,} tokens")
     return {"kind": "hash"} | rule | {"sha256_fraction_below": threshold}
@@ -148,11 +162,13 @@ def assigned(documents, rule, own_split):
 
 # ---- one unit of work ----
 
+
 def encode_all(tokenizer, documents, threads):
     """Yield lists of (document, token array that ends in end-of-text, or the tokenizer's DataError), in order.
 
     A document is (split, name, text, …). Threads share the pieces of a few lists; tiktoken lets them run at once.
     """
+
     def encode(text):
         try:
             return tokenizer.encode_piece(text)
@@ -171,7 +187,9 @@ def encode_all(tokenizer, documents, threads):
         pending = collections.deque()
         for batch in batches(documents):
             parts = [pieces(document[2]) for document in batch]
-            pending.append(joined(batch, parts, (pool.map if pool else map)(encode, itertools.chain.from_iterable(parts))))
+            pending.append(
+                joined(batch, parts, (pool.map if pool else map)(encode, itertools.chain.from_iterable(parts)))
+            )
             if len(pending) >= threads:
                 yield list(pending.popleft())
         while pending:
@@ -199,7 +217,9 @@ def do_unit(unit, folder, plan, threads=1, report=lambda *counts, **found: None)
     folder, corpus = Path(folder), CORPORA[plan["dataset"]]
     tokenizer, bad = load_tokenizer(plan["tokenizer"]["name"]), Bad(plan["skip_bad"])
     consumed, digests, empty = collections.Counter(), hashlib.sha256(), 0
-    writers = {split: ShardWriter(folder, f"{unit.id}.{split}", tokenizer.dtype, plan["shard_tokens"]) for split in SPLITS}
+    writers = {
+        split: ShardWriter(folder, f"{unit.id}.{split}", tokenizer.dtype, plan["shard_tokens"]) for split in SPLITS
+    }
     for record in itertools.chain.from_iterable(writer.records for writer in writers.values()):
         report(record["documents"], record["tokens"], record["bytes"], found=True)
     done = {split: writer.state.get("consumed", 0) for split, writer in writers.items()}
@@ -231,12 +251,21 @@ def do_unit(unit, folder, plan, threads=1, report=lambda *counts, **found: None)
             writers[split].state = {"consumed": number, "refused": refused[split]}
         report(*counts.tolist())
     shards = {split: writer.close() for split, writer in writers.items()}
-    write_json(folder / f"{unit.id}.unit.json", {
-        "shards": shards, "documents": sum(consumed.values()), "empty": empty, "sha256": digests.hexdigest(),
-        "bad": {kind: count for kind, count in bad.counts.items() if count}, "messages": bad.messages})
+    write_json(
+        folder / f"{unit.id}.unit.json",
+        {
+            "shards": shards,
+            "documents": sum(consumed.values()),
+            "empty": empty,
+            "sha256": digests.hexdigest(),
+            "bad": {kind: count for kind, count in bad.counts.items() if count},
+            "messages": bad.messages,
+        },
+    )
 
 
 # ---- all units ----
+
 
 def in_background(function, *arguments):
     """A Future of function(*arguments), which a daemon thread runs: it does not hold up the end of the program."""
@@ -270,8 +299,11 @@ def supply(corpus, plan, files, folder, mine, downloads, ahead):
     """
     there, counts = finished_units(folder)
     todo = collections.deque(
-        (number, group) for number, group in enumerate(groups(files, corpus, plan["unit_bytes"])) if mine(number)
-        and (number not in counts or any(mine(number, i) and i not in there[number] for i in range(counts[number]))))
+        (number, group)
+        for number, group in enumerate(groups(files, corpus, plan["unit_bytes"]))
+        if mine(number)
+        and (number not in counts or any(mine(number, i) and i not in there[number] for i in range(counts[number])))
+    )
     waiting, coming = collections.deque(), None
 
     def fetch(group):
@@ -285,8 +317,11 @@ def supply(corpus, plan, files, folder, mine, downloads, ahead):
                 concurrent.futures.wait([coming[1]])
         if coming and coming[1].done():
             (number, future), coming = coming, None
-            waiting.extend(unit for i, unit in enumerate(units(number, future.result(), corpus, plan["unit_bytes"]))
-                           if mine(number, i) and i not in there[number])
+            waiting.extend(
+                unit
+                for i, unit in enumerate(units(number, future.result(), corpus, plan["unit_bytes"]))
+                if mine(number, i) and i not in there[number]
+            )
         else:
             yield waiting.popleft() if waiting else None
 
@@ -322,7 +357,9 @@ def in_processes(supplied, workers, folder, plan, report, done):
                 if not idle:
                     pipe, theirs = context.Pipe()
                     processes.append(context.Process(target=work, args=(theirs, folder, plan), daemon=True))
-                    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which it inherits: Ctrl-C is for the parent
+                    mask = signal.pthread_sigmask(
+                        signal.SIG_BLOCK, {signal.SIGINT}
+                    )  # which it inherits: Ctrl-C is for the parent
                     processes[-1].start()
                     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
                     theirs.close()  # so that the end of the process ends the pipe
@@ -355,8 +392,13 @@ class Progress:
 
     def __init__(self, folder, expected_bytes):
         self.folder, self.start, self.documents, self.tokens, self.new_tokens = folder, time.monotonic(), 0, 0, 0
-        self.bar = tqdm(desc="tokenizing", total=expected_bytes, unit="B", unit_scale=True,
-                        mininterval=1 if sys.stderr.isatty() else 30)
+        self.bar = tqdm(
+            desc="tokenizing",
+            total=expected_bytes,
+            unit="B",
+            unit_scale=True,
+            mininterval=1 if sys.stderr.isatty() else 30,
+        )
 
     def __call__(self, documents, tokens, n_bytes, found=False):
         """Count; with `found` it was done before, and says nothing about the speed."""
@@ -368,8 +410,11 @@ class Progress:
         self.new_tokens += tokens
         if time.monotonic() - self.bar.last_print_t >= self.bar.mininterval:
             rate = self.new_tokens / (time.monotonic() - self.start)
-            self.bar.set_postfix_str(f"{self.documents:,} documents, {self.tokens:,} tokens, {rate:,.0f} tokens/s, "
-                                     f"{shutil.disk_usage(self.folder).free / 1e9:.0f} GB free", refresh=False)
+            self.bar.set_postfix_str(
+                f"{self.documents:,} documents, {self.tokens:,} tokens, {rate:,.0f} tokens/s, "
+                f"{shutil.disk_usage(self.folder).free / 1e9:.0f} GB free",
+                refresh=False,
+            )
         self.bar.update(n_bytes)
 
 
@@ -448,8 +493,10 @@ def join_units(folder, plan, corpus):
     there, counts = finished_units(folder)
     missing = [f"{number:05d}" for number in range(plan["groups"]) if len(there[number]) < counts.get(number, 1)]
     if missing:
-        raise DataError(f"{folder} is not finished: of {plan['groups']} groups of source files {len(missing)} are not, "
-                        f"{', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}; run the other parts, or the command without --part")
+        raise DataError(
+            f"{folder} is not finished: of {plan['groups']} groups of source files {len(missing)} are not, "
+            f"{', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}; run the other parts, or the command without --part"
+        )
     splits, lengths, totals, digests = {"train": [], "val": []}, {}, collections.Counter(), []
     bad, messages = collections.Counter(), []
     for path in sorted(folder.glob("*.unit.json")):
@@ -464,18 +511,28 @@ def join_units(folder, plan, corpus):
                 name = f"{split}_{len(shards):05d}.bin"
                 if (folder / record["file"]).exists():
                     os.replace(folder / record["file"], folder / name)
-                shards.append({"file": name} | {key: record[key] for key in ("tokens", "documents", "bytes", "sha256", "fingerprint")})
+                shards.append(
+                    {"file": name}
+                    | {key: record[key] for key in ("tokens", "documents", "bytes", "sha256", "fingerprint")}
+                )
                 totals["bytes"] += record["bytes"]
-                lengths.setdefault(split, collections.Counter()).update({int(b): n for b, n in record["lengths"].items()})
+                lengths.setdefault(split, collections.Counter()).update(
+                    {int(b): n for b, n in record["lengths"].items()}
+                )
     for split in ("train", "val"):
         if not splits[split]:
-            raise DataError(f"there is no {split} document: the source has {totals['documents']:,} documents and {totals['empty']:,} "
-                            f"empty ones" + (f"; validation is {', '.join(corpus.val)}" if corpus.val else "; give another --val_tokens"))
+            raise DataError(
+                f"there is no {split} document: the source has {totals['documents']:,} documents and {totals['empty']:,} "
+                f"empty ones"
+                + (f"; validation is {', '.join(corpus.val)}" if corpus.val else "; give another --val_tokens")
+            )
     sha256 = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     revision = plan["revision"]
     if corpus.sha256 not in (None, sha256):
-        note(f"the source's {totals['documents']} documents are not exactly those of {corpus.repo}@{corpus.revision}; no revision is "
-             f"recorded")
+        note(
+            f"the source's {totals['documents']} documents are not exactly those of {corpus.repo}@{corpus.revision}; no revision is "
+            f"recorded"
+        )
         revision = None
     for message in messages[:10]:
         note(f"skipped: {message}")
@@ -487,10 +544,19 @@ def join_units(folder, plan, corpus):
         note(f"no validation document has {plan['long_tokens']:,} tokens; val_long lists those of at least {long:,}")
     ordered = {split: dict(sorted(counts.items())) for split, counts in lengths.items()}
     write_whole(folder / "lengths.png", lengths_figure(ordered))
-    write_manifest(folder, plan | {
-        "revision": revision, "source": plan["source"] | totals | {"sha256": sha256, "bad": dict(bad)},
-        "splits": {split: splits[split] for split in SPLITS if split in splits}, "lengths": ordered, "bins_per_doubling": OCTAVE,
-        "val_long_tokens": long, "val_long": [{"start": int(start), "tokens": int(n)} for start, n in val if n >= long]})
+    write_manifest(
+        folder,
+        plan
+        | {
+            "revision": revision,
+            "source": plan["source"] | totals | {"sha256": sha256, "bad": dict(bad)},
+            "splits": {split: splits[split] for split in SPLITS if split in splits},
+            "lengths": ordered,
+            "bins_per_doubling": OCTAVE,
+            "val_long_tokens": long,
+            "val_long": [{"start": int(start), "tokens": int(n)} for start, n in val if n >= long],
+        },
+    )
 
 
 def publish(folder, out):
@@ -513,13 +579,29 @@ def make_plan(corpus_name, corpus, subset_name, subset, files, commit, source, t
     else:
         n_bytes = corpora.estimated_bytes(files, corpus.field)
     unit_bytes = min(max(n_bytes // 64, corpora.LEAST_UNIT_BYTES), corpora.UNIT_BYTES)
-    return {
-        "dataset": corpus_name, "subset": subset_name, "revision": commit, "licence": corpus.licence,
-        "source": {"files": len(files), "file_bytes": sum(file.bytes for file in files), "identity": files_identity(files)},
-        "tokenizer": {key: getattr(tokenizer, key) for key in ("name", "sha256", "n_vocab", "eot", "version")},
-        "vocab_size": tokenizer.n_vocab, "dtype": tokenizer.dtype.name} | options | {
-        "text_bytes": n_bytes, "unit_bytes": unit_bytes, "groups": len(groups(files, corpus, unit_bytes)),
-        "val_rule": validation_rule(corpus, files, tokenizer, options["val_tokens"], expected, options["skip_bad"])}
+    return (
+        {
+            "dataset": corpus_name,
+            "subset": subset_name,
+            "revision": commit,
+            "licence": corpus.licence,
+            "source": {
+                "files": len(files),
+                "file_bytes": sum(file.bytes for file in files),
+                "identity": files_identity(files),
+            },
+            "tokenizer": {key: getattr(tokenizer, key) for key in ("name", "sha256", "n_vocab", "eot", "version")},
+            "vocab_size": tokenizer.n_vocab,
+            "dtype": tokenizer.dtype.name,
+        }
+        | options
+        | {
+            "text_bytes": n_bytes,
+            "unit_bytes": unit_bytes,
+            "groups": len(groups(files, corpus, unit_bytes)),
+            "val_rule": validation_rule(corpus, files, tokenizer, options["val_tokens"], expected, options["skip_bad"]),
+        }
+    )
 
 
 def source_files(corpus, subset, source, commit):
@@ -538,8 +620,23 @@ def source_files(corpus, subset, source, commit):
     return corpus.revision, [corpora.king_james_file()]
 
 
-def prepare(corpus_name, out=None, source=None, tokenizer_name=None, shard_tokens=SHARD_TOKENS, val_tokens=None, workers=1, *,
-            subset=None, long_tokens=LONG_TOKENS, skip_bad=False, keep_downloads=False, part=None, merge=False, verify=None):
+def prepare(
+    corpus_name,
+    out=None,
+    source=None,
+    tokenizer_name=None,
+    shard_tokens=SHARD_TOKENS,
+    val_tokens=None,
+    workers=1,
+    *,
+    subset=None,
+    long_tokens=LONG_TOKENS,
+    skip_bad=False,
+    keep_downloads=False,
+    part=None,
+    merge=False,
+    verify=None,
+):
     """Make the data folder `out`, continue it, or verify it where it is already there with these options. Returns its Data.
 
     part: (i, n), to do only the i-th of n parts, which returns None, or with `merge` only to join what the parts made.
@@ -549,7 +646,12 @@ def prepare(corpus_name, out=None, source=None, tokenizer_name=None, shard_token
     if corpus_name not in CORPORA:
         raise unknown("corpus", corpus_name, list(CORPORA))
     corpus = CORPORA[corpus_name]
-    for name, value in (("shard_tokens", shard_tokens), ("val_tokens", val_tokens), ("workers", workers), ("long_tokens", long_tokens)):
+    for name, value in (
+        ("shard_tokens", shard_tokens),
+        ("val_tokens", val_tokens),
+        ("workers", workers),
+        ("long_tokens", long_tokens),
+    ):
         if value is not None and value < 1:
             raise DataError(f"--{name} must be at least 1, not {value}")
     if part and not 1 <= part[0] <= part[1]:
@@ -572,21 +674,32 @@ def prepare(corpus_name, out=None, source=None, tokenizer_name=None, shard_token
         raise DataError(f"there is nothing to merge: {folder} holds no parts")
     if there:
         now = {"dataset": corpus_name, "subset": subset_name, "tokenizer": tokenizer.name} | options
-        differ = [f"{key} {was} there, {now[key]} now" for key, was in (there | {"tokenizer": there["tokenizer"]["name"]}).items()
-                  if key in now and was != now[key]]
+        differ = [
+            f"{key} {was} there, {now[key]} now"
+            for key, was in (there | {"tokenizer": there["tokenizer"]["name"]}).items()
+            if key in now and was != now[key]
+        ]
         if there["tokenizer"]["sha256"] != tokenizer.sha256:
             differ.append(f"another vocabulary of {tokenizer.name}")
-        if not differ and not merge and (source is not None or not finished):  # what is finished is not asked of the hub again
+        if (
+            not differ and not merge and (source is not None or not finished)
+        ):  # what is finished is not asked of the hub again
             revision, files = source_files(corpus, subset, source, there["revision"])
             differ = [] if files_identity(files) == there["source"]["identity"] else ["other text in the source"]
         if differ:
-            raise DataError(f"{out if finished else folder} was made with other options or from other text ({'; '.join(differ)}); "
-                            f"give another --out, or delete it")
+            raise DataError(
+                f"{out if finished else folder} was made with other options or from other text ({'; '.join(differ)}); "
+                f"give another --out, or delete it"
+            )
     if finished:
         print(f"{out} is complete and as it should be; nothing to do")
         return finished
 
-    downloads = Path(f"{os.path.abspath(out)}.downloads") if keep_downloads else folder / f"downloads{f'-{part[0]}' if part else ''}"
+    downloads = (
+        Path(f"{os.path.abspath(out)}.downloads")
+        if keep_downloads
+        else folder / f"downloads{f'-{part[0]}' if part else ''}"
+    )
     opened = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -600,7 +713,9 @@ def prepare(corpus_name, out=None, source=None, tokenizer_name=None, shard_token
                 write_json(folder / "plan.json", plan)
             run_units(corpus, plan, files, folder, part, workers, downloads, keep_downloads)
         if part and not merge:
-            print(f"part {part[0]} of {part[1]} is done; when all are, join them: the same command with --merge instead of --part")
+            print(
+                f"part {part[0]} of {part[1]} is done; when all are, join them: the same command with --merge instead of --part"
+            )
             return None
         if not (folder / "COMPLETE").exists():
             join_units(folder, plan, corpus)
@@ -618,7 +733,7 @@ def prepare(corpus_name, out=None, source=None, tokenizer_name=None, shard_token
 
 
 def default_folder(corpus_name, tokenizer_name):
-    return REPO / "data" / f"{corpus_name}-{tokenizer_name}"
+    return Path(__file__).resolve().parent / f"{corpus_name}-{tokenizer_name}"
 
 
 def files_identity(files):
@@ -640,7 +755,11 @@ def unfinished_plan(folder):
 def discard_if_empty(folder):
     """Remove DIR.partial where nothing in it is worth continuing from."""
     shards = [path for path in folder.glob("*.bin") if path.with_suffix(".json").exists()]
-    if not shards and not any(folder.glob("*.unit.json")) and not any(path.is_file() for path in folder.glob("downloads*/**/*")):
+    if (
+        not shards
+        and not any(folder.glob("*.unit.json"))
+        and not any(path.is_file() for path in folder.glob("downloads*/**/*"))
+    ):
         for path in folder.iterdir():
             if RECORD.fullmatch(path.name) or path.suffix == ".bin":
                 path.unlink()
@@ -656,10 +775,13 @@ def need_disk(folder, plan, files, tokenizer):
     need = tokens * tokenizer.dtype.itemsize + 2 * max((file.bytes for file in files if not file.path), default=0)
     free = shutil.disk_usage(folder).free
     if need > free:
-        raise DataError(f"{folder} needs about {need / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free; give an --out on another disk")
+        raise DataError(
+            f"{folder} needs about {need / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free; give an --out on another disk"
+        )
 
 
 # ---- what is told ----
+
 
 def quantile(lengths, share):
     """Length below which that share of the documents is, to within a bin of the histogram."""
@@ -697,14 +819,20 @@ def summary(data):
     lines = [f"{data.folder}"]
     for split, shards in manifest["splits"].items():
         total = {key: sum(shard[key] for shard in shards) for key in ("tokens", "documents", "bytes")}
-        of = ", ".join(f"{share:.0%} {quantile(manifest['lengths'][split], share):,}" for share in (0.05, 0.25, 0.5, 0.75, 0.95))
-        lines.append(f"  {split} {total['tokens']:,} tokens in {total['documents']:,} documents and {len(shards)} shards "
-                     f"({total['bytes'] / (total['tokens'] - total['documents']):.3f} bytes a token); tokens a document: {of}")
+        of = ", ".join(
+            f"{share:.0%} {quantile(manifest['lengths'][split], share):,}" for share in (0.05, 0.25, 0.5, 0.75, 0.95)
+        )
+        lines.append(
+            f"  {split} {total['tokens']:,} tokens in {total['documents']:,} documents and {len(shards)} shards "
+            f"({total['bytes'] / (total['tokens'] - total['documents']):.3f} bytes a token); tokens a document: {of}"
+        )
     rule, source = manifest["val_rule"], manifest["source"]
     if "val_tokens" in rule:
         lines[-1 if len(manifest["splits"]) < 3 else 2] += f"; {rule['val_tokens']:,} were aimed at"
     lines.append(f"  val_long {len(manifest['val_long'])} documents of at least {manifest['val_long_tokens']:,} tokens")
-    left_out = [f"{source['empty']:,} empty documents"] * bool(source["empty"]) + [f"{n:,} bad {kind}" for kind, n in source["bad"].items()]
+    left_out = [f"{source['empty']:,} empty documents"] * bool(source["empty"]) + [
+        f"{n:,} bad {kind}" for kind, n in source["bad"].items()
+    ]
     if left_out:
         lines.append(f"  left out: {', '.join(left_out)}")
     return "\n".join([*lines, f"  lengths of documents: {data.folder / 'lengths.png'}"])
@@ -722,8 +850,10 @@ def table():
             lines.append(f"    from: {corpus.revision}")
         for i, (subset, what) in enumerate(corpus.subsets.items()):
             splits = ", ".join(f"{split} {pattern}" for split, pattern in what.files.items())
-            lines.append(f"    {subset}{' (default)' if i == 0 and len(corpus.subsets) > 1 else ''}: field {corpus.field}; {splits}; about "
-                         f"{what.tokens:,} GPT-2 tokens in {what.documents:,} documents; {what.megabytes:,} MB to download")
+            lines.append(
+                f"    {subset}{' (default)' if i == 0 and len(corpus.subsets) > 1 else ''}: field {corpus.field}; {splits}; about "
+                f"{what.tokens:,} GPT-2 tokens in {what.documents:,} documents; {what.megabytes:,} MB to download"
+            )
     return "\n".join(lines)
 
 
@@ -746,43 +876,87 @@ def estimate(corpus_name, source=None, tokenizer_name=None, workers=1, subset=No
     started, done = time.perf_counter(), 0
     while time.perf_counter() - started < 1:
         for i in range(0, len(sample), 4096):
-            tokenizer.encode(sample[i:i + 4096])
+            tokenizer.encode(sample[i : i + 4096])
         done += len(sample.encode())
-    rate = done / (time.perf_counter() - started) * min(workers, cores()) * 0.9  # reading, hashing and writing take the rest
+    rate = (
+        done / (time.perf_counter() - started) * min(workers, cores()) * 0.9
+    )  # reading, hashing and writing take the rest
     tokens = n_bytes / tokenizer.bytes_per_token
-    return (f"{corpus_name}: about {tokens:,.0f} tokens ({n_bytes / 1e6:,.0f} MB of text), {tokens * tokenizer.dtype.itemsize / 1e9:,.2f} GB on "
-            f"disk, {n_bytes / rate / 60:,.1f} minutes with {workers} workers at {rate / 1e6:.1f} MB/s{where}")
+    return (
+        f"{corpus_name}: about {tokens:,.0f} tokens ({n_bytes / 1e6:,.0f} MB of text), {tokens * tokenizer.dtype.itemsize / 1e9:,.2f} GB on "
+        f"disk, {n_bytes / rate / 60:,.1f} minutes with {workers} workers at {rate / 1e6:.1f} MB/s{where}"
+    )
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(
-        prog="data/prepare.py", description="Make a data folder of token shards from a corpus. Interrupted, it continues.",
-        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="corpora (--list tells more):\n" + "\n".join(f"  {name}: {c.description}" for name, c in CORPORA.items()))
+        prog="data/prepare.py",
+        description="Make a data folder of token shards from a corpus. Interrupted, it continues.",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="corpora (--list tells more):\n"
+        + "\n".join(f"  {name}: {c.description}" for name, c in CORPORA.items()),
+    )
     parser.add_argument("corpus", nargs="?", metavar="CORPUS", help=f"one of {', '.join(CORPORA)}; see below")
-    parser.add_argument("--out", metavar="DIR", help="folder to make (default: data/CORPUS-TOKENIZER in this repository)")
-    parser.add_argument("--source", metavar="PATH", help="file or folder of .txt, .jsonl (.gz, .xz, .zst) or .parquet to read, with the "
-                                                         "corpus's own fields, instead of downloading it")
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder to make (default: data/CORPUS-TOKENIZER in this repository)"
+    )
+    parser.add_argument(
+        "--source",
+        metavar="PATH",
+        help="file or folder of .txt, .jsonl (.gz, .xz, .zst) or .parquet to read, with the "
+        "corpus's own fields, instead of downloading it",
+    )
     parser.add_argument("--subset", metavar="NAME", help="of the corpus, as --list has them (default: the first)")
     defaults = ", ".join(name for name, corpus in CORPORA.items() if corpus.tokenizer != "gpt2")
-    parser.add_argument("--tokenizer", metavar="NAME", help=f"{', '.join(tokenizer_names())} (default: gpt2; byte for {defaults})")
-    parser.add_argument("--shard_tokens", metavar="N", type=int, default=SHARD_TOKENS,
-                        help="start a new shard rather than exceed this many tokens; a longer document has a shard to "
-                             "itself (default: %(default)s)")
-    parser.add_argument("--val_tokens", metavar="N", type=int,
-                        help="tokens to aim at for validation, which takes whole documents by the hash of their text; not for "
-                             f"corpora that have their own validation (default: {VAL_FRACTION:.0%}% of an estimate; fineweb-edu 100 M and "
-                             f"openwebtext 10 M at most)")
-    parser.add_argument("--long_tokens", metavar="N", type=int, default=LONG_TOKENS,
-                        help="list validation documents of at least this many tokens as val_long (default: %(default)s)")
-    parser.add_argument("--workers", metavar="N", type=int, default=cores(),
-                        help="processes that tokenize; any number makes the same bytes (default: the cores, here %(default)s)")
-    parser.add_argument("--part", metavar="I/N", help="do only the I-th of N parts, for N machines or an array of jobs; then --merge")
-    parser.add_argument("--merge", action="store_true", help="join what all parts made in DIR.partial; nothing else is read")
-    parser.add_argument("--skip_bad", action="store_true", help="count and leave out what cannot be read, instead of stopping")
+    parser.add_argument(
+        "--tokenizer", metavar="NAME", help=f"{', '.join(tokenizer_names())} (default: gpt2; byte for {defaults})"
+    )
+    parser.add_argument(
+        "--shard_tokens",
+        metavar="N",
+        type=int,
+        default=SHARD_TOKENS,
+        help="start a new shard rather than exceed this many tokens; a longer document has a shard to "
+        "itself (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--val_tokens",
+        metavar="N",
+        type=int,
+        help="tokens to aim at for validation, which takes whole documents by the hash of their text; not for "
+        f"corpora that have their own validation (default: {VAL_FRACTION:.0%}% of an estimate; fineweb-edu 100 M and "
+        f"openwebtext 10 M at most)",
+    )
+    parser.add_argument(
+        "--long_tokens",
+        metavar="N",
+        type=int,
+        default=LONG_TOKENS,
+        help="list validation documents of at least this many tokens as val_long (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers",
+        metavar="N",
+        type=int,
+        default=cores(),
+        help="processes that tokenize; any number makes the same bytes (default: the cores, here %(default)s)",
+    )
+    parser.add_argument(
+        "--part", metavar="I/N", help="do only the I-th of N parts, for N machines or an array of jobs; then --merge"
+    )
+    parser.add_argument(
+        "--merge", action="store_true", help="join what all parts made in DIR.partial; nothing else is read"
+    )
+    parser.add_argument(
+        "--skip_bad", action="store_true", help="count and leave out what cannot be read, instead of stopping"
+    )
     parser.add_argument("--keep_downloads", action="store_true", help="keep downloaded files, in DIR.downloads")
-    parser.add_argument("--verify", choices=("quick", "full"), help="for a folder that is complete: sizes and fingerprints, or every "
-                                                                    "sha256 (default: full up to 1 GiB)")
+    parser.add_argument(
+        "--verify",
+        choices=("quick", "full"),
+        help="for a folder that is complete: sizes and fingerprints, or every sha256 (default: full up to 1 GiB)",
+    )
     parser.add_argument("--dry_run", action="store_true", help="only estimate tokens, disk and minutes on this machine")
     parser.add_argument("--list", action="store_true", help="only print where each corpus comes from")
     args, extra = parser.parse_known_args(arguments)
@@ -805,9 +979,22 @@ def main(arguments=None):
             if not (match := re.fullmatch(r"(\d+)/(\d+)", args.part)):
                 raise DataError(f"--part must be i/n, for example 1/4, not {args.part!r}")
             part = int(match[1]), int(match[2])
-        data = prepare(args.corpus, out, args.source, args.tokenizer, args.shard_tokens, args.val_tokens, args.workers,
-                       subset=args.subset, long_tokens=args.long_tokens, skip_bad=args.skip_bad, keep_downloads=args.keep_downloads,
-                       part=part, merge=args.merge, verify={None: None, "quick": False, "full": True}[args.verify])
+        data = prepare(
+            args.corpus,
+            out,
+            args.source,
+            args.tokenizer,
+            args.shard_tokens,
+            args.val_tokens,
+            args.workers,
+            subset=args.subset,
+            long_tokens=args.long_tokens,
+            skip_bad=args.skip_bad,
+            keep_downloads=args.keep_downloads,
+            part=part,
+            merge=args.merge,
+            verify={None: None, "quick": False, "full": True}[args.verify],
+        )
         if data:
             print(summary(data))
     except DataError as error:

@@ -7,6 +7,7 @@ A data folder holds
     COMPLETE                            sha256 of manifest.json; written last, so without it nothing is to be trusted
 Documents are stored whole and in source order, each followed by the end-of-text token. The same input gives the same bytes.
 """
+
 import difflib
 import hashlib
 import json
@@ -34,6 +35,7 @@ def unknown(kind, name, known):
 
 
 # ---- writing ----
+
 
 def write_whole(path, content):
     """Write bytes so that `path` never holds a part of them."""
@@ -113,8 +115,11 @@ class ShardWriter:
             self._file, path = None, self.folder / self._record["file"]
             bins, counts = np.unique(length_bin(self._lengths), return_counts=True)
             record = self._record | {
-                "sha256": self._sha256.hexdigest(), "fingerprint": fingerprint(self._temporary),
-                "lengths": dict(zip(map(str, bins.tolist()), counts.tolist())), "state": dict(self.state)}
+                "sha256": self._sha256.hexdigest(),
+                "fingerprint": fingerprint(self._temporary),
+                "lengths": dict(zip(map(str, bins.tolist()), counts.tolist())),
+                "state": dict(self.state),
+            }
             os.replace(self._temporary, path)
             write_json(path.with_suffix(".json"), record)  # after the shard: the record says that it is there
             self.records.append(record)
@@ -129,6 +134,7 @@ def write_manifest(folder, manifest):
 
 
 # ---- reading ----
+
 
 class Split:
     """The tokens of one split as one stream: shards one after another. len() is the number of tokens."""
@@ -159,9 +165,11 @@ class Split:
                 raise DataError(f"{self.files[shard]} is truncated: no token {offset + len(part)}")
             if count and int(part.max()) >= self.vocab_size:
                 at = int(np.argmax(part >= self.vocab_size))
-                raise DataError(f"{self.files[shard]} holds token id {part[at]} at offset {offset + at}; "
-                                f"ids must be below vocab_size {self.vocab_size}")
-            tokens[done:done + count] = part
+                raise DataError(
+                    f"{self.files[shard]} holds token id {part[at]} at offset {offset + at}; "
+                    f"ids must be below vocab_size {self.vocab_size}"
+                )
+            tokens[done : done + count] = part
             done, shard = done + count, shard + 1
         return tokens
 
@@ -172,7 +180,10 @@ class Split:
 
     def documents(self):
         """(n, 2) int64: start and length, without its end-of-text token, of every document. Reads the whole split."""
-        ends = [np.flatnonzero(self.read(at, min(at + SCAN, len(self))) == self.eot) + at for at in range(0, len(self), SCAN)]
+        ends = [
+            np.flatnonzero(self.read(at, min(at + SCAN, len(self))) == self.eot) + at
+            for at in range(0, len(self), SCAN)
+        ]
         ends = np.concatenate(ends) if ends else np.empty(0, np.int64)
         starts = np.concatenate([[0], ends + 1])[:-1].astype(np.int64)
         return np.stack([starts, ends - starts], axis=1)
@@ -192,7 +203,9 @@ class Data:
     def split(self, name):
         """The Split called `name`; DataError where the folder has none."""
         if not self.manifest["splits"].get(name):
-            raise unknown(f"split in {self.folder}:", name, [s for s, shards in self.manifest["splits"].items() if shards])
+            raise unknown(
+                f"split in {self.folder}:", name, [s for s, shards in self.manifest["splits"].items() if shards]
+            )
         return Split(self.folder, self.manifest["splits"][name], self.manifest["dtype"], self.vocab_size, self.eot)
 
 
@@ -207,21 +220,30 @@ def open_data(folder, verify=None):
     if not folder.is_dir():
         raise DataError(f"no data folder {folder}; make it, for example: python data/prepare.py builtin --out {folder}")
     if not (folder / "COMPLETE").is_file() or not (folder / "manifest.json").is_file():
-        raise DataError(f"{folder} is not a finished data folder (it has no COMPLETE or no manifest.json); make one in "
-                        f"another or an empty folder, for example: python data/prepare.py builtin --out DIR")
+        raise DataError(
+            f"{folder} is not a finished data folder (it has no COMPLETE or no manifest.json); make one in "
+            f"another or an empty folder, for example: python data/prepare.py builtin --out DIR"
+        )
     content = (folder / "manifest.json").read_bytes()
     found, expected = hashlib.sha256(content).hexdigest(), (folder / "COMPLETE").read_text(errors="replace").strip()
     if found != expected:
-        raise DataError(f"{folder / 'manifest.json'} was altered: its sha256 is {found}, COMPLETE says {expected}; "
-                        f"delete {folder} and run data/prepare.py again")
+        raise DataError(
+            f"{folder / 'manifest.json'} was altered: its sha256 is {found}, COMPLETE says {expected}; "
+            f"delete {folder} and run data/prepare.py again"
+        )
     manifest = json.loads(content)
     if manifest["format"] != FORMAT:
-        advice = ("it was made by a newer version of this repository: update, or prepare the data in another folder"
-                  if manifest["format"] > FORMAT else f"delete {folder} and prepare the data again")
+        advice = (
+            "it was made by a newer version of this repository: update, or prepare the data in another folder"
+            if manifest["format"] > FORMAT
+            else f"delete {folder} and prepare the data again"
+        )
         raise DataError(f"{folder} has data format {manifest['format']}, this version reads {FORMAT}; {advice}")
 
-    again = (f"delete {folder} and run: python data/prepare.py {manifest['dataset']} --out {folder} --tokenizer "
-             f"{manifest['tokenizer']['name']} (with the --source it was made from, if any)")
+    again = (
+        f"delete {folder} and run: python data/prepare.py {manifest['dataset']} --out {folder} --tokenizer "
+        f"{manifest['tokenizer']['name']} (with the --source it was made from, if any)"
+    )
     shards = [record for records in manifest["splits"].values() for record in records]
     width = np.dtype(manifest["dtype"]).itemsize
     for record in shards:
@@ -237,12 +259,15 @@ def open_data(folder, verify=None):
             with open(folder / record["file"], "rb") as f:
                 digest = hashlib.file_digest(f, "sha256").hexdigest()
             if digest != record["sha256"]:
-                raise DataError(f"{folder / record['file']} was altered: its sha256 is {digest}, the manifest says "
-                                f"{record['sha256']}; {again}")
+                raise DataError(
+                    f"{folder / record['file']} was altered: its sha256 is {digest}, the manifest says "
+                    f"{record['sha256']}; {again}"
+                )
     return Data(folder, manifest, found)
 
 
 # ---- order ----
+
 
 class WindowOrder:
     """Which window of the train stream comes when: a function of (data_seed, n_tokens, block_size) alone, without state.
@@ -259,8 +284,10 @@ class WindowOrder:
             raise DataError(f"data_seed must be from 0 to 2**64 - 1, not {data_seed}")
         self.windows, self.slack = (n_tokens - 1) // block_size, (n_tokens - 1) % block_size
         if self.windows < 1:
-            raise DataError(f"{n_tokens:,} tokens are too few for one window of block_size {block_size} + 1 tokens; "
-                            f"take a smaller block_size or more text")
+            raise DataError(
+                f"{n_tokens:,} tokens are too few for one window of block_size {block_size} + 1 tokens; "
+                f"take a smaller block_size or more text"
+            )
         self.block_size, self.data_seed = block_size, data_seed
         self._epoch, self._starts = None, None  # of the latest epoch only: K may be ten million
 
@@ -278,7 +305,7 @@ class WindowOrder:
         parts, item, end = [np.empty(0, np.int64)], first, first + count
         while item < end:
             epoch, at = divmod(item, self.windows)
-            parts.append(self._epoch_starts(epoch)[at:at + end - item])
+            parts.append(self._epoch_starts(epoch)[at : at + end - item])
             item += len(parts[-1])
         return np.concatenate(parts)
 

@@ -3,14 +3,12 @@
 Without an option, the manifest as a table. A document or a window is counted from 0 through the whole split.
 """
 
-import _root
 import argparse
 import os
 import sys
-from pathlib import Path
 
+import _root
 import numpy as np
-
 
 from data.prepare import summary
 from data.shards import DataError, Split, open_data
@@ -46,12 +44,19 @@ def table(data):
     """The manifest for people."""
     manifest = data.manifest
     tokenizer, name = manifest["tokenizer"], " / ".join(filter(None, (manifest["dataset"], manifest["subset"])))
-    lines = [f"{name} at {manifest['revision'] or 'no published revision'}; licence: {manifest['licence']}",
-             f"tokenizer {tokenizer['name']} ({tokenizer['version'] or 'built in'}, {data.vocab_size:,} ids, sha256 "
-             f"{data.tokenizer_hash[:12]}…), {manifest['dtype']}; validation: {manifest['val_rule']['kind']}; manifest {data.hash[:12]}…",
-             summary(data), "", f"{'shard':<18}{'tokens':>14}{'documents':>12}{'bytes of text':>16}  sha256"]
+    lines = [
+        f"{name} at {manifest['revision'] or 'no published revision'}; licence: {manifest['licence']}",
+        f"tokenizer {tokenizer['name']} ({tokenizer['version'] or 'built in'}, {data.vocab_size:,} ids, sha256 "
+        f"{data.tokenizer_hash[:12]}…), {manifest['dtype']}; validation: {manifest['val_rule']['kind']}; manifest {data.hash[:12]}…",
+        summary(data),
+        "",
+        f"{'shard':<18}{'tokens':>14}{'documents':>12}{'bytes of text':>16}  sha256",
+    ]
     for records in manifest["splits"].values():
-        lines += [f"{r['file']:<18}{r['tokens']:>14,}{r['documents']:>12,}{r['bytes']:>16,}  {r['sha256'][:16]}…" for r in records]
+        lines += [
+            f"{r['file']:<18}{r['tokens']:>14,}{r['documents']:>12,}{r['bytes']:>16,}  {r['sha256'][:16]}…"
+            for r in records
+        ]
     return "\n".join(lines)
 
 
@@ -74,7 +79,9 @@ def main(arguments=None):
         elif args.window is not None:
             split, start = data.split(args.split), args.window * args.block_size
             if args.window < 0 or args.block_size < 1 or start >= len(split):
-                raise DataError(f"no window {args.window} of {args.block_size} tokens in {args.split}, which has {len(split):,} tokens")
+                raise DataError(
+                    f"no window {args.window} of {args.block_size} tokens in {args.split}, which has {len(split):,} tokens"
+                )
             tokens = split.read(start, min(start + args.block_size, len(split)))
             ends = np.flatnonzero(tokens == data.eot)
             print("\n<|endoftext|>\n".join(decode(part) for part in np.split(tokens, ends)))

@@ -1,4 +1,5 @@
 """Text to token ids and back: bytes, GPT-2's byte-pair encoding from the vocabulary file beside this one, and tiktoken's others."""
+
 import functools
 import hashlib
 import importlib.metadata
@@ -12,13 +13,17 @@ import numpy as np
 from data.shards import DataError, unknown
 
 VOCABULARY = Path(__file__).with_name("vocab.bpe.xz")
-VOCABULARY_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # unpacked; tiktoken checks the same
+VOCABULARY_SHA256 = (
+    "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # unpacked; tiktoken checks the same
+)
 PIECE = 2**18  # characters; a longer text is encoded in pieces
 # Before a single space between other characters every one of the patterns begins a new word, whatever surrounds them.
 SAFE_CUT = re.compile(r"(?<=\S) (?=\S)")
 # How GPT-2's files write bytes, in the order of its first 256 ids: the printable ones as themselves, the others as chr(256), ….
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-BYTE_CHARACTERS = {b: chr(b) for b in _PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(sorted({*range(256)} - {*_PRINTABLE}))}
+BYTE_CHARACTERS = {b: chr(b) for b in _PRINTABLE} | {
+    b: chr(256 + i) for i, b in enumerate(sorted({*range(256)} - {*_PRINTABLE}))
+}
 # GPT-2's pattern, in the form that tiktoken found to be equivalent and faster.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
@@ -36,7 +41,7 @@ def pieces(text):
     """Cut a long text where that changes no token: a list of strings that together are `text`."""
     parts, start = [], 0
     while len(text) - start > PIECE and (cut := SAFE_CUT.search(text, start + PIECE)):
-        parts.append(text[start:cut.start()])
+        parts.append(text[start : cut.start()])
         start = cut.start()
     return [*parts, text[start:]]
 
@@ -55,7 +60,7 @@ class Tokenizer:
         self.n_vocab = n_vocab or self.eot + 1
         self.dtype = np.dtype(np.uint16 if self.n_vocab <= 2**16 else np.uint32)
         self.token_bytes = np.zeros(self.n_vocab, np.int64)
-        self.token_bytes[:len(tokens)] = [len(t) for t in tokens]
+        self.token_bytes[: len(tokens)] = [len(t) for t in tokens]
         self._to_ids = to_ids
         digest = hashlib.sha256(f"{pattern}\0<|endoftext|>={self.eot}\0".encode())
         for token in tokens:
@@ -84,13 +89,23 @@ class Tokenizer:
 
 
 def _byte():
-    return Tokenizer("byte", [bytes([b]) for b in range(256)], lambda text: np.frombuffer(text.encode(), np.uint8), "", 1.0)
+    return Tokenizer(
+        "byte", [bytes([b]) for b in range(256)], lambda text: np.frombuffer(text.encode(), np.uint8), "", 1.0
+    )
 
 
 def _from_encoding(encoding, tokens, pattern, bytes_per_token):
     """The Tokenizer of a tiktoken.Encoding that has an end-of-text token."""
-    return Tokenizer(encoding.name, tokens, lambda text: encoding.encode_to_numpy(text, disallowed_special=()), pattern,
-                     bytes_per_token, f"tiktoken {importlib.metadata.version('tiktoken')}", encoding.eot_token, encoding.n_vocab)
+    return Tokenizer(
+        encoding.name,
+        tokens,
+        lambda text: encoding.encode_to_numpy(text, disallowed_special=()),
+        pattern,
+        bytes_per_token,
+        f"tiktoken {importlib.metadata.version('tiktoken')}",
+        encoding.eot_token,
+        encoding.n_vocab,
+    )
 
 
 def _gpt2():
@@ -99,15 +114,22 @@ def _gpt2():
     try:
         merges = lzma.decompress(VOCABULARY.read_bytes())
     except (OSError, lzma.LZMAError) as error:
-        raise DataError(f"GPT-2's vocabulary {VOCABULARY} cannot be read ({error}); restore it: git checkout data") from None
+        raise DataError(
+            f"GPT-2's vocabulary {VOCABULARY} cannot be read ({error}); restore it: git checkout data"
+        ) from None
     if hashlib.sha256(merges).hexdigest() != VOCABULARY_SHA256:
         raise DataError(f"GPT-2's vocabulary {VOCABULARY} is not the published one; restore it: git checkout data")
     byte_of = {character: b for b, character in BYTE_CHARACTERS.items()}
     tokens = [bytes([b]) for b in BYTE_CHARACTERS]
     for line in merges.decode().splitlines()[1:]:  # after the version: one merge a line, in order of rank
         tokens.append(bytes(byte_of[c] for c in line if c != " "))
-    encoding = tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks={t: i for i, t in enumerate(tokens)},
-                                 special_tokens={"<|endoftext|>": len(tokens)}, explicit_n_vocab=50257)
+    encoding = tiktoken.Encoding(
+        "gpt2",
+        pat_str=GPT2_PATTERN,
+        mergeable_ranks={t: i for i, t in enumerate(tokens)},
+        special_tokens={"<|endoftext|>": len(tokens)},
+        explicit_n_vocab=50257,
+    )
     return _from_encoding(encoding, tokens, GPT2_PATTERN, 4.3)
 
 
@@ -129,9 +151,13 @@ def _tiktoken(name):
         try:
             return read(url, expected_hash)
         except Exception as error:  # of the network: requests' own, or OSError, or ValueError for a wrong hash
-            raise DataError(f"the vocabulary of tokenizer {name} cannot be downloaded ({type(error).__name__}); {advice}") from None
+            raise DataError(
+                f"the vocabulary of tokenizer {name} cannot be downloaded ({type(error).__name__}); {advice}"
+            ) from None
 
-    with mock.patch("tiktoken.load.read_file_cached", read_checked):  # get_encoding has no other way to say where files are
+    with mock.patch(
+        "tiktoken.load.read_file_cached", read_checked
+    ):  # get_encoding has no other way to say where files are
         encoding = tiktoken.registry.get_encoding(name)
     ranks = encoding._mergeable_ranks
     tokens = [b""] * (max(ranks.values()) + 1)

@@ -1,11 +1,11 @@
 """Checkpoints and the files of a run's folder: written whole or not at all, checked when read.
 
-    runs/NAME/config.yaml             every field, resolved
-    runs/NAME/metrics.jsonl           a JSON object a line
-    runs/NAME/checkpoints/step_N.pt   the latest keep_checkpoints; step_N.pt.sha256 beside each
-    runs/NAME/last.pt                 relative link to the newest of them
-    runs/NAME/best.pt                 the checkpoint of the lowest validation loss, a file of its own
-    runs/NAME/eval/*.json             what eval.py wrote
+runs/NAME/config.yaml             every field, resolved
+runs/NAME/metrics.jsonl           a JSON object a line
+runs/NAME/checkpoints/step_N.pt   the latest keep_checkpoints; step_N.pt.sha256 beside each
+runs/NAME/last.pt                 relative link to the newest of them
+runs/NAME/best.pt                 the checkpoint of the lowest validation loss, a file of its own
+runs/NAME/eval/*.json             what eval.py wrote
 """
 
 import contextlib
@@ -95,7 +95,9 @@ class Writer:
             except Exception as error:
                 self.error = error
 
-        self.thread = threading.Thread(target=run, daemon=True)  # a second Ctrl-C need not wait for it: files are written whole or not at all
+        self.thread = threading.Thread(
+            target=run, daemon=True
+        )  # a second Ctrl-C need not wait for it: files are written whole or not at all
         self.thread.start()
 
     def wait(self) -> None:
@@ -147,7 +149,9 @@ def load(path: Path) -> dict:
     except OSError:
         raise
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint: {str(error).partition(chr(10))[0] or type(error).__name__}") from error
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint: {str(error).partition(chr(10))[0] or type(error).__name__}"
+        ) from error
     if not isinstance(state, dict) or not {"model", "config", "step"} <= state.keys():
         raise ValueError(f"{path} is no checkpoint of train.py: it lacks model, config or step")
     return state
@@ -189,7 +193,9 @@ def load_newest(run: Path) -> dict | None:
         except (ValueError, OSError) as error:
             print(f"warning: {error}; trying the one before", file=sys.stderr)
     if files:
-        raise ValueError(f"every checkpoint in {run / 'checkpoints'} is damaged or cannot be read; delete {run} to start again")
+        raise ValueError(
+            f"every checkpoint in {run / 'checkpoints'} is damaged or cannot be read; delete {run} to start again"
+        )
     return None
 
 
@@ -222,7 +228,9 @@ def build_model(state: dict, **changes) -> GPT:
     wpe = "transformer.wpe.weight"
     if wpe in weights:
         if len(weights[wpe]) < config.block_size:
-            raise ValueError(f"learned positions end at block_size {len(weights[wpe])}; they cannot be extended to {config.block_size}")
+            raise ValueError(
+                f"learned positions end at block_size {len(weights[wpe])}; they cannot be extended to {config.block_size}"
+            )
         weights[wpe] = weights[wpe][: config.block_size]
     try:
         model.load_state_dict(weights)

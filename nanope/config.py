@@ -11,8 +11,8 @@ from typing import Literal
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
-from nanope.checkpoint import write_atomically
 from model import GPTConfig, nearest
+from nanope.checkpoint import write_atomically
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -140,10 +140,16 @@ def value_of(text: str):
     return float(text) if re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d+", text) else yaml.safe_load(text)
 
 
-def parse(arguments: list[str] | None = None, modes: Callable[[ArgumentParser], None] | None = None) -> RunConfig | tuple[RunConfig, dict]:
+def parse(
+    arguments: list[str] | None = None, modes: Callable[[ArgumentParser], None] | None = None
+) -> RunConfig | tuple[RunConfig, dict]:
     """The RunConfig of a command line: `--config FILE`, then `--field value …`. Exits with a message for what is
     unknown or of a wrong type. With modes, which adds arguments that are no fields of a run: (RunConfig, those)."""
-    parser = Parser(prog="train.py", description="Train one GPT-2 with a positional scheme. Also under torchrun.", allow_abbrev=False)
+    parser = Parser(
+        prog="train.py",
+        description="Train one GPT-2 with a positional scheme. Also under torchrun.",
+        allow_abbrev=False,
+    )
     if modes:
         modes(parser)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of fields; later arguments override it.")
@@ -167,10 +173,30 @@ def check(config: RunConfig) -> None:
     for name, value in vars(config).items():
         if isinstance(value, float) and not math.isfinite(value):
             problems.append(f"{name} must be finite, not {value}")
-    for name in ("batch_tokens", "max_steps", "eval_tokens", "keep_checkpoints", "log_interval", "max_bad_steps", "lr_step", "block_size"):
+    for name in (
+        "batch_tokens",
+        "max_steps",
+        "eval_tokens",
+        "keep_checkpoints",
+        "log_interval",
+        "max_bad_steps",
+        "lr_step",
+        "block_size",
+    ):
         if getattr(config, name) < 1:
             problems.append(f"{name} must be at least 1, not {getattr(config, name)}")
-    for name in ("warmup_steps", "weight_decay", "grad_clip", "eval_interval", "checkpoint_interval", "sample_interval", "min_lr", "pos_lr_multiplier", "seed", "data_seed"):
+    for name in (
+        "warmup_steps",
+        "weight_decay",
+        "grad_clip",
+        "eval_interval",
+        "checkpoint_interval",
+        "sample_interval",
+        "min_lr",
+        "pos_lr_multiplier",
+        "seed",
+        "data_seed",
+    ):
         if getattr(config, name) < 0:
             problems.append(f"{name} must not be negative, but is {getattr(config, name)}")
     for name in ("learning_rate", "lr_gamma", "rank_timeout"):
@@ -188,7 +214,9 @@ def check(config: RunConfig) -> None:
         problems.append(f"min_lr {config.min_lr} exceeds learning_rate {config.learning_rate}")
     if config.block_size > 0 and config.batch_tokens % config.block_size:
         below = max(config.batch_tokens // config.block_size, 1) * config.block_size
-        problems.append(f"batch_tokens {config.batch_tokens} must be a multiple of block_size {config.block_size}, such as {below}")
+        problems.append(
+            f"batch_tokens {config.batch_tokens} must be a multiple of block_size {config.block_size}, such as {below}"
+        )
     if problems:
         raise ValueError("; ".join(problems))
 

@@ -16,7 +16,16 @@ import torch.distributed as dist
 from nanope.log import first_line
 
 # Peak dense FLOP/s of a GPU by a word of its name (NVIDIA's data sheets): bfloat16; float16 for the V100
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "V100": 125e12, "4090": 165e12}
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "V100": 125e12,
+    "4090": 165e12,
+}
 
 
 # ---- ranks
@@ -72,7 +81,9 @@ class Ranks:
 def ranks_of(device_name: str, timeout: float = 600.0, tf32: bool = False):
     """Join torchrun's process group, where there is one, with NCCL for CUDA and gloo elsewhere; yields (Ranks, device). Ranks
     wait `timeout` seconds for one another; RankError where one is gone."""
-    ranks = Ranks(*(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
+    ranks = Ranks(
+        *(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    )
     device = pick_device(device_name, ranks)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -81,7 +92,14 @@ def ranks_of(device_name: str, timeout: float = 600.0, tf32: bool = False):
     if ranks.world > 1:
         cuda, wait = device.type == "cuda", datetime.timedelta(seconds=timeout)
         store = fresh_store(ranks, wait)
-        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=ranks.rank, world_size=ranks.world, device_id=device if cuda else None, timeout=wait)
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            store=store,
+            rank=ranks.rank,
+            world_size=ranks.world,
+            device_id=device if cuda else None,
+            timeout=wait,
+        )
     try:
         yield ranks, device
     except RuntimeError as error:
@@ -113,7 +131,15 @@ class RankError(ValueError):
 
 def lost_rank(error: RuntimeError) -> bool:
     """Whether an error is that of a collective operation whose partner is gone."""
-    words = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL", "Socket Timeout")
+    words = (
+        "gloo",
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Broken pipe",
+        "Timed out waiting",
+        "NCCL",
+        "Socket Timeout",
+    )
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
@@ -136,7 +162,11 @@ def pick_device(name: str, ranks: Ranks | None = None) -> torch.device:
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
-        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+        name = (
+            "bfloat16"
+            if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            else "float32"
+        )
     if name == "tf32":
         if device.type != "cuda":
             raise ValueError(f"dtype tf32 needs a CUDA device, not {device.type}: choose float32")
@@ -154,7 +184,10 @@ def compiler_works(device: torch.device) -> bool:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
         return True
     except Exception as error:
-        print(f"warning: torch.compile does not work here, training goes on without it: {first_line(error)}", file=sys.stderr)
+        print(
+            f"warning: torch.compile does not work here, training goes on without it: {first_line(error)}",
+            file=sys.stderr,
+        )
         return False
 
 

@@ -37,9 +37,13 @@ class Pretrained(nn.Module):
         if not Path(name).is_dir() and (Path(name).exists() or name.count("/") > 1 or name.startswith(("/", "."))):
             raise OSError(f"no model folder {name}")
         try:
-            self.net = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation="sdpa")
+            self.net = transformers.AutoModelForCausalLM.from_pretrained(
+                name, dtype=torch.float32, attn_implementation="sdpa"
+            )
         except Exception as error:  # of many kinds, most with advice of several lines
-            raise OSError(f"{name} cannot be loaded as a causal language model of transformers: {str(error).strip().splitlines()[0]}") from error
+            raise OSError(
+                f"{name} cannot be loaded as a causal language model of transformers: {str(error).strip().splitlines()[0]}"
+            ) from error
         self.net.eval().requires_grad_(False)
         self.name, self.lm_head = name, self.net.get_output_embeddings()
         c = self.net.config
@@ -47,19 +51,29 @@ class Pretrained(nn.Module):
         if not length:
             raise ValueError(f"{name} does not say its training length (max_position_embeddings)")
         self.config = Shape(length, c.model_type, {})
-        tables = [m.num_embeddings for path, m in self.net.named_modules() if isinstance(m, nn.Embedding) and ("wpe" in path or "position" in path)]
+        tables = [
+            m.num_embeddings
+            for path, m in self.net.named_modules()
+            if isinstance(m, nn.Embedding) and ("wpe" in path or "position" in path)
+        ]
         self.table = length if tables else None
         idx = torch.arange(8)[None] % c.vocab_size
         with torch.no_grad():
-            if not torch.allclose(self.hidden(idx) @ self.lm_head.weight.t(), self.net(input_ids=idx, use_cache=False).logits, atol=1e-4):
-                raise ValueError(f"{name}: the logits of {c.model_type} are not its output layer times its last hidden state; such models cannot be evaluated here")
+            if not torch.allclose(
+                self.hidden(idx) @ self.lm_head.weight.t(), self.net(input_ids=idx, use_cache=False).logits, atol=1e-4
+            ):
+                raise ValueError(
+                    f"{name}: the logits of {c.model_type} are not its output layer times its last hidden state; such models cannot be evaluated here"
+                )
 
     def hidden(self, idx: torch.Tensor) -> torch.Tensor:
         return self.net.base_model(input_ids=idx, use_cache=False).last_hidden_state
 
     def check_length(self, length: int) -> None:
         if self.table and length > self.table:
-            raise ValueError(f"the position table of {self.config.pos} ends at {self.table}: a length of {length} is not possible")
+            raise ValueError(
+                f"the position table of {self.config.pos} ends at {self.table}: a length of {length} is not possible"
+            )
 
     def scaled(self, rule: str, factor: float):
         raise ValueError("frequency scaling is there for runs of train.py, not for models of transformers")
@@ -82,8 +96,16 @@ class Pretrained(nn.Module):
         start, size = max(stream.documents().tolist(), key=lambda d: d[1])
         ids = stream.read(start, start + min(size, 4096))
         try:
-            theirs = transformers.AutoTokenizer.from_pretrained(self.name)(ours.decode(ids), add_special_tokens=False)["input_ids"]
+            theirs = transformers.AutoTokenizer.from_pretrained(self.name)(ours.decode(ids), add_special_tokens=False)[
+                "input_ids"
+            ]
         except Exception as error:
-            raise ValueError(f"{self.name} has no tokenizer that could be compared with the data's ({ours.name}); save it there: {str(error).strip().splitlines()[0]}") from error
-        if not np.array_equal(theirs[: len(ids) - 16], ids[:-16]):  # where the text is cut, the last word may encode otherwise
-            raise ValueError(f"the tokenizer of {self.name} is not that of {data.folder} ({ours.name}): prepare the data with the model's own")
+            raise ValueError(
+                f"{self.name} has no tokenizer that could be compared with the data's ({ours.name}); save it there: {str(error).strip().splitlines()[0]}"
+            ) from error
+        if not np.array_equal(
+            theirs[: len(ids) - 16], ids[:-16]
+        ):  # where the text is cut, the last word may encode otherwise
+            raise ValueError(
+                f"the tokenizer of {self.name} is not that of {data.folder} ({ours.name}): prepare the data with the model's own"
+            )

@@ -21,9 +21,9 @@ import torch
 import yaml
 from tqdm import tqdm
 
+from model import SCHEMES, Attention
 from nanope import REPO, checkpoint
 from nanope.config import RunConfig, write_yaml
-from model import SCHEMES, Attention
 
 # ---- the environment
 
@@ -54,8 +54,13 @@ def environment(config: RunConfig, device: torch.device, dtype: torch.dtype, wor
 def git_state(repo: Path) -> dict | None:
     """{"commit", "dirty"} of a repository, dirty where a tracked file differs from the commit; None where there is none."""
     try:
-        git = lambda *command: subprocess.run(["git", *command], cwd=repo, capture_output=True, text=True, check=True, timeout=30).stdout  # noqa: E731
-        return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(git("status", "--porcelain", "--untracked-files=no").strip())}
+        git = lambda *command: (
+            subprocess.run(["git", *command], cwd=repo, capture_output=True, text=True, check=True, timeout=30).stdout
+        )  # noqa: E731
+        return {
+            "commit": git("rev-parse", "HEAD").strip(),
+            "dirty": bool(git("status", "--porcelain", "--untracked-files=no").strip()),
+        }
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -93,14 +98,20 @@ class Log:
             return
         self.path, self.file, self.warned = self.run / "metrics.jsonl", None, False
         # Every line, kept: a file that is lost or cut short can be written again
-        self.lines = lines_until(self.path, step, watched)  # what an interrupted run logged beyond its checkpoint happens again
+        self.lines = lines_until(
+            self.path, step, watched
+        )  # what an interrupted run logged beyond its checkpoint happens again
         known = [line["environment"] for line in map(json.loads, self.lines) if "environment" in line]
-        if not known or (known[-1] != environment and step < config.max_steps):  # a finished run keeps the record of how it was made
+        if not known or (
+            known[-1] != environment and step < config.max_steps
+        ):  # a finished run keeps the record of how it was made
             self.lines.append(encode({"step": step, "environment": environment}))
         self.open()
         self.wandb = start_wandb(config, self.run, resumed=step > 0) if config.wandb != "off" else None
         self.terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=config.max_steps, initial=step, desc=self.run.name, unit="step", disable=not self.terminal)
+        self.bar = tqdm(
+            total=config.max_steps, initial=step, desc=self.run.name, unit="step", disable=not self.terminal
+        )
         self.started, self.first_step = time.monotonic(), step
 
     def open(self) -> None:
@@ -139,7 +150,9 @@ class Log:
         self.open()
         if gone:
             write_yaml(self.config, self.run / "config.yaml")
-        self.say(f"warning: {self.run if gone else self.path} was lost or could not be written for a while: all lines of this run are written again")
+        self.say(
+            f"warning: {self.run if gone else self.path} was lost or could not be written for a while: all lines of this run are written again"
+        )
         self.warned = False
 
     def close_file(self) -> None:
@@ -159,7 +172,9 @@ class Log:
         try:
             self.wandb.log(values, step=values["step"])
         except Exception as error:  # whatever ends its service is no reason to end the training
-            self.say(f"warning: wandb failed ({first_line(error)}): training goes on without; metrics.jsonl has everything")
+            self.say(
+                f"warning: wandb failed ({first_line(error)}): training goes on without; metrics.jsonl has everything"
+            )
             self.wandb = None
 
     def say(self, text: str) -> None:
@@ -175,7 +190,9 @@ class Log:
             if self.terminal:
                 self.bar.set_postfix_str(text)
             else:
-                left = (time.monotonic() - self.started) / max(1, step - self.first_step) * (self.config.max_steps - step)
+                left = (
+                    (time.monotonic() - self.started) / max(1, step - self.first_step) * (self.config.max_steps - step)
+                )
                 self.say(f"step {step}/{self.config.max_steps}  {text}  ETA {tqdm.format_interval(left)}")
 
     def close(self, failed: bool) -> None:
@@ -230,7 +247,15 @@ def start_wandb(config: RunConfig, run: Path, resumed: bool):
         print(f"warning: wandb {text}", file=sys.stderr)
 
     def init(mode):
-        return wandb.init(project=project, name=run.name, id=identity, resume="allow" if resumed else None, mode=mode, dir=run, config=dataclasses.asdict(config))
+        return wandb.init(
+            project=project,
+            name=run.name,
+            id=identity,
+            resume="allow" if resumed else None,
+            mode=mode,
+            dir=run,
+            config=dataclasses.asdict(config),
+        )
 
     try:
         import wandb
@@ -253,7 +278,17 @@ def start_wandb(config: RunConfig, run: Path, resumed: bool):
 
 
 # Fields that leave the training curve as it is, beyond rounding
-NEUTRAL = ("data_dir", "verify_data", "out_dir", "eval_interval", "eval_tokens", "checkpoint_interval", "keep_checkpoints", "log_interval", "sample_interval")
+NEUTRAL = (
+    "data_dir",
+    "verify_data",
+    "out_dir",
+    "eval_interval",
+    "eval_tokens",
+    "checkpoint_interval",
+    "keep_checkpoints",
+    "log_interval",
+    "sample_interval",
+)
 NEUTRAL += ("resume", "wandb", "device", "compile", "micro_batch_size", "rank_timeout")
 
 
@@ -272,9 +307,16 @@ def differences(mine: dict, run: Path, my_data_hash: str | None) -> list[str]:
             if isinstance(here, dict) and isinstance(there, dict):
                 options = sorted(k for k in here.keys() | there.keys() if here.get(k) != there.get(k))
                 there, here = ({k: d.get(k) for k in options} for d in (there, here))
-            lines.append((name in NEUTRAL, f"{name}: {there} there, {here} here" + (" (changes rounding at most)" if name in NEUTRAL else "")))
+            lines.append(
+                (
+                    name in NEUTRAL,
+                    f"{name}: {there} there, {here} here" + (" (changes rounding at most)" if name in NEUTRAL else ""),
+                )
+            )
     with contextlib.suppress(OSError, StopIteration):
-        hash = next(line["environment"]["data_hash"] for line in checkpoint.read_metrics(path.parent) if "environment" in line)
+        hash = next(
+            line["environment"]["data_hash"] for line in checkpoint.read_metrics(path.parent) if "environment" in line
+        )
         if my_data_hash and hash != my_data_hash:
             lines.append((False, f"data: its manifest's hash is {hash[:12]}… there, {my_data_hash[:12]}… here"))
     return [text for _, text in sorted(lines, key=lambda line: line[0])]

@@ -24,14 +24,18 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import model as model_file
-from nanope.config import RunConfig, check, padded_vocabulary, parse
 from data.shards import open_data
-from nanope.distributed import PEAK_FLOPS, Ranks, autocast, pick_device, pick_dtype
 from model import GPT, MLP, SCHEMES, Attention, GPTConfig, LayerNorm, nearest
+from nanope.config import RunConfig, check, padded_vocabulary, parse
+from nanope.distributed import PEAK_FLOPS, Ranks, autocast, pick_device, pick_dtype
 from train import make_optimizer, resolve_batch
 
 GPUS = ("A100", "H100")
-CARDS = (80, 40, 24)  # GB, 10^9 bytes: what this leaves of a card's GiB, 7 %, is for CUDA's context and the allocator's gaps
+CARDS = (
+    80,
+    40,
+    24,
+)  # GB, 10^9 bytes: what this leaves of a card's GiB, 7 %, is for CUDA's context and the allocator's gaps
 GPT2_VOCABULARY = 50257
 # Where an MFU of 0.4 lies, both for GPT-2 124M at length 1,024 on 8 A100: nanoGPT's README has 600,000 iterations of
 # 491,520 tokens in about 4 days, 0.85 M tokens/s, an MFU of 0.29; llm.c reports 1.75 M tokens/s, 0.60
@@ -76,7 +80,9 @@ class Meter(TorchDispatchMode):
         for tensor in (t for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
             self.see(tensor, "autocast's weights" if cast else self.parts[-1])
             if torch.Tag.pointwise in func.tags:
-                self.elementwise += tensor.numel() * (6 if tensor.is_complex() and func is torch.ops.aten.mul.Tensor else 1)
+                self.elementwise += tensor.numel() * (
+                    6 if tensor.is_complex() and func is torch.ops.aten.mul.Tensor else 1
+                )
         return out
 
     def see(self, tensor: torch.Tensor, part: str) -> None:
@@ -100,7 +106,9 @@ MORE_PRODUCTS = {
     torch.ops.mkldnn._linear_pointwise: lambda a, b, *_, **__: 2 * a[0] * a[1] * b[0],
     torch.ops.aten.addmm_: lambda self, a, b, **_: 2 * a[0] * a[1] * b[1],
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: (
+        sdpa_backward_flop_count(g, q, k, v)
+    ),
 }
 
 
@@ -161,7 +169,11 @@ def simulate(config: GPTConfig, rows: int, dtype: torch.dtype, gpu: bool, keep_g
         model = Unfilled(config)
         if gpu:
             stack.enter_context(mock.patch.object(model_file, "by_onednn", lambda x: False))
-            stack.enter_context(mock.patch.object(model_file, "chunk_rows", lambda vocab_size, _: chunk_rows(vocab_size, torch.device("cuda"))))
+            stack.enter_context(
+                mock.patch.object(
+                    model_file, "chunk_rows", lambda vocab_size, _: chunk_rows(vocab_size, torch.device("cuda"))
+                )
+            )
             for block in model.transformer["h"]:
                 block.attn.attend = flash.__get__(block.attn)
         return measure(model, rows, dtype, keep_gradients)
@@ -193,7 +205,9 @@ class Plan:
     price_per_hour: float | None  # of one GPU
     hours: dict[str, tuple[float, float]]  # {GPU: (on one, on all)}
     tokens_per_s: float | None = None  # measured, of all ranks
-    products: dict[str, float] = field(default_factory=dict)  # {part: matrix-product FLOPs of forward and backward a token}
+    products: dict[str, float] = field(
+        default_factory=dict
+    )  # {part: matrix-product FLOPs of forward and backward a token}
     elementwise: float = 0.0  # operations a token
     memory: dict[str, dict[str, int]] = field(default_factory=dict)  # {"cuda" or "cpu": {part: bytes}}, with "total"
     largest_micro_batch: int = 0  # that fits an 80 GB GPU and divides the windows of a rank; 0: none, or not estimated
@@ -230,9 +244,13 @@ def plan(
     if type(gpus) is not int or gpus < 1:
         problems.append(f"gpus must be a whole number from 1 on, not {gpus}")
     if not 0 < mfu <= 1:
-        problems.append(f"mfu must lie in (0, 1], not {mfu}: the share of a GPU's peak FLOP/s that training uses, such as 0.4")
+        problems.append(
+            f"mfu must lie in (0, 1], not {mfu}: the share of a GPU's peak FLOP/s that training uses, such as 0.4"
+        )
     if price_per_hour is not None and not 0 <= price_per_hour < math.inf:
-        problems.append(f"price_per_hour must not be negative or infinite, but is {price_per_hour}: the price of one GPU for an hour")
+        problems.append(
+            f"price_per_hour must not be negative or infinite, but is {price_per_hour}: the price of one GPU for an hour"
+        )
     if tokens_per_s is not None and not 0 < tokens_per_s < math.inf:
         problems.append(f"tokens_per_s must be positive, not {tokens_per_s}")
     if vocab_size is not None and vocab_size < 1:
@@ -249,10 +267,15 @@ def plan(
     config = dataclasses.replace(config, vocab_size=vocabulary, micro_batch_size=micro)
     with FakeTensorMode():
         model = Unfilled(config.model_config())
-        groups = {name: sum(p.numel() for p in g["params"]) for name, g in zip(("decayed", "plain", "positional"), make_optimizer(model, config).param_groups)}
+        groups = {
+            name: sum(p.numel() for p in g["params"])
+            for name, g in zip(("decayed", "plain", "positional"), make_optimizer(model, config).param_groups)
+        }
     tokens, per_token = config.max_steps * config.batch_tokens, model.flops_per_token()
     flops = tokens * per_token
-    evaluations = 2 + (config.max_steps - 1) // config.eval_interval if config.eval_interval else 2  # at the start, between, at the end
+    evaluations = (
+        2 + (config.max_steps - 1) // config.eval_interval if config.eval_interval else 2
+    )  # at the start, between, at the end
     val_windows = (len(data.split("val")) - 1) // config.block_size if data else config.eval_tokens // config.block_size
     val_tokens = evaluations * config.block_size * max(1, min(val_windows, config.eval_tokens // config.block_size))
     tensors = [*model.parameters(), *model.buffers()]
@@ -271,7 +294,8 @@ def plan(
         groups=groups,
         flops_per_token=per_token,
         flops=flops,
-        checkpoint=sum(t.numel() * t.element_size() for t in tensors) + sum(2 * 4 * p.numel() + 4 for p in model.parameters()),
+        checkpoint=sum(t.numel() * t.element_size() for t in tensors)
+        + sum(2 * 4 * p.numel() + 4 for p in model.parameters()),
         mfu=mfu,
         price_per_hour=price_per_hour,
         hours={gpu: tuple(flops / (PEAK_FLOPS[gpu] * mfu * n) / 3600 for n in (1, gpus)) for gpu in GPUS},
@@ -284,7 +308,9 @@ def plan(
 
 def parameters(model: GPT) -> dict[str, int]:
     """{part: parameters}, with their total. The positional scheme's own are what Attention and the trunk do not have by themselves."""
-    parts = dict.fromkeys(("token embedding (tied)", "positional table", "attention projections", "positional scheme", "MLP", "norms"), 0)
+    parts = dict.fromkeys(
+        ("token embedding (tied)", "positional table", "attention projections", "positional scheme", "MLP", "norms"), 0
+    )
     for name, p in model.named_parameters():
         module, _, own = name.removeprefix("transformer.").removeprefix("h.").partition(".attn.")
         if own:
@@ -302,7 +328,9 @@ def devices(config: RunConfig) -> dict[str, torch.dtype]:
     none yet, and what it would be here."""
     found = {}
     if config.device == "auto" or config.device.startswith("cuda"):  # of GPUs of which each has bfloat16
-        found["cuda"] = pick_dtype({"auto": "bfloat16", "tf32": "float32"}.get(config.dtype, config.dtype), torch.device("cpu"))
+        found["cuda"] = pick_dtype(
+            {"auto": "bfloat16", "tf32": "float32"}.get(config.dtype, config.dtype), torch.device("cpu")
+        )
     if "cuda" not in config.device and (config.device, config.dtype) != ("auto", "tf32"):  # which GPUs alone have
         kind = pick_device(config.device).type
         found.setdefault(kind, pick_dtype(config.dtype, torch.device("cpu")))
@@ -321,7 +349,10 @@ def add_details(p: Plan, share: int) -> None:
             tokens = p.micro_batch_size * config.block_size
             p.products, p.elementwise = products(run, tokens), run.elementwise / tokens
         if kind == "cuda":  # linear in the batch where it fills the loss head's chunks: two points
-            first = max(p.micro_batch_size, -(-model_file.chunk_rows(config.vocab_size, torch.device("cuda")) // config.block_size))
+            first = max(
+                p.micro_batch_size,
+                -(-model_file.chunk_rows(config.vocab_size, torch.device("cuda")) // config.block_size),
+            )
             low, high = (memory(simulate(shape, n, dtype, True, keep), n)["total"] for n in (first, 2 * first))
             most = first + (CARDS[0] * 10**9 - low) * first // (high - low)
             p.largest_micro_batch = max([n for n in range(1, share + 1) if share % n == 0 and n <= most], default=0)
@@ -335,9 +366,16 @@ def memory(run: Pass, rows: int) -> dict[str, int]:
     kernels also copy weights: 1.08 at 6 layers × 512, vocabulary 50,304."""
     size = sum(4 * p.numel() for p in run.model.parameters())
     buffers = sum(b.numel() * b.element_size() for b in run.model.buffers())
-    parts = {"parameters": size + buffers, "gradients": size, "AdamW's moments": 2 * size, "input": 2 * 8 * rows * run.model.config.block_size}
+    parts = {
+        "parameters": size + buffers,
+        "gradients": size,
+        "AdamW's moments": 2 * size,
+        "input": 2 * 8 * rows * run.model.config.block_size,
+    }
     order = ("autocast's weights", "attention", "MLP", "norms", "residual stream", "loss head")
-    parts |= {("activations: " if part in order[1:5] else "") + part: run.saved[part] for part in order if part in run.saved}
+    parts |= {
+        ("activations: " if part in order[1:5] else "") + part: run.saved[part] for part in order if part in run.saved
+    }
     total = parts["parameters"] + parts["AdamW's moments"] + parts["input"] + run.peak
     return {**parts, "temporary": total - sum(parts.values()), "total": total}
 
@@ -353,7 +391,9 @@ def products(run: Pass, tokens: int) -> dict[str, float]:
         "MLP": 6 * c.n_layer * 8 * c.n_embd**2,
         "head and loss": 6 * c.vocab_size * c.n_embd,
     }
-    parts["positional scheme"] = (run.products - run.attention) / tokens - sum(parts[part] for part in ("attention projections", "MLP", "head and loss"))
+    parts["positional scheme"] = (run.products - run.attention) / tokens - sum(
+        parts[part] for part in ("attention projections", "MLP", "head and loss")
+    )
     return {**{part: n for part, n in parts.items() if n}, "total": run.products / tokens}
 
 
@@ -373,57 +413,111 @@ def duration(hours: float) -> str:
 def columns(rows: list[tuple[str, ...]]) -> list[str]:
     """Lines, indented, the first column left and the others right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  " + "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))]).rstrip() for row in rows]
+    return [
+        "  " + "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))]).rstrip()
+        for row in rows
+    ]
 
 
 def show(p: Plan) -> str:
     """The plan as a text of a few lines a part."""
     c = p.config
-    lines = [f"{c.pos} {c.pos_options or ''}".strip() + f": {c.n_layer} layers × {c.n_embd}, {c.n_head} heads, length {c.block_size:,}, vocabulary {c.vocab_size:,}"]
+    lines = [
+        f"{c.pos} {c.pos_options or ''}".strip()
+        + f": {c.n_layer} layers × {c.n_embd}, {c.n_head} heads, length {c.block_size:,}, vocabulary {c.vocab_size:,}"
+    ]
     if p.data_tokens is None:
-        lines.append(f"  no data folder {c.data_dir}: epochs are unknown" + (", and the vocabulary is assumed" if p.vocabulary_assumed else ""))
+        lines.append(
+            f"  no data folder {c.data_dir}: epochs are unknown"
+            + (", and the vocabulary is assumed" if p.vocabulary_assumed else "")
+        )
     lines += ["", "parameters"]
     lines += columns([(part, f"{n:,}", f"{n / p.parameters['total']:.1%}") for part, n in p.parameters.items()])
     lines.append("  optimizer groups: " + ", ".join(f"{name} {n:,}" for name, n in p.groups.items() if n))
 
-    lines += ["", f"FLOPs per token: {p.flops_per_token:,} (6 N + 12 L C T, PaLM's convention, which MFU is measured in)"]
+    lines += [
+        "",
+        f"FLOPs per token: {p.flops_per_token:,} (6 N + 12 L C T, PaLM's convention, which MFU is measured in)",
+    ]
     if p.products:
         lines += columns([(part, f"{n:,.0f}") for part, n in p.products.items()])
         causal = p.products["attention scores"] * (c.block_size - 1) / (2 * c.block_size)
-        lines.append(f"  matrix products executed, forward and backward, all T² scores; without those that causality masks {p.products['total'] - causal:,.0f}")
+        lines.append(
+            f"  matrix products executed, forward and backward, all T² scores; without those that causality masks {p.products['total'] - causal:,.0f}"
+        )
         lines.append(f"  beside them {p.elementwise:,.0f} elementwise operations")
 
     lines += ["", "batch and data"]
-    lines.append(f"  {c.batch_tokens:,} tokens a step = {p.windows:,} windows of {c.block_size:,} = {p.gpus} rank(s) × {p.accumulation} × micro_batch_size {p.micro_batch_size}")
+    lines.append(
+        f"  {c.batch_tokens:,} tokens a step = {p.windows:,} windows of {c.block_size:,} = {p.gpus} rank(s) × {p.accumulation} × micro_batch_size {p.micro_batch_size}"
+    )
     epochs = "" if p.epochs is None else f", {p.epochs:.3g} epochs of {p.data_tokens:,}"
-    lines.append(f"  {c.max_steps:,} steps, {p.tokens:,} tokens{epochs}; {p.flops:.3g} FLOPs; validation adds {p.validation:.1%}")
+    lines.append(
+        f"  {c.max_steps:,} steps, {p.tokens:,} tokens{epochs}; {p.flops:.3g} FLOPs; validation adds {p.validation:.1%}"
+    )
     files = c.keep_checkpoints + 2  # best.pt, and the one being written
-    lines.append(f"  checkpoint {size(p.checkpoint)}, as much host memory for a snapshot of it; {size(files * p.checkpoint)} of disk for {files} (kept, best, being written)")
+    lines.append(
+        f"  checkpoint {size(p.checkpoint)}, as much host memory for a snapshot of it; {size(files * p.checkpoint)} of disk for {files} (kept, best, being written)"
+    )
 
     if p.memory:
         names = {"cuda": "GPU", "cpu": "CPU"}
-        parts = list(dict.fromkeys(part for m in p.memory.values() for part in m if part not in ("temporary", "total"))) + ["temporary", "total"]
+        parts = list(
+            dict.fromkeys(part for m in p.memory.values() for part in m if part not in ("temporary", "total"))
+        ) + ["temporary", "total"]
         dtypes = {kind: str(dtype).removeprefix("torch.") for kind, dtype in devices(c).items()}
-        lines += ["", "memory of a rank at its peak" + (", without torch.compile, which saves less" if c.compile else "")]
-        lines += columns([("", *(f"{names[k]}, {dtypes[k]}" for k in p.memory))] + [(part, *(size(m.get(part, 0)) for m in p.memory.values())) for part in parts])
+        lines += [
+            "",
+            "memory of a rank at its peak" + (", without torch.compile, which saves less" if c.compile else ""),
+        ]
+        lines += columns(
+            [("", *(f"{names[k]}, {dtypes[k]}" for k in p.memory))]
+            + [(part, *(size(m.get(part, 0)) for m in p.memory.values())) for part in parts]
+        )
         if "cuda" in p.memory:
-            fits = ", ".join(f"{card} GB: {'yes' if p.memory['cuda']['total'] <= card * 10**9 else 'no'}" for card in CARDS)
-            largest = f"largest micro_batch_size in {CARDS[0]} GB: {p.largest_micro_batch}" if p.largest_micro_batch else f"no micro_batch_size fits {CARDS[0]} GB"
+            fits = ", ".join(
+                f"{card} GB: {'yes' if p.memory['cuda']['total'] <= card * 10**9 else 'no'}" for card in CARDS
+            )
+            largest = (
+                f"largest micro_batch_size in {CARDS[0]} GB: {p.largest_micro_batch}"
+                if p.largest_micro_batch
+                else f"no micro_batch_size fits {CARDS[0]} GB"
+            )
             lines.append(f"  fits in {fits}; {largest}")
         if "cpu" in p.memory:
-            lines.append(f"  this machine has {size(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))}; Python and torch take 0.3 GB of it, and malloc holds back 10 to 40 % of the total")
+            lines.append(
+                f"  this machine has {size(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))}; Python and torch take 0.3 GB of it, and malloc holds back 10 to 40 % of the total"
+            )
     elif p.products:
         lines += ["", "memory: no estimate for MPS, whose attention differs"]
 
-    lines += ["", f"expected time at an MFU of {p.mfu:g} (of the dense bfloat16 peak, whatever the dtype)" + (f", cost at {p.price_per_hour:g} per GPU-hour" if p.price_per_hour is not None else "")]
+    lines += [
+        "",
+        f"expected time at an MFU of {p.mfu:g} (of the dense bfloat16 peak, whatever the dtype)"
+        + (f", cost at {p.price_per_hour:g} per GPU-hour" if p.price_per_hour is not None else ""),
+    ]
     rows = []
     for gpu, hours in p.hours.items():
         for n, h in dict(zip((1, p.gpus), hours)).items():
             cost = p.cost(h, n)
-            rows.append((f"{n} × {gpu}", duration(h), f"{p.tokens / h / 3600:,.0f} tokens/s", *([f"cost {cost:,.2f}"] if cost is not None else [])))
+            rows.append(
+                (
+                    f"{n} × {gpu}",
+                    duration(h),
+                    f"{p.tokens / h / 3600:,.0f} tokens/s",
+                    *([f"cost {cost:,.2f}"] if cost is not None else []),
+                )
+            )
     if p.measured_hours is not None:
         cost = p.cost(p.measured_hours, p.gpus)
-        rows.append(("as measured", duration(p.measured_hours), f"{p.tokens_per_s:,.0f} tokens/s", *([f"cost {cost:,.2f}"] if cost is not None else [])))
+        rows.append(
+            (
+                "as measured",
+                duration(p.measured_hours),
+                f"{p.tokens_per_s:,.0f} tokens/s",
+                *([f"cost {cost:,.2f}"] if cost is not None else []),
+            )
+        )
     lines += columns(rows)
     lines.append(f"  for comparison, {MFU_SOURCE}")
     if "cpu" in p.memory and p.measured_hours is None:
@@ -441,7 +535,9 @@ def scheme_table(config: RunConfig, schemes: list[str] | None = None) -> str:
     check(config)
     _, rows = resolve_batch(config, Ranks())
     tokens = rows * config.block_size
-    shape = dataclasses.replace(config, vocab_size=config.vocab_size or padded_vocabulary(GPT2_VOCABULARY), pos_options={}).model_config()
+    shape = dataclasses.replace(
+        config, vocab_size=config.vocab_size or padded_vocabulary(GPT2_VOCABULARY), pos_options={}
+    ).model_config()
 
     def row(scheme):
         run = simulate(dataclasses.replace(shape, pos=scheme), rows, torch.bfloat16, gpu=True)
@@ -467,8 +563,14 @@ def scheme_table(config: RunConfig, schemes: list[str] | None = None) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="plan.py", description="What a run will cost. Every field of train.py can follow (train.py --help).", allow_abbrev=False)
-    parser.add_argument("--schemes", action="store_true", help="a Markdown table of all schemes instead, at the shape of the config")
+    parser = argparse.ArgumentParser(
+        prog="plan.py",
+        description="What a run will cost. Every field of train.py can follow (train.py --help).",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--schemes", action="store_true", help="a Markdown table of all schemes instead, at the shape of the config"
+    )
     parser.add_argument("--gpus", type=int, help="ranks of the run (default: 1)")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the GPUs' peak FLOP/s (default: 0.4)")
     parser.add_argument("--price_per_hour", type=float, help="price of one GPU for an hour")
@@ -477,7 +579,11 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--schemes is a table of FLOPs and bytes a token: it takes no --gpus, --mfu or --price_per_hour")
     config = parse(fields)
     try:
-        print(scheme_table(config) if own.schemes else show(plan(config, gpus=own.gpus, mfu=own.mfu, price_per_hour=own.price_per_hour)))
+        print(
+            scheme_table(config)
+            if own.schemes
+            else show(plan(config, gpus=own.gpus, mfu=own.mfu, price_per_hour=own.price_per_hour))
+        )
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

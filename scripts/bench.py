@@ -13,7 +13,6 @@ steps each, and only one works at a time. Ratios are taken within a round and th
 machine whose speed drifts does not favour anyone. The first round is a warm-up.
 """
 
-import _root
 import argparse
 import contextlib
 import importlib.util
@@ -26,7 +25,7 @@ import sys
 import time
 from pathlib import Path
 
-
+import _root
 import torch
 import yaml
 
@@ -91,12 +90,16 @@ def work(variant: str, shape: dict, args: argparse.Namespace, pipe) -> None:
         transformers.logging.set_verbosity_error()
         dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
         positions = shape.pop("block_size")
-        config = transformers.GPT2Config(n_positions=positions, bos_token_id=0, eos_token_id=0, use_cache=False, **shape, **dropout)
+        config = transformers.GPT2Config(
+            n_positions=positions, bos_token_id=0, eos_token_id=0, use_cache=False, **shape, **dropout
+        )
         model = transformers.GPT2LMHeadModel(config).to(device)
         loss_of = lambda x, y: model(input_ids=x, labels=x).loss  # noqa: E731 - it shifts the labels itself
         shape["block_size"] = positions
     elif variant == "nanogpt":
-        with contextlib.redirect_stdout(io.StringIO()):  # eager, its own loss and its own choice of optimizer (not fused on a CPU)
+        with contextlib.redirect_stdout(
+            io.StringIO()
+        ):  # eager, its own loss and its own choice of optimizer (not fused on a CPU)
             module = nanogpt(args.nanogpt)
             model = module.GPT(module.GPTConfig(bias=False, dropout=0.0, **shape)).to(device)
             optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device.type)
@@ -109,7 +112,9 @@ def work(variant: str, shape: dict, args: argparse.Namespace, pipe) -> None:
             model.compile_parts()
         loss_of = lambda x, y: model(x, y)[1]  # noqa: E731
     optimizer = make_optimizer()
-    tokens = torch.randint(shape["vocab_size"], (batch, shape["block_size"] + 1), generator=torch.Generator().manual_seed(0)).to(device)
+    tokens = torch.randint(
+        shape["vocab_size"], (batch, shape["block_size"] + 1), generator=torch.Generator().manual_seed(0)
+    ).to(device)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     while n := pipe.recv():
         optimizing = 0.0
@@ -167,7 +172,9 @@ def rows(name: str, shape: dict, variants: list[str], seconds: dict, model_secon
     """Lines of the table: a scheme relative to rope, rope relative to a peer."""
     lines, tokens = [], shape["batch"] * shape["block_size"]
     for variant in variants:
-        above, below = (variant, BASELINE) if variant in PEERS else (BASELINE, variant)  # a ratio of speeds is the inverse one of times
+        above, below = (
+            (variant, BASELINE) if variant in PEERS else (BASELINE, variant)
+        )  # a ratio of speeds is the inverse one of times
         target, most = TARGETS.get(name, {}).get(variant), MEMORY_TARGETS.get(name, {}).get(variant)
         size = memory[below] / memory[above]
         lines.append(
@@ -185,8 +192,21 @@ def record(shape: dict, steps: int, seconds: dict, memory: dict, args: argparse.
 
     device = pick_device(args.device)
     threads = args.threads or (1 if device.type == "cpu" else torch.get_num_threads())
-    about = {"device": device_name(device), "threads": threads, "torch": torch.__version__, "steps": steps, "compile": args.compile}
-    return {"seconds": seconds, "memory": memory, "tokens_a_step": shape["batch"] * shape["block_size"], "rounds": args.rounds, **about, **shape}
+    about = {
+        "device": device_name(device),
+        "threads": threads,
+        "torch": torch.__version__,
+        "steps": steps,
+        "compile": args.compile,
+    }
+    return {
+        "seconds": seconds,
+        "memory": memory,
+        "tokens_a_step": shape["batch"] * shape["block_size"],
+        "rounds": args.rounds,
+        **about,
+        **shape,
+    }
 
 
 def main() -> None:
@@ -202,16 +222,36 @@ def main() -> None:
         import bench_feed
 
         return bench_feed.main(sys.argv[2:])
-    parser = argparse.ArgumentParser(prog="scripts/bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--shape", default="small", choices=[*SHAPES, "all"], help="; ".join(f"{n}: {', '.join(map(str, v))}" for n, (v, _) in SHAPES.items()) + f" ({', '.join(FIELDS)})")
-    parser.add_argument("--schemes", nargs="*", default=["learned", "crope", "comrope", "carope", "alibi"], help="schemes beside rope (with --shape all, where they have a target); with options as \"comrope block=2\"")
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--shape",
+        default="small",
+        choices=[*SHAPES, "all"],
+        help="; ".join(f"{n}: {', '.join(map(str, v))}" for n, (v, _) in SHAPES.items()) + f" ({', '.join(FIELDS)})",
+    )
+    parser.add_argument(
+        "--schemes",
+        nargs="*",
+        default=["learned", "crope", "comrope", "carope", "alibi"],
+        help='schemes beside rope (with --shape all, where they have a target); with options as "comrope block=2"',
+    )
     for name in FIELDS:
         parser.add_argument(f"--{name}", type=int, help="instead of the shape's")
     parser.add_argument("--rounds", type=int, default=7, help="counted rounds, after one warm-up (default: 7)")
     parser.add_argument("--steps", type=int, help="optimizer steps a variant and round (default: 1 to 8, by the shape)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: 1 on a CPU)")
     parser.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="autocast dtype (default: as train.py)")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="autocast dtype (default: as train.py)",
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile our models, by parts")
     parser.add_argument("--nanogpt", metavar="DIR", help="a folder with nanoGPT's model.py, to compare with")
     parser.add_argument("--no_peer", action="store_true", help="leave transformers out (it is in requirements-dev.txt)")
@@ -226,8 +266,12 @@ def main() -> None:
     if args.shape == "all" and own:
         parser.error(f"--{next(iter(own))} changes one shape, and --shape all names every one")
     if args.nanogpt is not None and not (Path(args.nanogpt) / "model.py").is_file():
-        parser.error(f"--nanogpt {args.nanogpt}: no model.py there; expected a clone of https://github.com/karpathy/nanoGPT")
-    shapes = {name: dict(zip(FIELDS, SHAPES[name][0])) | own for name in (SHAPES if args.shape == "all" else [args.shape])}
+        parser.error(
+            f"--nanogpt {args.nanogpt}: no model.py there; expected a clone of https://github.com/karpathy/nanoGPT"
+        )
+    shapes = {
+        name: dict(zip(FIELDS, SHAPES[name][0])) | own for name in (SHAPES if args.shape == "all" else [args.shape])
+    }
     for variant, (name, shape) in itertools.product([BASELINE, *args.schemes], shapes.items()):
         try:
             check(variant, shape)
@@ -237,7 +281,11 @@ def main() -> None:
     lines = []
     for name, shape in shapes.items():
         steps = SHAPES[name][1]
-        beside = [*(s for s in dict.fromkeys(args.schemes) if s != BASELINE), *(["nanogpt"] if args.nanogpt else []), *([] if args.no_peer else ["transformers"])]
+        beside = [
+            *(s for s in dict.fromkeys(args.schemes) if s != BASELINE),
+            *(["nanogpt"] if args.nanogpt else []),
+            *([] if args.no_peer else ["transformers"]),
+        ]
         variants = [BASELINE, *(v for v in beside if args.shape != "all" or v in TARGETS[name])]
         label = name if not own else ", ".join(f"{k} {v}" for k, v in shape.items())
         seconds, model_seconds, memory = measure(variants, shape, args.steps or steps, args)
@@ -245,8 +293,12 @@ def main() -> None:
         if args.json:
             args.json.write_text(json.dumps(record(shape, args.steps or steps, seconds, memory, args), indent=1) + "\n")
     print(f"{', '.join(FIELDS)}: " + "; ".join(f"{n} {', '.join(map(str, v))}" for n, (v, _) in SHAPES.items()))
-    print(f"Median (min … max) over {args.rounds} rounds of the ratio of speeds: a scheme's to rope's, or rope's to a peer's, and of rope's memory to the peer's.\n")
-    print("| shape | variant | tokens/s | speed ratio | target | without the optimizer's step | peak memory, MB | ratio |\n|---|---|--:|--:|--:|--:|--:|--:|")
+    print(
+        f"Median (min … max) over {args.rounds} rounds of the ratio of speeds: a scheme's to rope's, or rope's to a peer's, and of rope's memory to the peer's.\n"
+    )
+    print(
+        "| shape | variant | tokens/s | speed ratio | target | without the optimizer's step | peak memory, MB | ratio |\n|---|---|--:|--:|--:|--:|--:|--:|"
+    )
     print(*lines, sep="\n")
 
 

@@ -12,7 +12,7 @@ turn are then timed
 What prepare needs for a corpus of one document is its start-up; a corpus of gigabytes does not notice it. The first round
 is a warm-up. Ratios are taken within a round, and their median is printed.
 """
-import _root
+
 import argparse
 import multiprocessing
 import os
@@ -23,6 +23,9 @@ import tempfile
 import time
 from pathlib import Path
 
+import _root
+
+from nanope import REPO
 
 FLOOR = 0.9  # of the better of threads and processes
 MEMORY_LIMIT = 1.5e9  # bytes, of all processes of prepare with 2 workers
@@ -35,10 +38,21 @@ def write_parquet(path, texts):
     import pyarrow.parquet
 
     n = len(texts)
-    columns = {"text": texts, "id": [f"<urn:uuid:{i}>" for i in range(n)], "dump": ["CC-MAIN-2024-10"] * n, "url": [f"https://example.org/{i}" for i in range(n)],
-               "file_path": ["s3://none"] * n, "language": ["en"] * n, "language_score": [0.9] * n, "token_count": [len(t) // 4 for t in texts],
-               "score": [3.0] * n, "int_score": [3] * n}
-    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=1000 if n > 1000 else 8, compression="snappy")
+    columns = {
+        "text": texts,
+        "id": [f"<urn:uuid:{i}>" for i in range(n)],
+        "dump": ["CC-MAIN-2024-10"] * n,
+        "url": [f"https://example.org/{i}" for i in range(n)],
+        "file_path": ["s3://none"] * n,
+        "language": ["en"] * n,
+        "language_score": [0.9] * n,
+        "token_count": [len(t) // 4 for t in texts],
+        "score": [3.0] * n,
+        "int_score": [3] * n,
+    }
+    pyarrow.parquet.write_table(
+        pyarrow.table(columns), path, row_group_size=1000 if n > 1000 else 8, compression="snappy"
+    )
 
 
 def read_texts(path):
@@ -54,7 +68,9 @@ def encoding():
     from data.tokenizer import GPT2_PATTERN, load_tokenizer
 
     ranks = {token: i for i, token in enumerate(load_tokenizer("gpt2").tokens)}
-    return tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256})
+    return tiktoken.Encoding(
+        "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256}
+    )
 
 
 def raw_process(path, share, shares, pipe):
@@ -63,9 +79,9 @@ def raw_process(path, share, shares, pipe):
     while way := pipe.recv():
         for i in range(0, len(texts), 256):
             if way == "processes":
-                raw.encode_ordinary_batch(texts[i:i + 256], num_threads=1)
+                raw.encode_ordinary_batch(texts[i : i + 256], num_threads=1)
             else:
-                for text in texts[i:i + 256]:
+                for text in texts[i : i + 256]:
                     raw.encode_to_numpy(text, disallowed_special=())
         pipe.send("done")
 
@@ -90,7 +106,9 @@ def memory_of(pid):
             try:
                 parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
                 if pid in (int(entry.name), parent):
-                    total += next(int(line.split()[1]) * 1024 for line in open(entry / "smaps_rollup") if line.startswith("Pss:"))
+                    total += next(
+                        int(line.split()[1]) * 1024 for line in open(entry / "smaps_rollup") if line.startswith("Pss:")
+                    )
             except (OSError, StopIteration, ValueError):
                 pass
     return total
@@ -99,8 +117,22 @@ def memory_of(pid):
 def prepare(path, out, workers, watch=False):
     """(seconds, peak bytes or 0) of the command."""
     start, peak = time.perf_counter(), 0
-    process = subprocess.Popen([sys.executable, REPO / "data" / "prepare.py", "fineweb-edu", "--source", path, "--out", out, "--workers", str(workers)],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            REPO / "data" / "prepare.py",
+            "fineweb-edu",
+            "--source",
+            path,
+            "--out",
+            out,
+            "--workers",
+            str(workers),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     while watch and process.poll() is None:
         peak = max(peak, memory_of(process.pid))
         time.sleep(0.05)
@@ -111,9 +143,18 @@ def prepare(path, out, workers, watch=False):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="scripts/bench_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--source", required=True, help="the corpus novels: a clone of its repository, or a .jsonl of {id, text}")
-    parser.add_argument("--copies", type=int, default=1, help="how often the novels are repeated, each time cut elsewhere (default: 1)")
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench_data.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--source", required=True, help="the corpus novels: a clone of its repository, or a .jsonl of {id, text}"
+    )
+    parser.add_argument(
+        "--copies", type=int, default=1, help="how often the novels are repeated, each time cut elsewhere (default: 1)"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="counted rounds, after one warm-up (default: 3)")
     parser.add_argument("--workers", type=int, help="processes and threads (default: all cores)")
     args = parser.parse_args(arguments)
@@ -128,9 +169,16 @@ def main(arguments=None):
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        kinds = {"documents of 4 kB": [text[max(i, 0):i + CUT] for copy in range(args.copies) for text in novels
-                                       for i in range(-(copy * 531 % CUT), len(text), CUT) if text[max(i, 0):i + CUT].strip()],
-                 "whole novels": [f"{copy}\n{text}" if copy else text for copy in range(args.copies) for text in novels]}
+        kinds = {
+            "documents of 4 kB": [
+                text[max(i, 0) : i + CUT]
+                for copy in range(args.copies)
+                for text in novels
+                for i in range(-(copy * 531 % CUT), len(text), CUT)
+                if text[max(i, 0) : i + CUT].strip()
+            ],
+            "whole novels": [f"{copy}\n{text}" if copy else text for copy in range(args.copies) for text in novels],
+        }
         write_parquet(folder / "one.parquet", ["A single document.\n" * 50, "Another one.\n" * 50])
         print(f"{os.cpu_count()} cores, {workers} workers; medians of {args.rounds} rounds\n")
         print("| corpus | | tokens/s | prepare relative to it (min … max) | less start-up |\n|---|---|--:|--:|--:|")
@@ -143,7 +191,11 @@ def main(arguments=None):
                 children.append(context.Process(target=raw_process, args=(path, share, workers, theirs), daemon=True))
                 children[-1].start()
                 pipes.append(ours)
-            raw, seconds, peak = encoding(), {name: [] for name in ("prepare", "start-up", "threads", "processes", "arrays", "loop")}, 0
+            raw, seconds, peak = (
+                encoding(),
+                {name: [] for name in ("prepare", "start-up", "threads", "processes", "arrays", "loop")},
+                0,
+            )
             for round_ in range(args.rounds + 1):
                 taken = {"start-up": prepare(folder / "one.parquet", folder / f"one{round_}{kind[:3]}", workers)[0]}
                 out = folder / f"out{round_}{kind[:3]}"
@@ -151,7 +203,7 @@ def main(arguments=None):
                 peak = max(peak, bytes_)
                 start = time.perf_counter()
                 for i in range(0, len(texts), 1024):
-                    raw.encode_ordinary_batch(texts[i:i + 1024], num_threads=workers)
+                    raw.encode_ordinary_batch(texts[i : i + 1024], num_threads=workers)
                 taken["threads"] = time.perf_counter() - start
                 for way in ("processes", "arrays"):
                     start = time.perf_counter()
@@ -173,8 +225,14 @@ def main(arguments=None):
             tokens = sum(len(data.split(split)) for split in ("train", "val"))
             size = sum(len(text.encode()) for text in texts)
             best = [min(pair) for pair in zip(seconds["threads"], seconds["processes"])]
-            rows = {"prepare": seconds["prepare"], "tiktoken, threads": seconds["threads"], "tiktoken, processes": seconds["processes"],
-                    "tiktoken, the better": best, "tiktoken to arrays, processes": seconds["arrays"], "plain loop": seconds["loop"]}
+            rows = {
+                "prepare": seconds["prepare"],
+                "tiktoken, threads": seconds["threads"],
+                "tiktoken, processes": seconds["processes"],
+                "tiktoken, the better": best,
+                "tiktoken to arrays, processes": seconds["arrays"],
+                "plain loop": seconds["loop"],
+            }
             for name, values in rows.items():
                 line = f"| {kind} | {name} | {tokens / statistics.median(values):,.0f} |"
                 if name != "prepare":
@@ -182,9 +240,11 @@ def main(arguments=None):
                     warm = [b / (a - s) for a, b, s in zip(seconds["prepare"], values, seconds["start-up"])]
                     line += f" {statistics.median(whole):.2f} ({min(whole):.2f} … {max(whole):.2f}) | {statistics.median(warm):.2f} |"
                 print(line + (" | |" if name == "prepare" else ""))
-            print(f"\n{len(texts):,} documents, {size / 1e6:.1f} MB, {tokens:,} tokens; start-up {statistics.median(seconds['start-up']):.2f} s of "
-                  f"{statistics.median(seconds['prepare']):.2f} s; peak memory of all processes {peak / 1e6:,.0f} MB (limit {MEMORY_LIMIT / 1e6:,.0f}); "
-                  f"floor {FLOOR} of the better\n")
+            print(
+                f"\n{len(texts):,} documents, {size / 1e6:.1f} MB, {tokens:,} tokens; start-up {statistics.median(seconds['start-up']):.2f} s of "
+                f"{statistics.median(seconds['prepare']):.2f} s; peak memory of all processes {peak / 1e6:,.0f} MB (limit {MEMORY_LIMIT / 1e6:,.0f}); "
+                f"floor {FLOOR} of the better\n"
+            )
 
 
 if __name__ == "__main__":

@@ -8,14 +8,13 @@ for which the usual loop sets the labels before to -100 and forms their logits a
 rounds, the first of which is a warm-up. Peak memory is the process's, the libraries' own some 300 MB included.
 """
 
-import _root
 import argparse
 import multiprocessing
 import statistics
 import sys
 import time
-from pathlib import Path
 
+import _root
 
 OURS, PEER = "eval.py", "transformers"
 # Targets at the default shape on 2 CPU cores, relative to transformers: speed at least, memory at most. Measured: sliding reaches
@@ -68,16 +67,31 @@ def work(variant: str, length: int, scored: int, args: argparse.Namespace, pipe)
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="scripts/bench.py eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    for name, default in (("n_layer", 4), ("n_head", 4), ("n_embd", 128), ("vocab_size", 50304), ("batch_tokens", 4096)):
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench.py eval",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for name, default in (
+        ("n_layer", 4),
+        ("n_head", 4),
+        ("n_embd", 128),
+        ("vocab_size", 50304),
+        ("batch_tokens", 4096),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"(default: {default})")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096], help="(default: 1024 2048 4096)")
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds, after one warm-up (default: 5)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
     args = parser.parse_args(arguments)
-    print(f"{args.n_layer} layers × {args.n_embd}, vocabulary {args.vocab_size:,}, float32, {args.batch_tokens:,} tokens a turn; median of {args.rounds} rounds\n")
-    print("| protocol | length | eval.py, input tokens/s | transformers | speed (min … max) | peak memory, MB | transformers | memory |\n|---|--:|--:|--:|--:|--:|--:|--:|")
+    print(
+        f"{args.n_layer} layers × {args.n_embd}, vocabulary {args.vocab_size:,}, float32, {args.batch_tokens:,} tokens a turn; median of {args.rounds} rounds\n"
+    )
+    print(
+        "| protocol | length | eval.py, input tokens/s | transformers | speed (min … max) | peak memory, MB | transformers | memory |\n|---|--:|--:|--:|--:|--:|--:|--:|"
+    )
     context = multiprocessing.get_context("spawn")
     for protocol, length in [(p, n) for p in ("nonoverlapping", "sliding") for n in args.lengths]:
         scored = length if protocol == "nonoverlapping" else length // 2
@@ -105,5 +119,8 @@ def main(arguments: list[str]) -> None:
             f"| {memory[OURS] / 1e6:,.0f} | {memory[PEER] / 1e6:,.0f} | {memory[OURS] / memory[PEER]:.2f} × |",
             flush=True,
         )
-    if all(getattr(args, n) == parser.get_default(n) for n in ("n_layer", "n_head", "n_embd", "vocab_size")) and AT in args.lengths:
+    if (
+        all(getattr(args, n) == parser.get_default(n) for n in ("n_layer", "n_head", "n_embd", "vocab_size"))
+        and AT in args.lengths
+    ):
         print(f"\nTargets at {AT:,}: at least {FLOOR} × the speed, at most {MEMORY_FLOOR} × the memory.")

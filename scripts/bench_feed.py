@@ -6,15 +6,14 @@ Reads batches of a run as train.py does (windows all over the shards, in the ord
 else. Files that fit memory are read from it after the first time: for a disk, take a folder larger than memory, or drop its cache.
 """
 
-import _root
 import statistics
 import sys
 import time
-from pathlib import Path
 
+import _root
 
-from nanope.config import check, parse
 from data.shards import open_data
+from nanope.config import check, parse
 from nanope.distributed import Ranks, pick_device
 from train import Feed, resolve_batch
 

@@ -7,18 +7,17 @@ GPTNeoXForCausalLM with a sequential residual. What is written is loaded again a
 Needs requirements-dev.txt. An exported model runs in lm-evaluation-harness: lm_eval --model hf --model_args pretrained=DIR --tasks …
 """
 
-import _root
 import argparse
 import lzma
 import sys
 from pathlib import Path
 
-
+import _root
 import torch
 
-from nanope import checkpoint
 from data.tokenizer import BYTE_CHARACTERS, VOCABULARY, load_tokenizer
 from model import GPT
+from nanope import checkpoint
 
 REASONS = {
     "comrope": "GPT-NeoX has one set of frequencies for all heads and layers, and comrope trains them per head and layer",
@@ -40,7 +39,9 @@ def as_gpt2(model: GPT, eot: int):
         resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout, layer_norm_epsilon=1e-5, bos_token_id=eot, eos_token_id=eot,
     )  # fmt: skip
     linear = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Conv1D holds (in, out)
-    state = {name: value.t().contiguous() if name.endswith(linear) else value for name, value in model.state_dict().items()}
+    state = {
+        name: value.t().contiguous() if name.endswith(linear) else value for name, value in model.state_dict().items()
+    }
     return transformers.GPT2LMHeadModel, config, state
 
 
@@ -76,7 +77,11 @@ def as_gpt_neox(model: GPT, eot: int):
                 value = ours.get(f"transformer.h.{i}.{name}.{kind}")
                 if value is not None:
                     state[f"gpt_neox.layers.{i}.{theirs}.{kind}"] = qkv(value) if name == "attn.c_attn" else value
-    state |= {f"gpt_neox.final_layer_norm.{kind}": ours[f"transformer.ln_f.{kind}"] for kind in ("weight", "bias") if f"transformer.ln_f.{kind}" in ours}
+    state |= {
+        f"gpt_neox.final_layer_norm.{kind}": ours[f"transformer.ln_f.{kind}"]
+        for kind in ("weight", "bias")
+        if f"transformer.ln_f.{kind}" in ours
+    }
     return transformers.GPTNeoXForCausalLM, config, state
 
 
@@ -85,7 +90,9 @@ def tokenizer_of(name: str):
     import transformers
 
     ours = load_tokenizer(name)
-    vocabulary = {"".join(BYTE_CHARACTERS[b] for b in token): i for i, token in enumerate(ours.tokens)} | {"<|endoftext|>": ours.eot}
+    vocabulary = {"".join(BYTE_CHARACTERS[b] for b in token): i for i, token in enumerate(ours.tokens)} | {
+        "<|endoftext|>": ours.eot
+    }
     merges = []
     if name == "gpt2":
         merges = [tuple(line.split(" ")) for line in lzma.decompress(VOCABULARY.read_bytes()).decode().splitlines()[1:]]
@@ -102,9 +109,13 @@ def export(run: str, which: str, out: Path) -> str:
     model = checkpoint.build_model(state).eval()
     pos, eot = model.config.pos, state["tokenizer"]["eot"]
     if pos not in ("learned", "rope", "crope"):
-        raise ValueError(f"{pos} cannot be exported: {REASONS.get(pos, 'no architecture of transformers has it')}. learned, rope and crope can")
+        raise ValueError(
+            f"{pos} cannot be exported: {REASONS.get(pos, 'no architecture of transformers has it')}. learned, rope and crope can"
+        )
     if model.config.pos_options.get("explicit"):
-        raise ValueError("a rope model with explicit frequencies cannot be exported: GPT-NeoX computes its own from a base. Export the run it was made from")
+        raise ValueError(
+            "a rope model with explicit frequencies cannot be exported: GPT-NeoX computes its own from a base. Export the run it was made from"
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists: choose another --out, or remove it")
     kind, config, weights = (as_gpt2 if pos == "learned" else as_gpt_neox)(model, eot)
@@ -117,18 +128,29 @@ def export(run: str, which: str, out: Path) -> str:
     tokenizer_of(state["tokenizer"]["name"]).save_pretrained(out)
 
     read = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
-    idx = torch.randint(model.config.vocab_size, (1, model.config.block_size), generator=torch.Generator().manual_seed(0))
+    idx = torch.randint(
+        model.config.vocab_size, (1, model.config.block_size), generator=torch.Generator().manual_seed(0)
+    )
     with torch.no_grad():
         difference = (read(input_ids=idx).logits - model(idx)[0]).abs().max().item()
     if not difference < TOLERANCE:
-        raise ValueError(f"{out} was written, but its logits differ from the run's by {difference:.1e}, more than {TOLERANCE}: do not use it, and report this")
+        raise ValueError(
+            f"{out} was written, but its logits differ from the run's by {difference:.1e}, more than {TOLERANCE}: do not use it, and report this"
+        )
     return f"{out}: {kind.__name__}, tokenizer {state['tokenizer']['name']}, step {state['step']}; largest difference of a logit {difference:.1e}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="scripts/export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="scripts/export.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("run", help="a run's folder, or a checkpoint file")
-    parser.add_argument("--to", choices=("hf",), default="hf", help="hf: the transformers library (the default, and all there is)")
+    parser.add_argument(
+        "--to", choices=("hf",), default="hf", help="hf: the transformers library (the default, and all there is)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
     parser.add_argument("--checkpoint", default="last", help="last, best, or a step number (default: last)")
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 """Gather evaluations of many runs into one CSV: a line a row of each report, with the run's fields that differ.
 
-    python scripts/gather.py runs/*/eval/*.json --out all.csv
+python scripts/gather.py runs/*/eval/*.json --out all.csv
 """
 
 import argparse
@@ -10,7 +10,20 @@ import json
 import sys
 from pathlib import Path
 
-FIGURES = ("nats_per_token", "perplexity", "bits_per_byte", "accuracy", "recall", "tokens", "documents", "trials", "low", "high", "targets_sha256", "reason")
+FIGURES = (
+    "nats_per_token",
+    "perplexity",
+    "bits_per_byte",
+    "accuracy",
+    "recall",
+    "tokens",
+    "documents",
+    "trials",
+    "low",
+    "high",
+    "targets_sha256",
+    "reason",
+)
 
 
 def lines_of(path: Path) -> list[dict]:
@@ -18,8 +31,16 @@ def lines_of(path: Path) -> list[dict]:
     try:
         report = json.loads(path.read_text())
         rows = [*report["results"], *({"protocol": "probe", **p} for p in report.get("probe", ()))]
-        about = {"report": str(path), "run": report.get("run") or report.get("model"), "step": report.get("step"), "pos": report["pos"]}
-        about |= {f"config.{k}": v for k, v in report.get("config", {}).items()} | {"data_hash": report["data_hash"], "dtype": report["dtype"]}
+        about = {
+            "report": str(path),
+            "run": report.get("run") or report.get("model"),
+            "step": report.get("step"),
+            "pos": report["pos"],
+        }
+        about |= {f"config.{k}": v for k, v in report.get("config", {}).items()} | {
+            "data_hash": report["data_hash"],
+            "dtype": report["dtype"],
+        }
         return [
             about
             | {k: row.get(k) for k in ("protocol", "length", "scaling", "factor")}
@@ -33,7 +54,12 @@ def lines_of(path: Path) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="scripts/gather.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="scripts/gather.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("reports", nargs="+", type=Path, help="reports of eval.py")
     parser.add_argument("--out", type=Path, help="CSV to write (default: to the terminal)")
     args = parser.parse_args()

@@ -21,7 +21,6 @@
 A run's folder is named by arm, setting, seed and a hash of every field that is not train.py's default: another config is another folder.
 """
 
-import _root
 import dataclasses
 import functools
 import hashlib
@@ -29,21 +28,20 @@ import itertools
 import json
 import os
 import re
-import sys
-from nanope import REPO
 from dataclasses import dataclass
 from pathlib import Path
 
+import _root
 import numpy as np
 import torch
 import yaml
 
-
-from nanope.checkpoint import read_metrics, step_files
-from nanope.config import RunConfig, check
 from data.corpora import CORPORA
 from data.shards import unknown
 from model import GPT, SCHEMES, GPTConfig, nearest
+from nanope import REPO
+from nanope.checkpoint import read_metrics, step_files
+from nanope.config import RunConfig, check
 
 KEYS = (
     "name", "command", "question", "base", "data", "fields", "arms", "settings", "grid", "seeds", "baseline", "tune", "eval", "throughput",
@@ -68,8 +66,14 @@ class Run:
     @property
     def name(self) -> str:
         defaults = RunConfig()
-        differ = {k: v for k, v in dataclasses.asdict(RunConfig(**self.fields)).items() if v != getattr(defaults, k) and k not in ELSEWHERE}
-        words = [self.setting, self.arm] if self.tuning is None else ["tune", self.setting, self.arm, f"{self.tuning:g}"]
+        differ = {
+            k: v
+            for k, v in dataclasses.asdict(RunConfig(**self.fields)).items()
+            if v != getattr(defaults, k) and k not in ELSEWHERE
+        }
+        words = (
+            [self.setting, self.arm] if self.tuning is None else ["tune", self.setting, self.arm, f"{self.tuning:g}"]
+        )
         return "-".join([*filter(None, map(slug, words)), f"seed{self.seed}", digest(differ)])
 
     @property
@@ -90,7 +94,9 @@ class Run:
 
     def val_loss(self) -> float | None:
         """Validation loss at the last step, nats per token; None where the run has not ended there, or it was not finite."""
-        return next((m["val/loss"] for m in self.metrics()[::-1] if m["step"] == self.max_steps and "val/loss" in m), None)
+        return next(
+            (m["val/loss"] for m in self.metrics()[::-1] if m["step"] == self.max_steps and "val/loss" in m), None
+        )
 
     def path_of(self, report: str) -> Path:
         """The JSON file of a report, whose name tells its arguments."""
@@ -113,7 +119,11 @@ class Run:
         """Ended by max_bad_steps in a row that were not finite: started again, it would come to the same end."""
         steps = [m for m in self.metrics() if "skipped" in m or "train/loss" in m]
         n = RunConfig(**self.fields).max_bad_steps
-        return len(steps) >= n and all(m.get("skipped") for m in steps[-n:]) and steps[-1]["step"] - steps[-n]["step"] == n - 1
+        return (
+            len(steps) >= n
+            and all(m.get("skipped") for m in steps[-n:])
+            and steps[-1]["step"] - steps[-n]["step"] == n - 1
+        )
 
     def done(self) -> bool:
         return self.trained() and not self.missing_reports() or self.diverged()
@@ -135,7 +145,9 @@ class Grid:
             raise ValueError(f"{path} is no grid: expected keys such as arms, seeds and eval")
         scales = given.pop("scales", None) or {}
         if scale is not None and scale not in scales and scale != "paper":
-            raise ValueError(f"{path} has no scale {scale!r}{nearest(scale, scales)} (scales: {', '.join(['paper', *scales])})")
+            raise ValueError(
+                f"{path} has no scale {scale!r}{nearest(scale, scales)} (scales: {', '.join(['paper', *scales])})"
+            )
         given.setdefault("name", path.stem)
         for layer in (scales.get(scale, {}), changes or {}):
             for key, value in layer.items():
@@ -155,7 +167,9 @@ class Grid:
         settings = as_mapping(given.get("settings"), "settings") or {"": {}}
         expanded = {}
         product = given.pop("grid", None) or {}
-        for (name, own), values in itertools.product(settings.items(), itertools.product(*(as_list(v) for v in product.values()))):
+        for (name, own), values in itertools.product(
+            settings.items(), itertools.product(*(as_list(v) for v in product.values()))
+        ):
             own = dict(own or {})
             own = config_of(own.pop("base", None)) | own | dict(zip(product, values))
             label = ", ".join([*filter(None, [name]), *(f"{k} {v}" for k, v in zip(product, values))])
@@ -166,7 +180,9 @@ class Grid:
         baseline = given.get("baseline")
         if baseline is None or (baseline not in arms and "arms" in (changes or {})):  # a selection may leave it out
             baseline = next(iter(arms), None)
-        grid = cls({**given, "fields": fields, "settings": expanded, "arms": arms, "seeds": seeds, "baseline": baseline})
+        grid = cls(
+            {**given, "fields": fields, "settings": expanded, "arms": arms, "seeds": seeds, "baseline": baseline}
+        )
         grid.check(path)
         return grid
 
@@ -192,15 +208,27 @@ class Grid:
         if not self.arms and not self.throughput:
             raise ValueError(f"{path}: nothing to do: give arms, or throughput")
         if self.arms and self.baseline not in self.arms:
-            raise ValueError(f"{path}: baseline {self.baseline!r} is no arm{nearest(self.baseline, self.arms)} (arms: {', '.join(self.arms)})")
+            raise ValueError(
+                f"{path}: baseline {self.baseline!r} is no arm{nearest(self.baseline, self.arms)} (arms: {', '.join(self.arms)})"
+            )
         if not all(isinstance(s, int) for s in self.seeds) or len(set(self.seeds)) < len(self.seeds) or not self.seeds:
             raise ValueError(f"{path}: seeds must be a number, or a list of different whole numbers, not {c['seeds']}")
         if c.get("figure", "nats") not in ("nats", "perplexity"):
             raise ValueError(f"{path}: figure must be nats or perplexity, not {c['figure']!r}")
-        if bad := [k for k in ((self.tune or {}).get("fields") or {}) if k not in RunConfig.__dataclass_fields__ or k in PER_RUN]:
-            raise ValueError(f"{path}: tune: fields: {bad[0]} is no field that a grid may set{nearest(bad[0], RunConfig.__dataclass_fields__)}")
-        if self.tune and (set(self.tune) - {"learning_rate", "seeds", "fields"} or not as_list(self.tune.get("learning_rate"))):
-            raise ValueError(f"{path}: tune takes learning_rate, a list, and optionally seeds and fields; it has {', '.join(self.tune)}")
+        if bad := [
+            k
+            for k in ((self.tune or {}).get("fields") or {})
+            if k not in RunConfig.__dataclass_fields__ or k in PER_RUN
+        ]:
+            raise ValueError(
+                f"{path}: tune: fields: {bad[0]} is no field that a grid may set{nearest(bad[0], RunConfig.__dataclass_fields__)}"
+            )
+        if self.tune and (
+            set(self.tune) - {"learning_rate", "seeds", "fields"} or not as_list(self.tune.get("learning_rate"))
+        ):
+            raise ValueError(
+                f"{path}: tune takes learning_rate, a list, and optionally seeds and fields; it has {', '.join(self.tune)}"
+            )
         for name, report in (self.eval or {}).items():
             if "lengths" not in report and "program" not in report:
                 raise ValueError(f"{path}: the report {name!r} of eval lacks lengths")
@@ -212,15 +240,21 @@ class Grid:
                 check(RunConfig(**self.fields_of(setting, arm)))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{path}: {', '.join(filter(None, (setting, arm)))}: {error}") from None
-        if len({slug(a) for a in self.arms}) < len(self.arms) or len({slug(s) for s in self.settings}) < len(self.settings):
-            raise ValueError(f"{path}: two arms or settings differ in punctuation only: their folders would have one name")
+        if len({slug(a) for a in self.arms}) < len(self.arms) or len({slug(s) for s in self.settings}) < len(
+            self.settings
+        ):
+            raise ValueError(
+                f"{path}: two arms or settings differ in punctuation only: their folders would have one name"
+            )
 
     # ---- runs
 
     def data_of(self, setting: str) -> dict | None:
         """What data/prepare.py is to make for a setting, or None where fields name the folder."""
         own = self.settings[setting]
-        if "data_dir" in own or ("data_dir" in (self.content.get("fields") or {}) and "data" not in own and not self.data):
+        if "data_dir" in own or (
+            "data_dir" in (self.content.get("fields") or {}) and "data" not in own and not self.data
+        ):
             return None
         data = {**(self.data or {}), **own.get("data", {})}
         return {"tokenizer": "gpt2", **data} if data else None
@@ -230,12 +264,18 @@ class Grid:
         own = {k: v for k, v in self.settings[setting].items() if k != "data"}
         fields = {**self.fields, **own, **self.arms[arm]}
         if odd := [k for k in fields if k not in RunConfig.__dataclass_fields__ or k in PER_RUN]:
-            why = "a grid sets it itself" if odd[0] in PER_RUN else f"no field of train.py{nearest(odd[0], RunConfig.__dataclass_fields__)}"
+            why = (
+                "a grid sets it itself"
+                if odd[0] in PER_RUN
+                else f"no field of train.py{nearest(odd[0], RunConfig.__dataclass_fields__)}"
+            )
             raise ValueError(f"{odd[0]}: {why}")
         if data := self.data_of(setting):
             fields["data_dir"] = f"data/{data['corpus']}-{data['tokenizer']}"
         defaults = RunConfig()
-        return {k: float(v) if isinstance(getattr(defaults, k), float) and v is not None else v for k, v in fields.items()}  # YAML reads 1e-3 as a text
+        return {
+            k: float(v) if isinstance(getattr(defaults, k), float) and v is not None else v for k, v in fields.items()
+        }  # YAML reads 1e-3 as a text
 
     def run(self, out: Path, setting: str, arm: str, seed: int, rate: float | None = None, **more) -> Run:
         fields = self.fields_of(setting, arm)
@@ -243,21 +283,32 @@ class Grid:
             old = RunConfig(**fields)
             fields |= {"learning_rate": rate, "min_lr": old.min_lr * rate / old.learning_rate}
         fields |= {**more.pop("fields", {}), "seed": seed, "data_seed": seed}
-        reports = {} if "tuning" in more else {name: self.arguments(report, fields) for name, report in (self.eval or {}).items()}
+        reports = (
+            {}
+            if "tuning" in more
+            else {name: self.arguments(report, fields) for name, report in (self.eval or {}).items()}
+        )
         return Run(arm, setting, seed, fields, reports, Path(out), **more)
 
     @staticmethod
     def arguments(report: dict, fields: dict) -> dict:
         """A report's arguments with its lengths in tokens."""
         block_size = RunConfig(**fields).block_size
-        lengths = [round(float(n[:-1]) * block_size) if isinstance(n, str) and n.endswith("x") else int(n) for n in as_list(report.get("lengths"))]
+        lengths = [
+            round(float(n[:-1]) * block_size) if isinstance(n, str) and n.endswith("x") else int(n)
+            for n in as_list(report.get("lengths"))
+        ]
         return {**report, **({"lengths": lengths} if lengths else {})}
 
     def trials(self, out: Path, setting: str, arm: str) -> list[Run]:
         """The runs that tune the learning rate of an arm: the same rates, seeds and steps for every arm."""
         tune = self.tune or {}
         rates, seeds = [float(r) for r in as_list(tune.get("learning_rate"))], as_list(tune.get("seeds") or [0])
-        return [self.run(out, setting, arm, seed, rate, fields=tune.get("fields", {}), tuning=rate) for rate in rates for seed in seeds]
+        return [
+            self.run(out, setting, arm, seed, rate, fields=tune.get("fields", {}), tuning=rate)
+            for rate in rates
+            for seed in seeds
+        ]
 
     def best_rate(self, out: Path, setting: str, arm: str) -> float | None:
         """The tuned learning rate: lowest mean validation loss at the end of its trials, the lower rate in a tie; a rate with which a
@@ -265,7 +316,9 @@ class Grid:
         trials = self.trials(out, setting, arm)
         if not all(t.trained() or t.diverged() for t in trials):
             return None
-        losses = {rate: [t.val_loss() for t in trials if t.tuning == rate] for rate in sorted({t.tuning for t in trials})}
+        losses = {
+            rate: [t.val_loss() for t in trials if t.tuning == rate] for rate in sorted({t.tuning for t in trials})
+        }
         means = {rate: np.mean(values) for rate, values in losses.items() if None not in values}
         return min(means, key=means.get, default=None)
 
@@ -279,7 +332,10 @@ class Grid:
     def main_runs(self, out: Path) -> list[Run | None]:
         """The runs of the tables; None where one waits for its learning rate."""
         found = []
-        rates = {pair: self.best_rate(out, *pair) if self.tune else None for pair in itertools.product(self.settings, self.arms)}
+        rates = {
+            pair: self.best_rate(out, *pair) if self.tune else None
+            for pair in itertools.product(self.settings, self.arms)
+        }
         for seed, (pair, rate) in itertools.product(self.seeds, rates.items()):
             found.append(None if self.tune and rate is None else self.run(out, *pair, seed, rate))
         return found
@@ -288,7 +344,10 @@ class Grid:
 def bench_variants(grid: Grid) -> dict[str, str]:
     """What scripts/bench.py is to compare, by label: the arms, or the schemes that `throughput` names."""
     named = as_list(grid.throughput.get("schemes"))
-    arms = {arm: " ".join([f["pos"], *(f"{k}={v}" for k, v in f.get("pos_options", {}).items())]) for arm, f in (grid.arms or {}).items()}
+    arms = {
+        arm: " ".join([f["pos"], *(f"{k}={v}" for k, v in f.get("pos_options", {}).items())])
+        for arm, f in (grid.arms or {}).items()
+    }
     return {variant: variant for variant in named} or arms
 
 

@@ -10,18 +10,17 @@ parameters  final validation loss against the number of parameters
 speed       final validation loss against the speed of training relative to rope's, by scripts/bench.py where the grid has `throughput`
 """
 
-import _root
 import argparse
 import sys
 from pathlib import Path
 
+import _root
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
-
 
 # Okabe & Ito's colours, which colour-blind readers can tell apart; markers for print
 STYLES = {
@@ -43,7 +42,9 @@ def styles_of(arms: dict[str, dict]) -> dict[str, dict]:
         scheme = fields.get("pos", "rope")
         n = seen[scheme] = seen.get(scheme, -1) + 1
         first = n == 0 and scheme in STYLES
-        colour, marker = STYLES[scheme] if first else (spare.pop(0) if spare else "#777777", marks.pop(0) if marks else ".")
+        colour, marker = (
+            STYLES[scheme] if first else (spare.pop(0) if spare else "#777777", marks.pop(0) if marks else ".")
+        )
         found[arm] = {"color": colour, "marker": marker, "linestyle": DASHES[n % len(DASHES)]}
     return found
 
@@ -83,7 +84,11 @@ def draw_length(axes, study, setting, styles) -> bool:
     if perplexity and high > 2 * low:
         axes.set_yscale("log")
         plain_log_ticks(axes)
-    axes.set(xlabel=f"context length ({study.unit}s)", ylabel=f"{'perplexity' if perplexity else 'nats'} per {study.unit}, {protocol}", title="By context length")
+    axes.set(
+        xlabel=f"context length ({study.unit}s)",
+        ylabel=f"{'perplexity' if perplexity else 'nats'} per {study.unit}, {protocol}",
+        title="By context length",
+    )
     return True
 
 
@@ -110,7 +115,11 @@ def draw_loss(axes, study, setting, styles) -> bool:
     if found:
         if max(start) > min(stop):
             axes.set_ylim(min(stop) - 0.1 * (max(start) - min(stop)), max(start) + 0.25 * (max(start) - min(stop)))
-        axes.set(xlabel=f"training {study.unit}s (millions)", ylabel=f"loss (nats per {study.unit})", title="Validation loss" if n >= 3 else "Loss")
+        axes.set(
+            xlabel=f"training {study.unit}s (millions)",
+            ylabel=f"loss (nats per {study.unit})",
+            title="Validation loss" if n >= 3 else "Loss",
+        )
     return found
 
 
@@ -118,7 +127,12 @@ def draw_position(axes, study, setting, styles) -> bool:
     name, rows = first_rows(study, setting, lambda protocol: protocol == "per-position")
     found = False
     for (_, arm, scaling), by_length in (rows or {}).items():
-        curves = [r["curve"] for by_seed in by_length.values() for r in by_seed.values() if r.get("curve") and scaling == "none"]
+        curves = [
+            r["curve"]
+            for by_seed in by_length.values()
+            for r in by_seed.values()
+            if r.get("curve") and scaling == "none"
+        ]
         if curves:
             found = True
             first, last = np.array(curves[0]["first"]), np.array(curves[0]["last"])
@@ -128,7 +142,11 @@ def draw_position(axes, study, setting, styles) -> bool:
         mark_training_length(axes, config.block_size)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-        axes.set(xlabel=f"position: {study.unit}s of context", ylabel=f"nats per {study.unit}", title="By position in the window")
+        axes.set(
+            xlabel=f"position: {study.unit}s of context",
+            ylabel=f"nats per {study.unit}",
+            title="By position in the window",
+        )
     return found
 
 
@@ -150,7 +168,11 @@ def draw_speed(axes, study, setting, styles) -> bool:
 
     if not (bench := throughput(study)):
         return False
-    x = {arm: speed_ratios(bench, v) for arm, v in bench_variants(study.grid).items() if v in bench["seconds"] and arm in study.grid.arms}
+    x = {
+        arm: speed_ratios(bench, v)
+        for arm, v in bench_variants(study.grid).items()
+        if v in bench["seconds"] and arm in study.grid.arms
+    }
     if not scatter(axes, study, setting, styles, x):
         return False
     axes.set(xlabel="training speed relative to rope", title="Loss and speed")
@@ -165,7 +187,9 @@ def scatter(axes, study, setting, styles, x: dict[str, tuple]) -> bool:
             mean = np.mean(losses)
             look = {**styles[arm], "linestyle": "none"}
             width = interval and [[at - interval[0]], [interval[1] - at]]
-            axes.errorbar([at], [mean], [[mean - min(losses)], [max(losses) - mean]], width, capsize=3, label=arm, **look)
+            axes.errorbar(
+                [at], [mean], [[mean - min(losses)], [max(losses) - mean]], width, capsize=3, label=arm, **look
+            )
     axes.set_ylabel(f"validation loss (nats per {study.unit})")
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.ticklabel_format(axis="both", useOffset=False)
@@ -190,7 +214,9 @@ def mark_training_length(axes, length: int) -> None:
 def plain_log_ticks(axes) -> None:
     """Ticks of a logarithmic axis as plain numbers, about ten of them."""
     low, high = axes.get_ylim()
-    steps = [[m * 10**k for k in range(-2, 8) for m in ms] for ms in ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 2, 5), (1,))]
+    steps = [
+        [m * 10**k for k in range(-2, 8) for m in ms] for ms in ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 2, 5), (1,))
+    ]
     inside = [[t for t in ticks if low <= t <= high] for ticks in steps]
     axes.set_yticks(next((ticks for ticks in inside if len(ticks) <= 10), inside[-1]))
     axes.yaxis.set_major_formatter(ScalarFormatter())
@@ -200,7 +226,13 @@ def plain_log_ticks(axes) -> None:
 def draw(study, out: Path, panels: list[str] | None = None) -> None:
     """A row of panels for each setting, with one legend. ValueError where there is nothing of the panels asked for."""
     styles = styles_of(study.grid.arms)
-    drawers = {"length": draw_length, "loss": draw_loss, "position": draw_position, "parameters": draw_parameters, "speed": draw_speed}
+    drawers = {
+        "length": draw_length,
+        "loss": draw_loss,
+        "position": draw_position,
+        "parameters": draw_parameters,
+        "speed": draw_speed,
+    }
     settings = [s for s in study.grid.settings if any(study.runs[s, a] for a in study.grid.arms)]
     scratch = plt.figure()  # to learn which panels have something
     able = [p for p in panels or PANELS if any(drawers[p](scratch.add_subplot(), study, s, styles) for s in settings)]
@@ -209,7 +241,13 @@ def draw(study, out: Path, panels: list[str] | None = None) -> None:
         raise ValueError(f"{study.folder} has nothing to draw of {', '.join(panels or PANELS)}")
     columns = 2 if len(able) in (2, 4) else min(len(able), 3)
     rows = -(-len(able) // columns)
-    figure, axes = plt.subplots(rows * len(settings), columns, figsize=(4.6 * columns, 3.7 * rows * len(settings)), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        rows * len(settings),
+        columns,
+        figsize=(4.6 * columns, 3.7 * rows * len(settings)),
+        layout="constrained",
+        squeeze=False,
+    )
     for i, setting in enumerate(settings):
         places = iter(axes[i * rows : (i + 1) * rows].flat)
         for panel in able:
@@ -227,7 +265,14 @@ def draw(study, out: Path, panels: list[str] | None = None) -> None:
     order = [k for arm in study.grid.arms for k in handles if k in (arm, f"{arm} (n/a beyond)")]
     if any(k.endswith(" (n/a beyond)") for k in order):
         order = [k for k in order if f"{k} (n/a beyond)" not in order]
-    figure.legend([handles[k] for k in order], order, loc="outside lower center", ncols=min(len(order), 2 + columns), fontsize=8, frameon=False)
+    figure.legend(
+        [handles[k] for k in order],
+        order,
+        loc="outside lower center",
+        ncols=min(len(order), 2 + columns),
+        fontsize=8,
+        frameon=False,
+    )
     save(figure, out)
 
 
@@ -255,10 +300,17 @@ def write(figure, out: Path) -> None:
 def main() -> None:
     from report import Study
 
-    parser = argparse.ArgumentParser(prog="scripts/plot.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="scripts/plot.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("folder", type=Path, help="a sweep's folder of runs, or what --collect made of it")
     parser.add_argument("--out", type=Path, required=True, help="image to write (.png, .pdf, .svg)")
-    parser.add_argument("--panels", nargs="+", choices=PANELS, help="which panels (default: all that there is something for)")
+    parser.add_argument(
+        "--panels", nargs="+", choices=PANELS, help="which panels (default: all that there is something for)"
+    )
     args = parser.parse_args()
     try:
         draw(Study.read(args.folder), args.out, args.panels)

@@ -8,17 +8,23 @@ It is scripts/sweep.py on configs/sweeps/quickstart.yaml, with all its options. 
 run, logs/, table.md, figure.png. Interrupt it and start it again: runs that are finished are kept, the others continue.
 """
 
-import _root
 import sys
-from pathlib import Path
 
-
+import _root
 import sweep
+
+from nanope import REPO
 
 
 def main() -> None:
     parser = sweep.parser_of("scripts/quickstart.py", __doc__)
-    parser.add_argument("--schemes", dest="arms", nargs="+", metavar="SCHEME", help="schemes to compare (default: learned rope crope comrope carope)")
+    parser.add_argument(
+        "--schemes",
+        dest="arms",
+        nargs="+",
+        metavar="SCHEME",
+        help="schemes to compare (default: learned rope crope comrope carope)",
+    )
     args = parser.parse_args()
     with sweep.exit_codes():
         sys.exit(sweep.run(REPO / "configs" / "sweeps" / "quickstart.yaml", args, ["scripts/quickstart.py"]))

@@ -6,7 +6,6 @@
 Figures are means over seeds; differences are paired: the same data order, the same shared initial weights, the same tokens.
 """
 
-import _root
 import argparse
 import json
 import math
@@ -15,7 +14,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-
+import _root
 import numpy as np
 import scipy.stats
 import yaml
@@ -52,7 +51,11 @@ def difference_of_losses(ours: dict[int, float], base: dict[int, float]) -> dict
 def difference_of_rows(ours: dict[int, dict], base: dict[int, dict]) -> dict | None:
     """Mean paired difference of two rows of reports by seed, in nats per token, with an interval over seeds and documents
     (intervals.paired_difference). ValueError where they scored different tokens."""
-    seeds = sorted(s for s in ours.keys() & base.keys() if ours[s]["nats_per_token"] is not None and base[s]["nats_per_token"] is not None)
+    seeds = sorted(
+        s
+        for s in ours.keys() & base.keys()
+        if ours[s]["nats_per_token"] is not None and base[s]["nats_per_token"] is not None
+    )
     if not seeds:
         return None
     if len({r[s]["targets_sha256"] for r in (ours, base) for s in seeds}) > 1:
@@ -101,14 +104,20 @@ class Study:
         for setting in grid.settings:
             for arm in grid.arms or {}:
                 rate = grid.best_rate(folder, setting, arm) if grid.tune else None
-                all_ = {} if grid.tune and rate is None else {seed: grid.run(folder, setting, arm, seed, rate) for seed in grid.seeds}
+                all_ = (
+                    {}
+                    if grid.tune and rate is None
+                    else {seed: grid.run(folder, setting, arm, seed, rate) for seed in grid.seeds}
+                )
                 runs[setting, arm] = {seed: r for seed, r in all_.items() if r.done() and r.val_loss() is not None}
                 label = ", ".join(filter(None, (setting, arm)))
                 ends = {s: " (diverged)" if s in all_ and all_[s].diverged() else "" for s in grid.seeds}
                 missing += [f"{label}, seed {s}{end}" for s, end in ends.items() if s not in runs[setting, arm]]
             lines = [m for arm in grid.arms or {} for run in runs[setting, arm].values() for m in run.metrics()]
             if len({m["environment"].get("data_hash") for m in lines if "environment" in m}) > 1:
-                raise ValueError(f"{folder}: runs{f' of {setting}' if setting else ''} were trained on different data, so they do not compare: was their data folder made anew?")
+                raise ValueError(
+                    f"{folder}: runs{f' of {setting}' if setting else ''} were trained on different data, so they do not compare: was their data folder made anew?"
+                )
         return cls(Path(folder), grid, runs, missing)
 
     def config(self, setting: str, arm: str) -> RunConfig | None:
@@ -133,7 +142,9 @@ class Study:
         for arm in self.grid.arms:
             for seed, there in self.reports(setting, arm, name).items():
                 for row in there.get("results", ()):
-                    found.setdefault((row["protocol"], arm, row["scaling"]), {}).setdefault(row["length"], {})[seed] = row
+                    found.setdefault((row["protocol"], arm, row["scaling"]), {}).setdefault(row["length"], {})[seed] = (
+                        row
+                    )
         return found
 
     @property
@@ -141,7 +152,13 @@ class Study:
         """What one target is: a byte, or a token."""
         made = [self.grid.data_of(s) for s in self.grid.settings]
         names = {m["tokenizer"] for m in made if m}
-        names |= {r["tokenizer"]["name"] for (s, a) in self.runs for n in self.grid.eval or {} for r in self.reports(s, a, n).values() if "tokenizer" in r}
+        names |= {
+            r["tokenizer"]["name"]
+            for (s, a) in self.runs
+            for n in self.grid.eval or {}
+            for r in self.reports(s, a, n).values()
+            if "tokenizer" in r
+        }
         return "byte" if names == {"byte"} else "token"
 
 
@@ -156,13 +173,30 @@ class Table:
 
     def markdown(self) -> str:
         line = lambda cells: f"| {' | '.join(c.replace('|', chr(92) + '|') for c in cells)} |"  # noqa: E731
-        return "\n".join([f"**{self.title}**\n", line(self.head), "|" + "---|" * self.left + "--:|" * (len(self.head) - self.left), *map(line, self.rows)])
+        return "\n".join(
+            [
+                f"**{self.title}**\n",
+                line(self.head),
+                "|" + "---|" * self.left + "--:|" * (len(self.head) - self.left),
+                *map(line, self.rows),
+            ]
+        )
 
     def latex(self) -> str:
         """A booktabs tabular in a table environment."""
         columns = "l" * self.left + "r" * (len(self.head) - self.left)
-        lines = [r"\begin{table}", rf"\caption{{{latex(self.title)}}}", r"\centering", rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
-        lines += [" & ".join(map(latex, self.head)) + r" \\", r"\midrule", *(" & ".join(map(latex, row)) + r" \\" for row in self.rows)]
+        lines = [
+            r"\begin{table}",
+            rf"\caption{{{latex(self.title)}}}",
+            r"\centering",
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+        ]
+        lines += [
+            " & ".join(map(latex, self.head)) + r" \\",
+            r"\midrule",
+            *(" & ".join(map(latex, row)) + r" \\" for row in self.rows),
+        ]
         return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"])
 
 
@@ -228,7 +262,10 @@ def tables(study: Study) -> list[Table]:
 
 def training_table(study: Study, setting: str, head: str) -> Table:
     grid = study.grid
-    table = Table(f"{head}training", ["arm", "parameters", "seeds", "learning rate", "training loss", "validation loss", f"less {grid.baseline}"])
+    table = Table(
+        f"{head}training",
+        ["arm", "parameters", "seeds", "learning rate", "training loss", "validation loss", f"less {grid.baseline}"],
+    )
     for arm in grid.arms:
         runs, config = study.runs[setting, arm], study.config(setting, arm)
         if not runs:
@@ -236,7 +273,11 @@ def training_table(study: Study, setting: str, head: str) -> Table:
             continue
         losses = study.losses(setting, arm)
         last = [np.mean(run.series("train/loss")[1][-5:]) for run in runs.values()]
-        less = "" if arm == grid.baseline else difference_cell(difference_of_losses(losses, study.losses(setting, grid.baseline)))
+        less = (
+            ""
+            if arm == grid.baseline
+            else difference_cell(difference_of_losses(losses, study.losses(setting, grid.baseline)))
+        )
         cells = [f"{model_cost(config)[0]:,}", str(len(runs)), f"{config.learning_rate:g}", f"{np.mean(last):.4f}"]
         table.rows.append([arm, *cells, mean_cell(list(losses.values()), seed_interval(list(losses.values()))), less])
     return table
@@ -251,19 +292,43 @@ def report_tables(study: Study, setting: str, name: str, head: str) -> list[Tabl
     config = next((c for arm in grid.arms if (c := study.config(setting, arm))), None)
     for protocol in dict.fromkeys(key[0] for key in everything if key[0] != "per-position"):  # a curve, for the figure
         mine = {(arm, scaling): by_length for (p, arm, scaling), by_length in everything.items() if p == protocol}
-        mine = {key: v for key, v in mine.items() if key[1] == "none" or any(row["nats_per_token"] is not None for rows in v.values() for row in rows.values())}
+        mine = {
+            key: v
+            for key, v in mine.items()
+            if key[1] == "none"
+            or any(row["nats_per_token"] is not None for rows in v.values() for row in rows.values())
+        }
         lengths = sorted({n for by_length in mine.values() for n in by_length})
-        titles = f"{label} at context lengths", f"nats per {study.unit} less {grid.baseline}", f"nats per {study.unit} less the arm's own at the training length"
-        mean, less, growth = (Table(f"{head}{title}, {protocol} ({name})", ["arm", *map(str, lengths)]) for title in titles)
+        titles = (
+            f"{label} at context lengths",
+            f"nats per {study.unit} less {grid.baseline}",
+            f"nats per {study.unit} less the arm's own at the training length",
+        )
+        mean, less, growth = (
+            Table(f"{head}{title}, {protocol} ({name})", ["arm", *map(str, lengths)]) for title in titles
+        )
         for (arm, scaling), by_length in mine.items():
             factor = next((row["factor"] for rows in by_length.values() for row in rows.values()), 1)
             title = arm if scaling == "none" else f"{arm}, {scaling} ×{factor:g}"
             base, own = mine.get((grid.baseline, "none"), {}), mine.get((arm, "none"), {}).get(config.block_size, {})
             mean.rows.append([title, *(row_cell(by_length.get(n, {}), figure) for n in lengths)])
             if title != grid.baseline:
-                less.rows.append([title, *(difference_cell(difference_of_rows(by_length.get(n, {}), base.get(n, {}))) for n in lengths)])
+                less.rows.append(
+                    [
+                        title,
+                        *(difference_cell(difference_of_rows(by_length.get(n, {}), base.get(n, {}))) for n in lengths),
+                    ]
+                )
             itself = config.block_size if scaling == "none" else None
-            growth.rows.append([title, *("" if n == itself else difference_cell(difference_of_rows(by_length.get(n, {}), own)) for n in lengths)])
+            growth.rows.append(
+                [
+                    title,
+                    *(
+                        "" if n == itself else difference_cell(difference_of_rows(by_length.get(n, {}), own))
+                        for n in lengths
+                    ),
+                ]
+            )
         found += [mean] + [less] * bool(less.rows) + [growth] * (protocol == "same-targets" and len(lengths) > 1)
     if any("shift" in r for arm in grid.arms for r in study.reports(setting, arm, name).values()):
         found.append(shift_table(study, setting, name, head))
@@ -280,7 +345,10 @@ def shift_table(study: Study, setting: str, name: str, head: str) -> Table:
                 by_offset.setdefault(row["offset"], []).append(row["largest_change"])
         offsets = sorted({*offsets, *by_offset})
         rows.append((arm, by_offset))
-    table = Table(f"{head}largest change of any token's NLL, nats, when all positions are shifted ({name})", ["arm", *(f"by {n:,}" for n in offsets)])
+    table = Table(
+        f"{head}largest change of any token's NLL, nats, when all positions are shifted ({name})",
+        ["arm", *(f"by {n:,}" for n in offsets)],
+    )
     table.rows = [[arm, *(f"{max(by[n]):.1e}" if n in by else "n/a" for n in offsets)] for arm, by in rows]
     return table
 
@@ -292,20 +360,34 @@ def published_table(study: Study) -> Table:
     p, perplexity = grid.published, grid.figure == "perplexity"
     nats, show, digits = (math.log, math.exp, 2) if perplexity else (float, float, 4)
     head = ["setting", "arm", "published", "measured", "seeds", "less published", "verdict"]
-    head += [f"published less {grid.baseline}, nats", f"measured less {grid.baseline}, nats", "verdict on the difference"]
-    table = Table(f"{p['source']}: {p['what']}" + ("; measured in a reduced set-up" if grid.reduced else ""), head, left=2)
+    head += [
+        f"published less {grid.baseline}, nats",
+        f"measured less {grid.baseline}, nats",
+        "verdict on the difference",
+    ]
+    table = Table(
+        f"{p['source']}: {p['what']}" + ("; measured in a reduced set-up" if grid.reduced else ""), head, left=2
+    )
     for row in p["rows"]:
         setting = row.get("setting", "")
         if setting not in grid.settings:
             continue
-        label = ", ".join(filter(None, [setting, f"{row['length'] / row['trained']:g}× the training length" if "length" in row else ""]))
+        label = ", ".join(
+            filter(
+                None, [setting, f"{row['length'] / row['trained']:g}× the training length" if "length" in row else ""]
+            )
+        )
         values = {arm: as_list(value) for arm, value in row["values"].items()}  # figure, spread; or a word
         numbers = {arm: v[0] for arm, v in values.items() if isinstance(v[0], (int, float))}
         figures = {arm: measured(study, setting, arm, row) for arm in grid.arms}
         base = figures[grid.baseline]
         for arm, ours in figures.items():
             number = numbers.get(arm)
-            cells = [label, arm, " ± ".join(f"{v:g}" if isinstance(v, (int, float)) else v for v in values.get(arm, ["–"]))]
+            cells = [
+                label,
+                arm,
+                " ± ".join(f"{v:g}" if isinstance(v, (int, float)) else v for v in values.get(arm, ["–"])),
+            ]
             if ours is None:
                 table.rows.append([*cells, "n/a", "0", *[""] * 5])
                 continue
@@ -314,11 +396,24 @@ def published_table(study: Study) -> Table:
             if number is None or grid.reduced:
                 cells += ["", "" if number is None else "not comparable"]
             else:
-                cells += [f"{show(np.mean(ours['nats'])) - number:+.{digits}f}", verdict(nats(number), ours["interval"], n)]
+                cells += [
+                    f"{show(np.mean(ours['nats'])) - number:+.{digits}f}",
+                    verdict(nats(number), ours["interval"], n),
+                ]
             found = None if arm == grid.baseline or base is None else ours["less"](base)
-            theirs = None if arm == grid.baseline or number is None or grid.baseline not in numbers else nats(number) - nats(numbers[grid.baseline])
+            theirs = (
+                None
+                if arm == grid.baseline or number is None or grid.baseline not in numbers
+                else nats(number) - nats(numbers[grid.baseline])
+            )
             cells += ["" if theirs is None else f"{theirs:+.4f}", difference_cell(found) if found else ""]
-            cells.append("" if None in (theirs, found) else direction(theirs, found) if grid.reduced else verdict(theirs, found["interval"], found["seeds"]))
+            cells.append(
+                ""
+                if None in (theirs, found)
+                else direction(theirs, found)
+                if grid.reduced
+                else verdict(theirs, found["interval"], found["seeds"])
+            )
             table.rows.append(cells)
     return table
 
@@ -331,14 +426,22 @@ def measured(study: Study, setting: str, arm: str, row: dict) -> dict | None:
         return None
     if where:
         length = round(row["length"] / row["trained"] * study.config(setting, arm).block_size)
-        by_seed, less = study.rows(setting, where["report"]).get((where["protocol"], arm, "none"), {}).get(length, {}), difference_of_rows
+        by_seed, less = (
+            study.rows(setting, where["report"]).get((where["protocol"], arm, "none"), {}).get(length, {}),
+            difference_of_rows,
+        )
         values = [r["nats_per_token"] for r in by_seed.values()]
     else:
         by_seed, less = study.losses(setting, arm), difference_of_losses
         values = list(by_seed.values())
     if not values or None in values:
         return None
-    return {"nats": values, "interval": seed_interval(values), "by_seed": by_seed, "less": lambda base: less(by_seed, base["by_seed"])}
+    return {
+        "nats": values,
+        "interval": seed_interval(values),
+        "by_seed": by_seed,
+        "less": lambda base: less(by_seed, base["by_seed"]),
+    }
 
 
 # ---- speed
@@ -353,7 +456,9 @@ def speed_ratios(there: dict, variant: str) -> tuple[float, list[float]]:
     ratios = np.array(there["seconds"]["rope"]) / np.array(there["seconds"][variant])
     if len(ratios) < 2 or np.ptp(ratios) == 0:
         return float(np.median(ratios)), [float(ratios.min()), float(ratios.max())]
-    drawn = scipy.stats.bootstrap((ratios,), np.median, n_resamples=2000, confidence_level=0.95, method="percentile", rng=np.random.default_rng(0))
+    drawn = scipy.stats.bootstrap(
+        (ratios,), np.median, n_resamples=2000, confidence_level=0.95, method="percentile", rng=np.random.default_rng(0)
+    )
     return float(np.median(ratios)), [float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)]
 
 
@@ -368,17 +473,35 @@ def throughput_table(study: Study, there: dict) -> Table:
     labels = {variant: label for label, variant in bench_variants(study.grid).items()}
     published = (study.grid.published or {}).get("tokens_per_s", {})
     base = published.get("rope")
-    head = ["arm", "tokens/s", "relative to rope", "peak memory, MB", *(["published, tokens/s", "published, relative", "verdict"] if published else [])]
-    table = Table(f"training speed: medians over {there['rounds']} interleaved rounds, of tokens/s and of ratios within a round, on {there['device']}, {there['threads']} thread(s)", head)
+    head = [
+        "arm",
+        "tokens/s",
+        "relative to rope",
+        "peak memory, MB",
+        *(["published, tokens/s", "published, relative", "verdict"] if published else []),
+    ]
+    table = Table(
+        f"training speed: medians over {there['rounds']} interleaved rounds, of tokens/s and of ratios within a round, on {there['device']}, {there['threads']} thread(s)",
+        head,
+    )
     for variant, seconds in there["seconds"].items():
         ratio, interval = speed_ratios(there, variant)
         relation = "1" if variant == "rope" else f"{ratio:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
-        cells = [labels.get(variant, variant), f"{there['tokens_a_step'] / np.median(seconds):,.0f}", relation, f"{there['memory'][variant] / 1e6:,.0f}"]
+        cells = [
+            labels.get(variant, variant),
+            f"{there['tokens_a_step'] / np.median(seconds):,.0f}",
+            relation,
+            f"{there['memory'][variant] / 1e6:,.0f}",
+        ]
         if published:
             theirs = published.get(variant)
             relative = theirs / base if theirs and base and variant != "rope" else None
             found = {"difference": ratio - 1, "interval": [bound - 1 for bound in interval], "seeds": len(seconds)}
-            judged = direction(relative - 1, found) if study.grid.reduced and relative else verdict(relative, interval, len(seconds))
+            judged = (
+                direction(relative - 1, found)
+                if study.grid.reduced and relative
+                else verdict(relative, interval, len(seconds))
+            )
             cells += [f"{theirs:,.0f}" if theirs else "–", f"{relative:.3f}" if relative else "", judged]
         table.rows.append(cells)
     return table
@@ -391,7 +514,11 @@ def notes(study: Study) -> list[str]:
     grid, found = study.grid, []
     for setting in grid.settings if grid.arms else ():
         if c := next((c for arm in grid.arms if (c := study.config(setting, arm))), None):
-            decay = {"cosine": f"cosine to {c.min_lr:g}", "step": f"times {c.lr_gamma:g} every {c.lr_step:,} steps", "wsd": "constant, then linear"}
+            decay = {
+                "cosine": f"cosine to {c.min_lr:g}",
+                "step": f"times {c.lr_gamma:g} every {c.lr_step:,} steps",
+                "wsd": "constant, then linear",
+            }
             data = grid.data_of(setting) or {"corpus": Path(c.data_dir).name}
             found.append(
                 f"{setting + ': ' if setting else ''}{c.n_layer} layers × {c.n_embd}, {c.n_head} heads, vocabulary {c.vocab_size:,}, {data['corpus']}; "
@@ -408,18 +535,38 @@ def notes(study: Study) -> list[str]:
                 + (" Two seeds leave one degree of freedom: such intervals are wide." if n == 2 else "")
             )
         else:
-            found.append("One seed: brackets are over documents, and say nothing about what another seed would give. Nothing is bold for that reason.")
+            found.append(
+                "One seed: brackets are over documents, and say nothing about what another seed would give. Nothing is bold for that reason."
+            )
         marks = f"{NOISE}: inside noise, the interval contains 0; bold: better than what is subtracted, beyond noise"
         found.append(f"Differences are in nats per {study.unit}, negative is better; {marks}.")
     for name in grid.eval or {}:
         there = next((r for key in study.runs for r in study.reports(*key, name).values() if "results" in r), None)
         if there:
-            rows = [r for key in study.runs for report in study.reports(*key, name).values() for r in report.get("results", ()) if r["tokens"]]
-            curve = all(r["protocol"] == "per-position" for r in rows)  # whose windows an arm that ends earlier has the start of
+            rows = [
+                r
+                for key in study.runs
+                for report in study.reports(*key, name).values()
+                for r in report.get("results", ())
+                if r["tokens"]
+            ]
+            curve = all(
+                r["protocol"] == "per-position" for r in rows
+            )  # whose windows an arm that ends earlier has the start of
             span = "the split as one text" if there["stream"] else f"{there['documents']} whole documents"
-            targets = f"{max((r['tokens'] for r in rows), default=0):,} target {study.unit}s, " + ("in whole windows" if curve else "the same for all arms and lengths")
-            found.append(f"Report {name}: split {there['split']}, {span}, {targets}; stride {there['stride']}; {there['dtype']}.")
-        reasons = [row["reason"] for key in study.runs for r in study.reports(*key, name).values() for row in r.get("results", ()) if row.get("reason")]
+            targets = f"{max((r['tokens'] for r in rows), default=0):,} target {study.unit}s, " + (
+                "in whole windows" if curve else "the same for all arms and lengths"
+            )
+            found.append(
+                f"Report {name}: split {there['split']}, {span}, {targets}; stride {there['stride']}; {there['dtype']}."
+            )
+        reasons = [
+            row["reason"]
+            for key in study.runs
+            for r in study.reports(*key, name).values()
+            for row in r.get("results", ())
+            if row.get("reason")
+        ]
         found += [f"n/a: {reason}." for reason in dict.fromkeys(reasons)]
     if grid.reduced:
         found.append(f"Reduced: {' '.join(grid.reduced.split())}")
@@ -437,7 +584,9 @@ def tuning_note(study: Study) -> str:
         return "Learning rates are the same for all arms and were not tuned."
     rates = sorted(float(r) for r in as_list(grid.tune["learning_rate"]))
     chosen = {(s, a): grid.best_rate(study.folder, s, a) for s in grid.settings for a in grid.arms}
-    budget = [f"{', '.join(f'{r:g}' for r in rates)} with seed(s) {', '.join(map(str, as_list(grid.tune.get('seeds') or [0])))}"]
+    budget = [
+        f"{', '.join(f'{r:g}' for r in rates)} with seed(s) {', '.join(map(str, as_list(grid.tune.get('seeds') or [0])))}"
+    ]
     budget += [f"{k} {v}" for k, v in (grid.tune.get("fields") or {}).items()]
     text = f"Learning rates were tuned for each arm with the same budget: {', '.join(budget)}; lowest final validation loss."
     edge = [", ".join(filter(None, key)) for key, rate in chosen.items() if rate in (rates[0], rates[-1])]
@@ -503,7 +652,12 @@ def write(folder: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="scripts/report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="scripts/report.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("folder", type=Path, help="a sweep's folder of runs, or what --collect made of it")
     args = parser.parse_args()
     try:

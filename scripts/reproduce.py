@@ -9,16 +9,15 @@ It is scripts/sweep.py on configs/sweeps/TABLE.yaml, with all its options: kill 
 file holds the paper's set-up, its figures, and every decision where the paper leaves one open.
 """
 
-import _root
 import sys
 from pathlib import Path
 
-
+import _root
+import report
 import sweep
 
-import report
-from nanope import REPO
 from model import nearest
+from nanope import REPO
 
 TABLES = {
     "crope-1": "CRoPE, table 1: PG-19, WikiText-2, Penn Treebank",
@@ -30,9 +29,18 @@ TABLES = {
 
 
 def main() -> None:
-    parser = sweep.parser_of("scripts/reproduce.py", __doc__ + "\ntables:\n" + "\n".join(f"  {name}: {what}" for name, what in TABLES.items()))
+    parser = sweep.parser_of(
+        "scripts/reproduce.py",
+        __doc__ + "\ntables:\n" + "\n".join(f"  {name}: {what}" for name, what in TABLES.items()),
+    )
     parser.add_argument("table", metavar="TABLE", help=f"one of {', '.join(TABLES)}")
-    parser.add_argument("--from", dest="folder", type=Path, metavar="DIR", help="run nothing: make the tables of this folder of runs or results again")
+    parser.add_argument(
+        "--from",
+        dest="folder",
+        type=Path,
+        metavar="DIR",
+        help="run nothing: make the tables of this folder of runs or results again",
+    )
     args = parser.parse_args()
     if args.table not in TABLES:
         parser.error(f"no table {args.table!r}{nearest(args.table, TABLES)} (tables: {', '.join(TABLES)})")

@@ -1,16 +1,14 @@
 """Write text from a run: python scripts/sample.py --run DIR --prompt TEXT [--tokens N]"""
 
-import _root
 import argparse
 import sys
-from pathlib import Path
 
-
+import _root
 import torch
 
-from nanope import checkpoint
 from data.tokenizer import load_tokenizer
 from model import SCHEMES
+from nanope import checkpoint
 from nanope.distributed import pick_device
 
 
@@ -35,7 +33,9 @@ def main() -> None:
             raise ValueError("the prompt is empty: give at least one character")
         c = model.config
         if not SCHEMES[c.pos].extends and len(prompt) + args.tokens - 1 > c.block_size:
-            raise ValueError(f"{c.pos} positions end at {c.block_size}, and the prompt has {len(prompt)} tokens: use --tokens {max(0, c.block_size + 1 - len(prompt))} or fewer")
+            raise ValueError(
+                f"{c.pos} positions end at {c.block_size}, and the prompt has {len(prompt)} tokens: use --tokens {max(0, c.block_size + 1 - len(prompt))} or fewer"
+            )
         generator = torch.Generator(device).manual_seed(args.seed)
         idx = torch.from_numpy(prompt)[None].to(device)  # (1, T)
         out = model.generate(idx, args.tokens, args.temperature, args.top_k or None, generator)

@@ -8,19 +8,18 @@ Schemes that know no absolute positions (alibi, none, and carope, whose phases a
 and are not given; tables of absolute positions are.
 """
 
-import _root
 import argparse
 import sys
 from pathlib import Path
 
-
+import _root
 import numpy as np
 import torch
 
-from nanope import checkpoint
 import model as model_module
 from data.shards import batch, open_data
 from eval import write_json
+from nanope import checkpoint
 from nanope.distributed import pick_device
 
 
@@ -47,11 +46,27 @@ def losses(model, x: torch.Tensor, y: torch.Tensor, offset: int) -> torch.Tensor
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="scripts/shift.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="scripts/shift.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--run", required=True, help="a run's folder, or a checkpoint file")
     parser.add_argument("--data", help="data folder (default: the run's own)")
-    parser.add_argument("--offsets", type=int, nargs="+", default=[0, 256, 4096, 65536], help="positions of the first token (default: 0 256 4096 65536)")
-    parser.add_argument("--windows", type=int, default=8, help="validation windows of the training length, spread over the split (default: 8)")
+    parser.add_argument(
+        "--offsets",
+        type=int,
+        nargs="+",
+        default=[0, 256, 4096, 65536],
+        help="positions of the first token (default: 0 256 4096 65536)",
+    )
+    parser.add_argument(
+        "--windows",
+        type=int,
+        default=8,
+        help="validation windows of the training length, spread over the split (default: 8)",
+    )
     parser.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
     parser.add_argument("--json", type=Path, required=True, help="where to write the report")
     args = parser.parse_args()
@@ -70,12 +85,20 @@ def main() -> None:
         rows = []
         for offset in args.offsets:
             nll = losses(model, x, y, offset)
-            rows.append({"offset": offset, "nats_per_token": nll.mean().item(), "largest_change": (nll - plain).abs().max().item()})
+            rows.append(
+                {
+                    "offset": offset,
+                    "nats_per_token": nll.mean().item(),
+                    "largest_change": (nll - plain).abs().max().item(),
+                }
+            )
         write_json(args.json, {"shift": rows, "tokens": plain.numel(), "step": state["step"], "data_hash": data.hash})
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     for row in rows:
-        print(f"positions + {row['offset']:,}: {row['nats_per_token']:.6f} nats/token, largest change of a token {row['largest_change']:.1e}")
+        print(
+            f"positions + {row['offset']:,}: {row['nats_per_token']:.6f} nats/token, largest change of a token {row['largest_change']:.1e}"
+        )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ runs is left alone and waited for. A run that fails does not stop the others. sc
 own sweeps go without this program: configs/sweeps/wandb.yaml.
 """
 
-import _root
 import argparse
 import contextlib
 import dataclasses
@@ -32,26 +31,35 @@ import sys
 import time
 from pathlib import Path
 
-
+import _root
+import report
 import torch
 import yaml
 from grid import ELSEWHERE, Grid, Run, bench_variants, command_of, local, model_cost
 from tqdm import tqdm
 
-import report
-from nanope import REPO
-from nanope.checkpoint import step_files, write_atomically
-from nanope.config import RunConfig
 from data.prepare import cores
-from nanope.distributed import PEAK_FLOPS, peak_flops
 from model import linear
+from nanope import REPO
+from nanope.checkpoint import write_atomically
+from nanope.config import RunConfig
+from nanope.distributed import PEAK_FLOPS, peak_flops
 from nanope.plan import Plan
 from nanope.plan import plan as run_plan
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 LAUNCH = 2e-3  # seconds a layer: what a GPU's host needs at least for the kernels of a forward and backward pass; a guess, for --plan
 # Fields whose change leaves a set-up the paper's own, within rounding
-NO_MATTER = (*ELSEWHERE, "micro_batch_size", "compile", "checkpoint_interval", "keep_checkpoints", "log_interval", "sample_interval", "rank_timeout")
+NO_MATTER = (
+    *ELSEWHERE,
+    "micro_batch_size",
+    "compile",
+    "checkpoint_interval",
+    "keep_checkpoints",
+    "log_interval",
+    "sample_interval",
+    "rank_timeout",
+)
 INTERRUPTED = 75  # EX_TEMPFAIL: started again, it goes on
 
 
@@ -73,7 +81,10 @@ def flops_per_second(args) -> tuple[float, str]:
     """A guess at what one run computes a second, and where it is from. Runs that there are tell more: see `plan`."""
     peak = PEAK_FLOPS[args.gpu] if args.gpu else peak_flops(torch.device("cuda")) if torch.cuda.is_available() else None
     if peak:
-        return args.ranks * args.mfu * peak, f"{args.ranks} {args.gpu or 'GPU(s)'} a run at {args.mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s (--mfu), or {LAUNCH * 1e3:g} ms a layer and micro-batch where that is longer, a guess"
+        return (
+            args.ranks * args.mfu * peak,
+            f"{args.ranks} {args.gpu or 'GPU(s)'} a run at {args.mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s (--mfu), or {LAUNCH * 1e3:g} ms a layer and micro-batch where that is longer, a guess",
+        )
     if torch.cuda.is_available():
         raise ValueError("this GPU's peak is not known: give --gpu, or --tokens_per_s, the speed of one run")
     torch.set_num_threads(1)
@@ -83,7 +94,9 @@ def flops_per_second(args) -> tuple[float, str]:
         linear(x, x)
         times.append(time.perf_counter() - start)
     part = 0.4  # of that speed; results/schemes, carope-1 and crope-2 reached 0.38, 0.37 and 0.46
-    return part * 2 * 512**3 / min(times) * min(args.threads * args.ranks, cores()), f"{part:g} of this machine's speed in the model's matrix product, a guess"
+    return part * 2 * 512**3 / min(times) * min(
+        args.threads * args.ranks, cores()
+    ), f"{part:g} of this machine's speed in the model's matrix product, a guess"
 
 
 def plan(grid: Grid, out: Path, args) -> str:
@@ -112,14 +125,18 @@ def plan(grid: Grid, out: Path, args) -> str:
             speed = p.config.batch_tokens / seconds
         left = 0.0 if run.trained() or run.diverged() else 1 - step_of(run) / run.max_steps
         hours.append(left * p.tokens * (1 + p.validation) / speed / 3600)
-        lines.append(f"| {run.name} | {state_of(run)} | {p.parameters['total']:,} | {p.tokens:,} | {p.flops:.3g} | {hours[-1]:.2f} |")
+        lines.append(
+            f"| {run.name} | {state_of(run)} | {p.parameters['total']:,} | {p.tokens:,} | {p.flops:.3g} | {hours[-1]:.2f} |"
+        )
         total += left * p.flops
     if grid.throughput:
         tokens, flops = bench_cost(grid)
         done = report.throughput_path(grid, out).is_file()
         speed = args.tokens_per_s or guess / args.ranks / (flops / tokens)  # on one device
         hours.append(0.0 if done else tokens / speed / 3600)
-        lines.append(f"| speed, scripts/bench.py | {'done' if done else 'waiting'} | | {tokens:,} | {flops:.3g} | {hours[-1]:.2f} |")
+        lines.append(
+            f"| speed, scripts/bench.py | {'done' if done else 'waiting'} | | {tokens:,} | {flops:.3g} | {hours[-1]:.2f} |"
+        )
         total += 0 if done else flops
     free = [0.0] * args.parallel  # when each slot is free again
     for h in hours:
@@ -129,27 +146,49 @@ def plan(grid: Grid, out: Path, args) -> str:
         f"{len(runs)} runs, {sum(r.done() for r in runs)} done{f', {failing} cannot run' if failing else ''}. Still to train: {total:.3g} FLOPs, "
         f"{sum(hours):.2f} run-hours with validation, {max(free):.2f} hours with {args.parallel} at a time; evaluation comes on top.",
     ]
-    told = f"{args.tokens_per_s:,.0f} tokens/s (--tokens_per_s)" if args.tokens_per_s else source if args.gpu else f"measured where runs of the same shape are there, else {source}"
+    told = (
+        f"{args.tokens_per_s:,.0f} tokens/s (--tokens_per_s)"
+        if args.tokens_per_s
+        else source
+        if args.gpu
+        else f"measured where runs of the same shape are there, else {source}"
+    )
     lines.append(f"Speed of a run: {told}.")
     if grid.tune:
         lines.append("The learning rates of the main runs are tuned first; until then the grid's own stand for them.")
     if args.price_per_hour is not None:
         gpus = args.ranks if args.gpu or torch.cuda.is_available() or args.tokens_per_s else 1
-        lines.append(f"Cost: {sum(hours) * gpus * args.price_per_hour:,.2f} at {args.price_per_hour:,.2f} an hour for each of {gpus} device(s) a run.")
+        lines.append(
+            f"Cost: {sum(hours) * gpus * args.price_per_hour:,.2f} at {args.price_per_hour:,.2f} an hour for each of {gpus} device(s) a run."
+        )
     return "\n".join(lines)
 
 
 def bench_cost(grid: Grid) -> tuple[int, float]:
     """(tokens, FLOPs) of the grid's `throughput`: rope and its variants, which differ by less than a percent, and a round to warm up."""
     t = grid.throughput
-    config = RunConfig(**{k: v for k, v in t.items() if k in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")})
-    tokens = len({"rope", *bench_variants(grid).values()}) * (t.get("rounds", 7) + 1) * t.get("steps", 1) * t.get("batch", 1) * config.block_size
+    config = RunConfig(
+        **{k: v for k, v in t.items() if k in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")}
+    )
+    tokens = (
+        len({"rope", *bench_variants(grid).values()})
+        * (t.get("rounds", 7) + 1)
+        * t.get("steps", 1)
+        * t.get("batch", 1)
+        * config.block_size
+    )
     return tokens, tokens * model_cost(config)[1]
 
 
 def planned_runs(grid: Grid, out: Path) -> list[Run]:
     """All runs, those with a learning rate that is still to be tuned at the grid's own."""
-    waiting = [grid.run(out, s, a, seed) for seed in grid.seeds for s in grid.settings for a in grid.arms if grid.tune and grid.best_rate(out, s, a) is None]
+    waiting = [
+        grid.run(out, s, a, seed)
+        for seed in grid.seeds
+        for s in grid.settings
+        for a in grid.arms
+        if grid.tune and grid.best_rate(out, s, a) is None
+    ]
     return [*grid.runs(out), *waiting]
 
 
@@ -192,7 +231,9 @@ def status(runs: list[Run], failed: dict | None = None) -> str:
         step = step_of(run)
         eta = (run.max_steps - step) * RunConfig(**run.fields).batch_tokens / speeds[-1] if speeds else None
         left = tqdm.format_interval(eta) if eta and state == "training" else ""
-        lines.append(f"| {run.name} | {state} | {step}/{run.max_steps} | {f'{losses[-1]:.4f}' if losses else ''} | {left} |")
+        lines.append(
+            f"| {run.name} | {state} | {step}/{run.max_steps} | {f'{losses[-1]:.4f}' if losses else ''} | {left} |"
+        )
     return "\n".join(lines)
 
 
@@ -217,7 +258,9 @@ class Display:
         lines = [*status(busy, failed).splitlines(), counts] if busy else [counts]
         if self.terminal:
             self.clear()
-            print("\n".join(line[: shutil.get_terminal_size().columns - 1] for line in lines), file=sys.stderr, flush=True)
+            print(
+                "\n".join(line[: shutil.get_terminal_size().columns - 1] for line in lines), file=sys.stderr, flush=True
+            )
             self.drawn = len(lines)
         else:
             rows = "; ".join(" ".join(line.strip("| ").split(" | ")[:4]) for line in lines[2:-1])
@@ -283,13 +326,20 @@ class Work:
             log.write(f"$ {shlex.join(command)}\n".encode())
             log.flush()
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, pass_fds=[self.lock.fileno()], env={**os.environ, "PYTHONUNBUFFERED": "1", **environment}
+                command,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                pass_fds=[self.lock.fileno()],
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
             )
         return True
 
     def error(self) -> str:
         text = self.log.read_bytes()[self.log_start :].decode(errors="replace")
-        return f"{self.stage} ended with exit code {self.process.returncode}; the end of {self.log}:\n" + "\n".join("    " + line for line in text.splitlines()[1:][-8:])
+        return f"{self.stage} ended with exit code {self.process.returncode}; the end of {self.log}:\n" + "\n".join(
+            "    " + line for line in text.splitlines()[1:][-8:]
+        )
 
 
 def launched(command: list[str], ranks: int) -> list[str]:
@@ -315,7 +365,10 @@ def take(run: Run, slot: int):
 def slots_of(args) -> list[dict]:
     """What each run at a time gets: threads, or GPUs of its own."""
     if torch.cuda.is_available() and args.gpus:
-        return [{"CUDA_VISIBLE_DEVICES": ",".join(args.gpus[i * args.ranks : (i + 1) * args.ranks])} for i in range(args.parallel)]
+        return [
+            {"CUDA_VISIBLE_DEVICES": ",".join(args.gpus[i * args.ranks : (i + 1) * args.ranks])}
+            for i in range(args.parallel)
+        ]
     return [{"OMP_NUM_THREADS": str(args.threads)} for _ in range(args.parallel)]
 
 
@@ -362,7 +415,10 @@ def execute(grid: Grid, out: Path, args, only: list[str] | None = None) -> dict[
                     again = work.start(ranks, slots[work.slot])
                     if again and work.stage == before:
                         work.process.kill()
-                        failed[work.run.name], again = f"{before} ended without a result, and without an error: see {work.log}", False
+                        failed[work.run.name], again = (
+                            f"{before} ended without a result, and without an error: see {work.log}",
+                            False,
+                        )
                 if not again:
                     works.remove(work)
                     work.lock.close()
@@ -408,7 +464,10 @@ def measure_throughput(grid: Grid, out: Path) -> str | None:
         partial = target.with_name(f".{target.name}.partial")
         command = [sys.executable, str(REPO / "scripts" / "bench.py"), "--no_peer", "--json", str(partial)]
         for name, value in {**grid.throughput, "schemes": list(bench_variants(grid).values())}.items():
-            command += [f"--{name}", *([] if value is True else map(str, value if isinstance(value, list) else [value]))]
+            command += [
+                f"--{name}",
+                *([] if value is True else map(str, value if isinstance(value, list) else [value])),
+            ]
         print(f"speed: {shlex.join(command[1:])}", flush=True)
         code = subprocess.run(command, stdout=subprocess.DEVNULL, pass_fds=[lock.fileno()]).returncode
         if code:
@@ -424,7 +483,9 @@ def prepare(grid: Grid, sources: list[str]) -> None:
             wanted[f"data/{data['corpus']}-{data['tokenizer']}"] = data
     named = dict(s.split("=", 1) if "=" in s else (None, s) for s in sources or ())
     if None in named and len({d["corpus"] for d in wanted.values()}) > 1:
-        raise ValueError(f"--source needs a name for each of several corpora: --source {' '.join(d['corpus'] + '=PATH' for d in wanted.values())}")
+        raise ValueError(
+            f"--source needs a name for each of several corpora: --source {' '.join(d['corpus'] + '=PATH' for d in wanted.values())}"
+        )
     for folder, data in wanted.items():
         folder = local(folder)
         there = Path(folder) / "manifest.json"
@@ -477,7 +538,11 @@ def write_sbatch(path: Path, grid: Grid, out: Path, args, made: list[str], comma
     if not runs:
         return f"every run in {out} is done: no script to write"
     waiting = sum(r is None for r in grid.main_runs(out))
-    note = f"\n# These are the trials of learning rates: when they are done, make the script again for the {waiting} main runs." if waiting else ""
+    note = (
+        f"\n# These are the trials of learning rates: when they are done, make the script again for the {waiting} main runs."
+        if waiting
+        else ""
+    )
     gpus = "" if (grid.fields or {}).get("device") == "cpu" else f"\n#SBATCH --gpus-per-node={args.ranks}"
     text = SBATCH.format(
         n=len(runs), last=len(runs) - 1, name=grid.name, ranks=args.ranks, made=shlex.join(made), note=note, gpus=gpus, cpus=args.ranks * args.threads,
@@ -497,14 +562,18 @@ def collect(grid: Grid, out: Path, target: Path) -> None:
     Folders of runs that an earlier collection left in the target and the grid no longer has are named, not deleted. ValueError
     where runs are not done."""
     runs = grid.runs(out)
-    if undone := [r.name for r in runs if not r.done()] + ["runs that wait for their learning rate"] * (None in grid.main_runs(out)):
+    if undone := [r.name for r in runs if not r.done()] + ["runs that wait for their learning rate"] * (
+        None in grid.main_runs(out)
+    ):
         raise ValueError(f"{len(undone)} runs in {out} are not done ({', '.join(undone[:3])} …): run the sweep first")
     if grid.throughput and not report.throughput_path(grid, out).is_file():
         raise ValueError(f"{out} lacks the measurement of speed: run the sweep first")
     write_grid(grid, target)
     if not (target / "README.md").exists():
         figure = "![figures](figure.png)\n\n" if grid.arms else ""
-        (target / "README.md").write_text(report.README.format(title=grid.name, begin=report.BEGIN, end=report.END, figure=figure))
+        (target / "README.md").write_text(
+            report.README.format(title=grid.name, begin=report.BEGIN, end=report.END, figure=figure)
+        )
     for run in runs:
         there = target / run.name
         (there / "eval").mkdir(parents=True, exist_ok=True)
@@ -514,7 +583,10 @@ def collect(grid: Grid, out: Path, target: Path) -> None:
     if grid.throughput:
         shutil.copyfile(report.throughput_path(grid, out), report.throughput_path(grid, target))
     if old := sorted({path.parent.name for path in target.glob("*/config.yaml")} - {run.name for run in runs}):
-        print(f"{target} also holds {', '.join(old)}, no longer in this grid and in no table: delete what you do not need", file=sys.stderr)
+        print(
+            f"{target} also holds {', '.join(old)}, no longer in this grid and in no table: delete what you do not need",
+            file=sys.stderr,
+        )
 
 
 def write_grid(grid: Grid, folder: Path) -> None:
@@ -534,30 +606,77 @@ def value_of(text: str):
 
 def parser_of(prog: str, description: str) -> argparse.ArgumentParser:
     """The options of a sweep, less the grid's path."""
-    parser = argparse.ArgumentParser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     what = parser.add_argument_group("what to run")
     what.add_argument("--scale", help="one of the grid's scales (default: paper, the grid as it stands)")
     what.add_argument("--arms", nargs="+", metavar="ARM", help="only these arms; names of schemes are always arms")
     what.add_argument("--settings", nargs="+", metavar="SETTING", help="only these settings")
-    what.add_argument("--seeds", type=int, nargs="+", metavar="N", help="a number of seeds, or several seeds themselves")
+    what.add_argument(
+        "--seeds", type=int, nargs="+", metavar="N", help="a number of seeds, or several seeds themselves"
+    )
     what.add_argument("--corpus", help="another corpus for all settings, as data/prepare.py names it")
-    what.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of train.py for all runs, such as max_steps=100")
+    what.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="fields of train.py for all runs, such as max_steps=100",
+    )
     where = parser.add_argument_group("where and how")
-    where.add_argument("--out", type=Path, help="folder of the runs (default: runs/NAME of the grid, with scale and corpus)")
-    where.add_argument("--source", nargs="+", metavar="PATH", help="text for data/prepare.py to read instead of downloading it; CORPUS=PATH where there are several")
-    where.add_argument("--parallel", type=int, help="runs at a time (default: as many as fit on the GPUs, else one a core)")
-    where.add_argument("--threads", type=int, help="CPU threads a process (default: the cores over the processes at a time)")
-    where.add_argument("--ranks", type=int, default=1, help="processes a run, by torchrun: a GPU each, or on a CPU --threads each (default: 1)")
-    where.add_argument("--slurm", type=Path, metavar="FILE", help="write a SLURM array script of the runs that are not done, and stop")
-    where.add_argument("--only", nargs="+", metavar="RUN", help="these runs by name, and no table: an element of the array")
+    where.add_argument(
+        "--out", type=Path, help="folder of the runs (default: runs/NAME of the grid, with scale and corpus)"
+    )
+    where.add_argument(
+        "--source",
+        nargs="+",
+        metavar="PATH",
+        help="text for data/prepare.py to read instead of downloading it; CORPUS=PATH where there are several",
+    )
+    where.add_argument(
+        "--parallel", type=int, help="runs at a time (default: as many as fit on the GPUs, else one a core)"
+    )
+    where.add_argument(
+        "--threads", type=int, help="CPU threads a process (default: the cores over the processes at a time)"
+    )
+    where.add_argument(
+        "--ranks",
+        type=int,
+        default=1,
+        help="processes a run, by torchrun: a GPU each, or on a CPU --threads each (default: 1)",
+    )
+    where.add_argument(
+        "--slurm", type=Path, metavar="FILE", help="write a SLURM array script of the runs that are not done, and stop"
+    )
+    where.add_argument(
+        "--only", nargs="+", metavar="RUN", help="these runs by name, and no table: an element of the array"
+    )
     look = parser.add_argument_group("without running anything")
     look.add_argument("--plan", action="store_true", help="print runs, FLOPs and hours")
     look.add_argument("--price_per_hour", type=float, help="of one device, for --plan")
-    look.add_argument("--gpu", type=str.upper, choices=PEAK_FLOPS, help="for --plan: hours on such GPUs, --ranks a run, --parallel runs at a time, on a machine without one too")
-    look.add_argument("--tokens_per_s", type=float, help="speed of one run, for --plan (default: that of finished runs, else a guess)")
-    look.add_argument("--mfu", type=float, default=0.4, help="for --plan on GPUs: part of the peak that training reaches (default: 0.4)")
+    look.add_argument(
+        "--gpu",
+        type=str.upper,
+        choices=PEAK_FLOPS,
+        help="for --plan: hours on such GPUs, --ranks a run, --parallel runs at a time, on a machine without one too",
+    )
+    look.add_argument(
+        "--tokens_per_s", type=float, help="speed of one run, for --plan (default: that of finished runs, else a guess)"
+    )
+    look.add_argument(
+        "--mfu",
+        type=float,
+        default=0.4,
+        help="for --plan on GPUs: part of the peak that training reaches (default: 0.4)",
+    )
     look.add_argument("--status", action="store_true", help="print where every run stands")
-    look.add_argument("--collect", type=Path, metavar="DIR", help="copy the small files of finished runs to DIR, with tables and figure")
+    look.add_argument(
+        "--collect",
+        type=Path,
+        metavar="DIR",
+        help="copy the small files of finished runs to DIR, with tables and figure",
+    )
     return parser
 
 
@@ -587,9 +706,13 @@ def grid_of(path: Path, args) -> tuple[Grid, list[str]]:
         grid.fields.pop("data_dir", None)
         grid.check(path)
         said += ["--corpus", args.corpus]
-    changed = [f"--set {k}={v}" for k, v in changes.get("fields", {}).items() if k not in NO_MATTER] + [f"--corpus {args.corpus}"] * bool(args.corpus)
+    changed = [f"--set {k}={v}" for k, v in changes.get("fields", {}).items() if k not in NO_MATTER] + [
+        f"--corpus {args.corpus}"
+    ] * bool(args.corpus)
     if changed and grid.published:
-        grid.content["reduced"] = " ".join(filter(None, [grid.reduced, f"Changed on the command line: {', '.join(changed)}."]))
+        grid.content["reduced"] = " ".join(
+            filter(None, [grid.reduced, f"Changed on the command line: {', '.join(changed)}."])
+        )
     return grid, said
 
 
@@ -604,11 +727,17 @@ def complete(args, grid: Grid) -> None:
     if args.gpu and not args.plan:
         raise ValueError("--gpu is for --plan: runs take the GPUs that are here")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    args.gpus = (visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]) if torch.cuda.is_available() and not args.gpu else []
+    args.gpus = (
+        (visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())])
+        if torch.cuda.is_available() and not args.gpu
+        else []
+    )
     total = max(1, len(grid.arms or {}) * len(grid.settings) * len(grid.seeds))
     room = 1 if args.gpu else len(args.gpus) // args.ranks if args.gpus else cores() // args.ranks
     if args.gpus and (args.parallel or 1) > room:
-        raise ValueError(f"{args.parallel or 1} run(s) at a time of {args.ranks} rank(s) need more than the {len(args.gpus)} GPU(s) here")
+        raise ValueError(
+            f"{args.parallel or 1} run(s) at a time of {args.ranks} rank(s) need more than the {len(args.gpus)} GPU(s) here"
+        )
     if args.slurm or args.only:
         args.parallel, args.threads = 1, args.threads or (4 if args.slurm else max(1, cores() // args.ranks))
     elif torch.backends.mps.is_available():
@@ -621,7 +750,9 @@ def run(path: Path, args, program: list[str]) -> int:
     """Do what the command line asks for with the grid at `path`; `program` is how a user would call it. Returns the exit code."""
     grid, said = grid_of(path, args)
     complete(args, grid)
-    out = args.out or Path("runs") / "-".join(filter(None, (grid.name, args.scale if args.scale != "paper" else None, args.corpus)))
+    out = args.out or Path("runs") / "-".join(
+        filter(None, (grid.name, args.scale if args.scale != "paper" else None, args.corpus))
+    )
     grid.content["command"] = shlex.join(["python", *program, *said])
     if args.plan:
         print(plan(grid, out, args))
@@ -639,7 +770,9 @@ def run(path: Path, args, program: list[str]) -> int:
         print(report.write(args.collect))
         return 0
     if args.only and (unknown := set(args.only) - {r.name for r in grid.runs(out)}):
-        raise ValueError(f"no run {sorted(unknown)[0]!r} in this grid: was the script made from another version of it? --status lists them")
+        raise ValueError(
+            f"no run {sorted(unknown)[0]!r} in this grid: was the script made from another version of it? --status lists them"
+        )
     (out / "logs").mkdir(parents=True, exist_ok=True)
     prepare(grid, args.source)
     if not args.only:
@@ -647,14 +780,22 @@ def run(path: Path, args, program: list[str]) -> int:
     runs = grid.runs(out)
     if runs and not args.only:
         how = f"{args.parallel} at a time, {args.ranks} process(es) of {args.threads} thread(s) each"
-        print(f"{len(planned_runs(grid, out))} runs in {out}, {sum(r.done() for r in runs)} done already; {how}; logs in {out / 'logs'}", flush=True)
+        print(
+            f"{len(planned_runs(grid, out))} runs in {out}, {sum(r.done() for r in runs)} done already; {how}; logs in {out / 'logs'}",
+            flush=True,
+        )
     failed = execute(grid, out, args, args.only)
     if not args.only:
         if grid.throughput and (error := measure_throughput(grid, out)):
             failed["speed"] = error
         if any(r and r.done() for r in grid.main_runs(out)) or grid.throughput:
             print("\n" + report.write(out))
-            print("Written: " + ", ".join(str(out / name) for name in ("table.md", "table.tex", "figure.png") if (out / name).is_file()))
+            print(
+                "Written: "
+                + ", ".join(
+                    str(out / name) for name in ("table.md", "table.tex", "figure.png") if (out / name).is_file()
+                )
+            )
     for name, error in failed.items():
         print(f"\n{name}: {error}", file=sys.stderr)
     if failed:

@@ -8,7 +8,6 @@ Parts are the model's methods, each within a profiler range. A backward operatio
 its sequence number, which autograd gives to both. On a GPU the times are those of its kernels, and the rest of the step is idle.
 """
 
-import _root
 import argparse
 import contextlib
 import dataclasses
@@ -17,17 +16,28 @@ from collections import defaultdict
 from pathlib import Path
 from unittest import mock
 
-
+import _root
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from nanope.config import RunConfig, check, padded_vocabulary, parse
 from data.shards import batch, open_data
-from nanope.distributed import Ranks, autocast, pick_device, pick_dtype
 from model import GPT, SCHEMES
+from nanope.config import RunConfig, check, padded_vocabulary, parse
+from nanope.distributed import Ranks, autocast, pick_device, pick_dtype
 from train import make_optimizer, resolve_batch
 
-FORWARD = ("embedding", "norms", "positions", "attention: projection", "attention: turn", "attention: sdpa", "attention: output", "MLP", "loss head", "other forward")
+FORWARD = (
+    "embedding",
+    "norms",
+    "positions",
+    "attention: projection",
+    "attention: turn",
+    "attention: sdpa",
+    "attention: output",
+    "MLP",
+    "loss head",
+    "other forward",
+)
 STEP = ("accumulation of gradients", "other backward", "clip", "optimizer", "rest")
 PREFIX = "part/"
 
@@ -125,7 +135,9 @@ def by_part(events, device: torch.device) -> dict[str, float]:
     cpu = device.type != "cuda"
     own = lambda e: (e.cpu_time_total if cpu else e.device_time_total) / 1e6  # noqa: E731 - of the event and what it contains
     events = [e for e in events if e.device_type == torch.autograd.DeviceType.CPU]
-    spans = sorted((e for e in events if e.name.startswith(PREFIX)), key=lambda e: (e.time_range.start, -e.time_range.end))
+    spans = sorted(
+        (e for e in events if e.name.startswith(PREFIX)), key=lambda e: (e.time_range.start, -e.time_range.end)
+    )
     main = spans[0].thread
     seconds, stack, part_of = defaultdict(float), [], {}  # part_of: sequence number → part
     for event in sorted(events, key=lambda e: (e.time_range.start, -e.time_range.end)):
@@ -141,9 +153,17 @@ def by_part(events, device: torch.device) -> dict[str, float]:
             stack.append(event)
         elif event.name.startswith("autograd::engine::evaluate_function"):
             part = part_of.get(event.sequence_nr)
-            name = f"{part} (backward)" if part else "accumulation of gradients" if "AccumulateGrad" in event.name else "other backward"
+            name = (
+                f"{part} (backward)"
+                if part
+                else "accumulation of gradients"
+                if "AccumulateGrad" in event.name
+                else "other backward"
+            )
             seconds[name] += own(event)
-            inside = stack and event.thread == main  # on a GPU backward has a thread of its own, whose kernels no range contains
+            inside = (
+                stack and event.thread == main
+            )  # on a GPU backward has a thread of its own, whose kernels no range contains
             seconds[stack[-1].name.removeprefix(PREFIX) if inside else "rest"] -= own(event)
         elif stack and event.sequence_nr >= 0 and event.thread == main:
             name = stack[-1].name.removeprefix(PREFIX)
@@ -162,7 +182,12 @@ def table(seconds: dict[str, float], steps: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="scripts/trace.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="scripts/trace.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--steps", type=int, default=5, help="profiled optimizer steps, after two others (default: 5)")
     parser.add_argument("--out", required=True, help="file of the trace, .json or .json.gz")
     parser.add_argument("--run", help="a run's folder, whose config.yaml to take")
@@ -181,7 +206,9 @@ def main() -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     c = config
-    print(f"{c.pos}, {c.n_layer} layers × {c.n_embd}, length {c.block_size}, {c.batch_tokens:,} tokens a step; {device}, {torch.get_num_threads()} CPU thread(s), {args.steps} steps\n")
+    print(
+        f"{c.pos}, {c.n_layer} layers × {c.n_embd}, length {c.block_size}, {c.batch_tokens:,} tokens a step; {device}, {torch.get_num_threads()} CPU thread(s), {args.steps} steps\n"
+    )
     print(table(by_part(profiler.events(), device), args.steps))
 
 

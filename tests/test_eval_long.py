@@ -15,37 +15,63 @@ import torch.nn as nn
 import torch.nn.functional as F
 import yaml
 
-from nanope import checkpoint
 import eval as evaluation
-from nanope.config import RunConfig
 from data.prepare import prepare
-from nanope.evaluation.statistics import paired_difference
 from model import GPT, SCHEMES, GPTConfig
+from nanope import REPO, checkpoint
+from nanope.config import RunConfig
 from nanope.evaluation.probe import KEY, VALUE, make_trials
-from train import train
 from nanope.evaluation.protocols import PROTOCOLS
+from nanope.evaluation.statistics import paired_difference
+from train import train
 
-REPO = Path(__file__).resolve().parents[1]
 SCALED = ("rope", "crope", "comrope")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Twelve documents of 300 to 1,800 letters; the long ones are in val."""
-    folder, words = tmp_path_factory.mktemp("corpus"), "and the of light darkness water earth heaven day night was it so good".split()
+    folder, words = (
+        tmp_path_factory.mktemp("corpus"),
+        "and the of light darkness water earth heaven day night was it so good".split(),
+    )
     for i in range(12):
         text = " ".join(np.random.default_rng(i).choice(words, 400))
         (folder / f"{i}.txt").write_text(text[: 300 + 137 * i])
-    return prepare("files", tmp_path_factory.mktemp("data") / "byte", source=folder, tokenizer_name="byte", val_tokens=6000)
+    return prepare(
+        "files", tmp_path_factory.mktemp("data") / "byte", source=folder, tokenizer_name="byte", val_tokens=6000
+    )
 
 
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory):
     """Two schemes by two seeds, a few steps each."""
-    out, shape = tmp_path_factory.mktemp("runs"), {"block_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 16, "batch_tokens": 64, "max_steps": 6, "warmup_steps": 1, "eval_tokens": 64}
+    out, shape = (
+        tmp_path_factory.mktemp("runs"),
+        {
+            "block_size": 16,
+            "n_layer": 1,
+            "n_head": 2,
+            "n_embd": 16,
+            "batch_tokens": 64,
+            "max_steps": 6,
+            "warmup_steps": 1,
+            "eval_tokens": 64,
+        },
+    )
     for pos in ("rope", "none"):
         for seed in (1, 2):
-            train(RunConfig(data_dir=str(data.folder), out_dir=str(out / f"{pos}{seed}"), device="cpu", pos=pos, seed=seed, data_seed=seed, **shape))
+            train(
+                RunConfig(
+                    data_dir=str(data.folder),
+                    out_dir=str(out / f"{pos}{seed}"),
+                    device="cpu",
+                    pos=pos,
+                    seed=seed,
+                    data_seed=seed,
+                    **shape,
+                )
+            )
     return out
 
 
@@ -54,7 +80,9 @@ def model(pos="rope", block_size=16, seed=3, **options):
 
 
 def documents(data):
-    ids = np.concatenate([np.fromfile(data.folder / r["file"], "<u2") for r in data.manifest["splits"]["val"]]).astype(np.int64)
+    ids = np.concatenate([np.fromfile(data.folder / r["file"], "<u2") for r in data.manifest["splits"]["val"]]).astype(
+        np.int64
+    )
     return ids, [part[part != 256] for part in np.split(ids, np.flatnonzero(ids == 256))][:-1]
 
 
@@ -79,7 +107,10 @@ def test_sliding_is_what_its_definition_says(data, length, stride):
             for start in range(0, len(ids) - 1, stride):
                 stop = min(start + length, len(ids) - 1)
                 table = scores(gpt, ids[start:stop])
-                expected += [(-table[t - 1 - start, ids[t]].item(), table[t - 1 - start].argmax().item() == ids[t]) for t in range(max(done, start) + 1, stop + 1)]
+                expected += [
+                    (-table[t - 1 - start, ids[t]].item(), table[t - 1 - start].argmax().item() == ids[t])
+                    for t in range(max(done, start) + 1, stop + 1)
+                ]
                 done = stop
                 if stop == len(ids) - 1:
                     break
@@ -100,9 +131,13 @@ def test_a_subset_of_targets_has_the_scores_that_it_has_among_all(data):
             for limit in (0, 300):
                 targets = evaluation.choose_targets(*everything, protocol, 50, 7, limit)
                 windows = evaluation.windows_of(targets, protocol, length, 7)
-                assert np.array_equal(windows.targets(), targets.positions) and np.array_equal(ids[targets.positions], targets.ids)
+                assert np.array_equal(windows.targets(), targets.positions) and np.array_equal(
+                    ids[targets.positions], targets.ids
+                )
                 assert windows.size.max() <= length and (windows.scored >= 1).all()
-                nll, _ = evaluation.score(gpt, everything[0], windows, 500, torch.float32, evaluation.Ranks(), evaluation.tqdm(disable=True))
+                nll, _ = evaluation.score(
+                    gpt, everything[0], windows, 500, torch.float32, evaluation.Ranks(), evaluation.tqdm(disable=True)
+                )
                 found[limit] = dict(zip(targets.positions.tolist(), nll))
             assert 250 < len(found[300]) < len(found[0])
             assert all(abs(found[0][p] - n) < 1e-5 for p, n in found[300].items())
@@ -135,7 +170,9 @@ def test_per_position_of_a_table_ends_where_the_table_does(data):
     short, long = report["results"]
     assert (short["length"], short["curve"]["last"][-1]) == (16, 16)
     assert long["length"] == 64 and long["nats_per_token"] is None and "learned" in long["reason"]
-    assert short["targets_sha256"] != report["targets_sha256"]["per-position"]  # it cannot claim the tokens that it did not score
+    assert (
+        short["targets_sha256"] != report["targets_sha256"]["per-position"]
+    )  # it cannot claim the tokens that it did not score
 
 
 def test_stream_runs_over_documents_and_scores_the_end_of_text_too(data):
@@ -210,11 +247,15 @@ def draw(generator, seeds, sd_seed, sd_document, paired):
     arms = []
     for sd in (0, sd_document):
         seed = (common if paired else generator.normal(0, 0.05, seeds)) + generator.normal(0, sd_seed, seeds)
-        arms.append((base + generator.normal(0, sd, 12) + seed[:, None] + generator.normal(0, 0.005, (seeds, 12))) * tokens)
+        arms.append(
+            (base + generator.normal(0, sd, 12) + seed[:, None] + generator.normal(0, 0.005, (seeds, 12))) * tokens
+        )
     return *arms, tokens
 
 
-@pytest.mark.parametrize("sd_seed, sd_document, paired", [(0.02, 0.001, True), (0.001, 0.02, True), (0.02, 0.02, True), (0.02, 0.02, False)])
+@pytest.mark.parametrize(
+    "sd_seed, sd_document, paired", [(0.02, 0.001, True), (0.001, 0.02, True), (0.02, 0.02, True), (0.02, 0.02, False)]
+)
 def test_comparison_of_three_seeds_errs_as_often_as_it_says(sd_seed, sd_document, paired):
     generator = np.random.default_rng(0)
     results = [paired_difference(*draw(generator, 3, sd_seed, sd_document, paired), paired) for _ in range(400)]
@@ -255,7 +296,10 @@ def test_compare_command_groups_seeds_and_evaluates_on_the_same_tokens(runs, tmp
     reports = [json.loads(next((Path(n) / "eval").glob("*.json")).read_text()) for n in names]
     means = [rows(r)[64]["nats_per_token"] for r in reports]
     (at_64,) = [r for r in found if r["length"] == 64]
-    assert at_64["difference"] == pytest.approx((means[2] + means[3] - means[0] - means[1]) / 2) and at_64["seeds"] == [2, 2]
+    assert at_64["difference"] == pytest.approx((means[2] + means[3] - means[0] - means[1]) / 2) and at_64["seeds"] == [
+        2,
+        2,
+    ]
     evaluation.main(["--compare", names[0], names[2], "--lengths", "64"])
     assert "say nothing about other seeds" in capsys.readouterr().out
 
@@ -269,12 +313,23 @@ def turned(ids, gpt, frequencies, logits=1.0):
     H, C = gpt.config.n_head, gpt.config.n_embd
     x = p["transformer.wte.weight"][ids]
     normed = lambda x, n: F.layer_norm(x, (C,), p[f"transformer.{n}.weight"])  # noqa: E731
-    q, k, v = (normed(x, "h.0.ln_1") @ p["transformer.h.0.attn.c_attn.weight"].t()).view(-1, 3, H, C // H).permute(1, 2, 0, 3)
+    q, k, v = (
+        (normed(x, "h.0.ln_1") @ p["transformer.h.0.attn.c_attn.weight"].t()).view(-1, 3, H, C // H).permute(1, 2, 0, 3)
+    )
     angle = torch.arange(len(ids), dtype=torch.float64)[None, :, None] * frequencies[:, None]
-    spin = lambda a: torch.view_as_real(torch.view_as_complex(a.unflatten(-1, (-1, 2)).contiguous()) * torch.polar(torch.ones_like(angle), angle)).flatten(-2)  # noqa: E731
-    weights = (logits * spin(q) @ spin(k).mT / (C // H) ** 0.5 + torch.full((len(ids),) * 2, -torch.inf, dtype=torch.float64).triu(1)).softmax(-1)
+    spin = lambda a: torch.view_as_real(
+        torch.view_as_complex(a.unflatten(-1, (-1, 2)).contiguous()) * torch.polar(torch.ones_like(angle), angle)
+    ).flatten(-2)  # noqa: E731
+    weights = (
+        logits * spin(q) @ spin(k).mT / (C // H) ** 0.5
+        + torch.full((len(ids),) * 2, -torch.inf, dtype=torch.float64).triu(1)
+    ).softmax(-1)
     x = x + (weights @ v).transpose(0, 1).reshape(-1, C) @ p["transformer.h.0.attn.c_proj.weight"].t()
-    x = x + F.gelu(normed(x, "h.0.ln_2") @ p["transformer.h.0.mlp.c_fc.weight"].t(), approximate="tanh") @ p["transformer.h.0.mlp.c_proj.weight"].t()
+    x = (
+        x
+        + F.gelu(normed(x, "h.0.ln_2") @ p["transformer.h.0.mlp.c_fc.weight"].t(), approximate="tanh")
+        @ p["transformer.h.0.mlp.c_proj.weight"].t()
+    )
     return normed(x, "ln_f") @ p["lm_head.weight"].t()
 
 
@@ -293,7 +348,9 @@ def test_scaled_frequencies_are_the_papers_formulas(rule):
         assert 0 < sum(0 < g < 1 for g in gamma)
     ids = torch.randint(64, (600,), generator=torch.Generator().manual_seed(0))
     got = gpt.double().scaled(rule, s)(ids[None])[0][0]
-    assert torch.allclose(got, turned(ids, gpt, torch.tensor(expected, dtype=torch.float64).expand(2, -1), logits), atol=1e-9)
+    assert torch.allclose(
+        got, turned(ids, gpt, torch.tensor(expected, dtype=torch.float64).expand(2, -1), logits), atol=1e-9
+    )
     assert not torch.allclose(got, gpt(ids[None])[0][0], atol=1e-4)
     assert torch.allclose(gpt.scaled(rule, 1.0)(ids[None])[0], gpt(ids[None])[0], atol=1e-9)  # factor 1 changes nothing
 
@@ -304,7 +361,10 @@ def test_trained_and_explicit_frequencies_scale_alike(pos):
     plain = gpt.to_rope()
     ids = torch.randint(64, (1, 200), generator=torch.Generator().manual_seed(0))
     before = [block.attn.freqs.clone() for block in plain.transformer["h"]]
-    for rule, expected in (("pi", lambda f: f / 2), ("ntk", lambda f: f * 2 ** -(f.log() / math.log(10000 ** (-14 / 16))).clamp(0, 1))):
+    for rule, expected in (
+        ("pi", lambda f: f / 2),
+        ("ntk", lambda f: f * 2 ** -(f.log() / math.log(10000 ** (-14 / 16))).clamp(0, 1)),
+    ):
         scaled = gpt.scaled(rule, 2.0)
         for block, f in zip(scaled.transformer["h"], before):
             assert torch.allclose(block.attn.freqs, expected(f), atol=1e-12)
@@ -313,8 +373,13 @@ def test_trained_and_explicit_frequencies_scale_alike(pos):
 
 
 def test_report_has_the_cropping_baseline_beside_scaled_rows_and_na_elsewhere(data):
-    report = evaluation.evaluate(model("comrope"), data, [32, 64], ["same-targets"], scalings=["pi", "yarn"], factor=4.0)
-    assert [(r["scaling"], r["length"]) for r in report["results"]] == [("none", 16), *[(s, n) for s in ("pi", "yarn") for n in (16, 32, 64)]]
+    report = evaluation.evaluate(
+        model("comrope"), data, [32, 64], ["same-targets"], scalings=["pi", "yarn"], factor=4.0
+    )
+    assert [(r["scaling"], r["length"]) for r in report["results"]] == [
+        ("none", 16),
+        *[(s, n) for s in ("pi", "yarn") for n in (16, 32, 64)],
+    ]
     assert [r["cropping_baseline"] for r in report["results"]] == [True] + [False] * 6
     plain = evaluation.evaluate(model("comrope"), data, [32, 64], ["same-targets"])
     assert rows(plain)[16]["nats_per_token"] == rows(report)[16]["nats_per_token"]
@@ -373,12 +438,16 @@ def test_probe_is_paired_over_lengths_and_seeded(data):
     for trial in trials:
         short, long, control = trial.tokens(80, True), trial.tokens(640, True), trial.tokens(640, False)
         assert len(short) == 81 and len(long) == len(control) == 641
-        assert np.array_equal(short[-KEY - VALUE :], long[-KEY - VALUE :]) and np.array_equal(long[-VALUE:], trial.value)
+        assert np.array_equal(short[-KEY - VALUE :], long[-KEY - VALUE :]) and np.array_equal(
+            long[-VALUE:], trial.value
+        )
         assert (long != control).sum() == (trial.key != trial.other).sum()  # nothing but the key differs
     with pytest.raises(ValueError, match="needs a document of"):
         make_trials(split, split.documents(), 100_000, 5, 0)
     learned = evaluation.evaluate(model("learned", 80), data, [80], ["same-targets"], probe=3)["probe"]
-    assert learned[0]["recall"] is not None and all(r["recall"] is None and "learned" in r["reason"] for r in learned[1:])
+    assert learned[0]["recall"] is not None and all(
+        r["recall"] is None and "learned" in r["reason"] for r in learned[1:]
+    )
 
 
 # ---- commands
@@ -389,10 +458,25 @@ def arguments(run, *more):
 
 
 def test_ranks_give_the_same_figures(runs, tmp_path):
-    command = [str(REPO / "eval.py"), *arguments(runs / "rope1", "--protocol", *PROTOCOLS, "--probe", 3, "--batch_tokens", 300)]
-    alone = subprocess.run([sys.executable, *command, "--json", str(tmp_path / "1" / "r.json")], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    command = [
+        str(REPO / "eval.py"),
+        *arguments(runs / "rope1", "--protocol", *PROTOCOLS, "--probe", 3, "--batch_tokens", 300),
+    ]
+    alone = subprocess.run(
+        [sys.executable, *command, "--json", str(tmp_path / "1" / "r.json")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
-    both = subprocess.run([*launch, *command, "--json", str(tmp_path / "2" / "r.json")], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    both = subprocess.run(
+        [*launch, *command, "--json", str(tmp_path / "2" / "r.json")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert alone.returncode == 0 and both.returncode == 0, alone.stderr + both.stderr
     first, second = (json.loads((tmp_path / n / "r.json").read_text()) for n in "12")
     assert second["ranks"] == 2 and first["results"] == second["results"] and first["probe"] == second["probe"]
@@ -414,7 +498,11 @@ def test_interrupted_evaluation_says_one_line_and_goes_on_where_it_was(runs, tmp
     monkeypatch.setattr(evaluation, "score", score)
     with pytest.raises(SystemExit) as stopped:
         evaluation.main(arguments(run))
-    assert stopped.value.code == 130 and "interrupted" in capsys.readouterr().err and not list((run / "eval").glob("*.json"))
+    assert (
+        stopped.value.code == 130
+        and "interrupted" in capsys.readouterr().err
+        and not list((run / "eval").glob("*.json"))
+    )
     evaluation.main(arguments(run))
     assert len(calls) == 4  # the third length alone
     whole = json.loads(next((run / "eval").glob("*.json")).read_text())
@@ -447,7 +535,12 @@ def test_wrong_use_gets_one_line(runs, more, words, capsys):
 
 
 def test_comparisons_that_make_no_sense_are_refused(runs, capsys):
-    for names, words in ((["rope1", "rope2"], "one experiment"), (["rope1", "none1", "rope1"], "name each run once"), (["rope1"], "two runs"), (["rope1", "gone"], "no run")):
+    for names, words in (
+        (["rope1", "rope2"], "one experiment"),
+        (["rope1", "none1", "rope1"], "name each run once"),
+        (["rope1"], "two runs"),
+        (["rope1", "gone"], "no run"),
+    ):
         with pytest.raises(SystemExit) as stopped:
             evaluation.main(["--compare", *(str(runs / n) for n in names), "--lengths", "32"])
         message = stopped.value.code if isinstance(stopped.value.code, str) else capsys.readouterr().err
@@ -464,7 +557,9 @@ def test_figures_go_into_the_summary_of_the_runs_wandb(runs, tmp_path, monkeypat
     asked, summary = {}, {}
     fake = types.ModuleType("wandb")
     fake.Error = RuntimeError
-    fake.init = lambda **k: asked.update(k) or types.SimpleNamespace(summary=summary, finish=lambda: asked.update(finished=True))
+    fake.init = lambda **k: (
+        asked.update(k) or types.SimpleNamespace(summary=summary, finish=lambda: asked.update(finished=True))
+    )
     monkeypatch.setitem(sys.modules, "wandb", fake)
     evaluation.main(arguments(run))
     report = json.loads(next((run / "eval").glob("*.json")).read_text())
@@ -474,12 +569,20 @@ def test_figures_go_into_the_summary_of_the_runs_wandb(runs, tmp_path, monkeypat
 
 def test_reports_are_gathered_and_drawn(runs, tmp_path):
     for pos in ("rope1", "none1"):
-        evaluation.main(arguments(runs / pos, "--protocol", "same-targets", "per-position", "--json", tmp_path / f"{pos}.json"))
+        evaluation.main(
+            arguments(runs / pos, "--protocol", "same-targets", "per-position", "--json", tmp_path / f"{pos}.json")
+        )
     reports = [str(tmp_path / f"{pos}.json") for pos in ("rope1", "none1")]
     assert "| same-targets | 64 |" in (tmp_path / "rope1.md").read_text()
 
     def script(name, *arguments):
-        return subprocess.run([sys.executable, str(REPO / "scripts" / name), *arguments], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+        return subprocess.run(
+            [sys.executable, str(REPO / "scripts" / name), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            cwd=tmp_path,
+        )
 
     gathered = script("gather.py", *reports, "--out", "all.csv")
     assert gathered.returncode == 0, gathered.stderr
@@ -488,7 +591,9 @@ def test_reports_are_gathered_and_drawn(runs, tmp_path):
     lines = list(csv.DictReader(open(tmp_path / "all.csv")))
     report = json.loads(Path(reports[0]).read_text())
     assert len(lines) == 8 and {line["pos"] for line in lines} == {"rope", "none"}
-    (cell,) = [line for line in lines if (line["pos"], line["protocol"], line["length"]) == ("rope", "same-targets", "64")]
+    (cell,) = [
+        line for line in lines if (line["pos"], line["protocol"], line["length"]) == ("rope", "same-targets", "64")
+    ]
     assert float(cell["nats_per_token"]) == rows(report)[64]["nats_per_token"]
     assert "config.n_embd" not in cell and "config.pos" in cell  # what all runs share is left out
     drawn = script("plot_eval.py", *reports, "--out", "figure.png")

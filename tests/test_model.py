@@ -16,13 +16,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import model as model_module
-import reference
 from model import GPT, SCHEMES, Context, GPTConfig, PathRotation, linear_cross_entropy, linear_nll, path_phases, rotate
 
 BLOCK, VOCAB, LAYERS, HEADS, WIDTH = 12, 40, 2, 3, 48  # 3 heads of 16: no power of 2
@@ -86,7 +86,11 @@ def extends(case):
 
 def own_parameters(model):
     """The scheme's own, by name: what GPT-2 has not."""
-    return {n: p for n, p in model.named_parameters() if n.split(".")[-1] in ("P", "theta", "A", "B") or "c_pos" in n or "wpe" in n}
+    return {
+        n: p
+        for n, p in model.named_parameters()
+        if n.split(".")[-1] in ("P", "theta", "A", "B") or "c_pos" in n or "wpe" in n
+    }
 
 
 def gradients(model):
@@ -291,7 +295,9 @@ def uncached(model, idx, n, temperature=1.0, top_k=None, generator=None):
         if top_k:
             logits[logits < logits.topk(top_k).values[:, -1:]] = -math.inf
         probabilities = torch.softmax(logits / (temperature or 1), -1)
-        new = torch.multinomial(probabilities, 1, generator=generator) if temperature else logits.argmax(-1, keepdim=True)
+        new = (
+            torch.multinomial(probabilities, 1, generator=generator) if temperature else logits.argmax(-1, keepdim=True)
+        )
         idx = torch.cat((idx, new), 1)
     return idx
 
@@ -308,7 +314,9 @@ def test_generate_equals_uncached_decoding(case):
         assert torch.equal(out, uncached(model, prompt, n, **options, generator=theirs))
     assert torch.equal(model.generate(prompt, n, top_k=1), model.generate(prompt, n, temperature=0))
     assert torch.equal(model.generate(prompt, 0), prompt)
-    all_of_them, none_named = (model.generate(prompt, n, top_k=k, generator=torch.Generator().manual_seed(3)) for k in (10 * VOCAB, None))
+    all_of_them, none_named = (
+        model.generate(prompt, n, top_k=k, generator=torch.Generator().manual_seed(3)) for k in (10 * VOCAB, None)
+    )
     assert torch.equal(all_of_them, none_named)
     assert not torch.equal(model.generate(prompt, n, temperature=0), model.generate(prompt, n, temperature=5.0))
 
@@ -316,7 +324,9 @@ def test_generate_equals_uncached_decoding(case):
 def test_generate_computes_each_token_once_and_keeps_the_mode(monkeypatch):
     model = build("rope").train()
     lengths, hidden = [], GPT.hidden
-    monkeypatch.setattr(GPT, "hidden", lambda self, idx, caches=None: lengths.append(idx.size(1)) or hidden(self, idx, caches))
+    monkeypatch.setattr(
+        GPT, "hidden", lambda self, idx, caches=None: lengths.append(idx.size(1)) or hidden(self, idx, caches)
+    )
     model.generate(tokens(4), 5)
     assert lengths == [4, 1, 1, 1, 1]
     assert model.training
@@ -340,10 +350,16 @@ def test_generate_refuses(options):
 
 def test_learned_refuses_to_extend_and_names_both_lengths():
     model = build("learned")
-    for call in (lambda: model(tokens(BLOCK + 1)), lambda: model(tokens(BLOCK + 1), tokens(BLOCK + 1)), lambda: model.generate(tokens(4), BLOCK - 2)):
+    for call in (
+        lambda: model(tokens(BLOCK + 1)),
+        lambda: model(tokens(BLOCK + 1), tokens(BLOCK + 1)),
+        lambda: model.generate(tokens(4), BLOCK - 2),
+    ):
         with pytest.raises(ValueError, match=rf"(?s)learned.*\b{BLOCK}\b.*\b{BLOCK + 1}\b"):
             call()
-    assert not any(SCHEMES[pos].extends for pos in ("learned",)) and all(SCHEMES[pos].extends for pos in SCHEMES if pos != "learned")
+    assert not any(SCHEMES[pos].extends for pos in ("learned",)) and all(
+        SCHEMES[pos].extends for pos in SCHEMES if pos != "learned"
+    )
 
 
 def test_dropout_is_on_in_training_only_and_seeded():
@@ -360,9 +376,19 @@ def test_dropout_is_on_in_training_only_and_seeded():
 @all_schemes
 def test_dropout_is_where_gpt2_has_it(pos, monkeypatch):
     """On the embeddings, on both outputs of each block, and on the attention weights; none of it in evaluation."""
-    model, idx, dropped, attended, original = build(pos, dropout=0.25), tokens(BLOCK), [], [], F.scaled_dot_product_attention
+    model, idx, dropped, attended, original = (
+        build(pos, dropout=0.25),
+        tokens(BLOCK),
+        [],
+        [],
+        F.scaled_dot_product_attention,
+    )
     monkeypatch.setattr(F, "dropout", lambda x, p=0.5, training=True, inplace=False: dropped.append(p * training) or x)
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **kwargs: attended.append(kwargs.get("dropout_p", 0.0)) or original(*args, **kwargs))
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda *args, **kwargs: attended.append(kwargs.get("dropout_p", 0.0)) or original(*args, **kwargs),
+    )
     model.train()(idx)
     assert [p for p in dropped if p] == [0.25] * (1 + 2 * LAYERS) and attended == [0.25] * LAYERS
     dropped.clear(), attended.clear()
@@ -385,7 +411,9 @@ def test_scores_depend_on_relative_positions_only(case, attended):
     assert (layer_scores(attn, x, 1000, attended) - scores).abs().max() <= 1e-9 * scores.abs().max()
     # the same tokens one position further apart do score otherwise
     stretched = torch.cat((x[:1], torch.zeros(1, WIDTH, dtype=torch.float64), x[1:]))
-    assert (layer_scores(attn, stretched, 0, attended)[:, 2:, 0] - scores[:, 1:, 0]).abs().max() > 1e-3 * scores.abs().max()
+    assert (
+        layer_scores(attn, stretched, 0, attended)[:, 2:, 0] - scores[:, 1:, 0]
+    ).abs().max() > 1e-3 * scores.abs().max()
 
 
 @pytest.mark.parametrize("case", RELATIVE)
@@ -395,7 +423,9 @@ def test_logits_of_a_sequence_shifted_by_1000_positions(case, monkeypatch):
     positions = Context.positions.fget
     monkeypatch.setattr(Context, "positions", property(lambda ctx: positions(ctx) + 1000))
     close(model(idx)[0], logits, atol=1e-8)
-    monkeypatch.setattr(Context, "positions", property(lambda ctx: positions(ctx) * 2))  # the patch does reach the model
+    monkeypatch.setattr(
+        Context, "positions", property(lambda ctx: positions(ctx) * 2)
+    )  # the patch does reach the model
     assert (model(idx)[0] - logits).abs().max() > 1e-3
 
 
@@ -439,7 +469,9 @@ def test_comrope_equals_matrix_exp(name, kind, attended):
     """Scores, and the gradients of a loss of the scores with respect to P, θ, the projection and its bias, against autograd
     through torch.matrix_exp, also where frequencies coincide or vanish."""
     P, T, D, unit = HARD_P[name], 9, 16, 3.0
-    model = GPT(config("comrope", {"block": P.size(-1), "kind": kind, "unit": unit}, n_head=1, n_embd=D, n_layer=1)).double()
+    model = GPT(
+        config("comrope", {"block": P.size(-1), "kind": kind, "unit": unit}, n_head=1, n_embd=D, n_layer=1)
+    ).double()
     attn = model.transformer.h[0].attn
     x, weights = torch.randn(T, D, dtype=torch.float64), torch.randn(1, T, T, dtype=torch.float64)
     parameters = dict(attn.named_parameters())
@@ -538,9 +570,15 @@ def test_comrope_trains_at_the_recipes_learning_rate(options):
 
 
 @pytest.mark.parametrize("base", [10000.0, 50.0])
-@pytest.mark.parametrize("pos,options", [("carope", {}), ("carope", {"source": "embedding"})] + [
-    ("comrope", {"kind": kind, "block": block, "unit": unit}) for kind, block, unit in itertools.product(("ap", "ld"), (2, 4, 8), (None, 1.0))
-], ids=str)
+@pytest.mark.parametrize(
+    "pos,options",
+    [("carope", {}), ("carope", {"source": "embedding"})]
+    + [
+        ("comrope", {"kind": kind, "block": block, "unit": unit})
+        for kind, block, unit in itertools.product(("ap", "ld"), (2, 4, 8), (None, 1.0))
+    ],
+    ids=str,
+)
 def test_step_0_is_rope(pos, options, base):
     """With equal seeds the other weights are equal, so the logits are: float64, up to the float32 rounding of initial values."""
     shape = dict(block_size=64)
@@ -599,7 +637,10 @@ def test_comrope_of_block_2_is_rope_with_learned_frequencies():
         P = ours.attn.P.detach()
         close(theirs.attn.freqs, (P[..., 1, 0] - P[..., 0, 1]).abs() / 3.0)
         q, turned = (block.attn.c_attn.weight[:WIDTH].unflatten(0, (-1, 2)) for block in (ours, theirs))  # (C/2, 2, C)
-        assert all(any(torch.allclose(b, a * torch.tensor(s).view(2, 1)) for s in ((1, 1), (1, -1), (-1, 1), (-1, -1))) for a, b in zip(q, turned))
+        assert all(
+            any(torch.allclose(b, a * torch.tensor(s).view(2, 1)) for s in ((1, 1), (1, -1), (-1, 1), (-1, -1)))
+            for a, b in zip(q, turned)
+        )
 
 
 def test_carope_paper_init():
@@ -626,7 +667,10 @@ def test_carope_bias_for_any_head_width(D, base):
 # Gradients of each scheme's own parameters against finite differences
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.split()[0] in ("learned", "crope", "comrope", "carope") or case == "rope grouped"])
+@pytest.mark.parametrize(
+    "case",
+    [case for case in CASES if case.split()[0] in ("learned", "crope", "comrope", "carope") or case == "rope grouped"],
+)
 def test_own_gradients_equal_finite_differences(case):
     """torch.autograd.gradcheck in float64, through the whole model and its fused loss, all own parameters at once."""
     model, idx, targets = build(case), tokens(8), tokens(8, seed=1)
@@ -650,7 +694,8 @@ ROPES = {
     "crope fraction": {"pos": "crope", "options": {"fraction": 0.5, "base": 50.0}},
 } | {
     f"comrope {kind} {block}": {"pos": "comrope", "options": {"kind": kind, "block": block, "unit": 7.0}}
-    for kind in ("ap", "ld") for block in (2, 4, 8)
+    for kind in ("ap", "ld")
+    for block in (2, 4, 8)
 }
 
 
@@ -667,7 +712,9 @@ def test_to_rope_equals_the_model(rope_pair, tmp_path):
     idx = tokens(3 * BLOCK)
     expected = model(idx)[0]
     assert rope.config.pos == "rope" and rope.config.pos_options["explicit"] is True
-    assert {name: p.shape for name, p in rope.named_parameters()} == {name: p.shape for name, p in GPT(config("rope")).named_parameters()}
+    assert {name: p.shape for name, p in rope.named_parameters()} == {
+        name: p.shape for name, p in GPT(config("rope")).named_parameters()
+    }
     freqs = rope.state_dict()["transformer.h.1.attn.freqs"]
     assert freqs.shape == (HEADS, WIDTH // HEADS // 2) and freqs.dtype == torch.float64
     close(rope(idx)[0], expected, atol=1e-9)
@@ -717,12 +764,17 @@ def randomise(module):
 def test_learned_equals_transformers_gpt2(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=BLOCK, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS)).eval()
+    theirs = GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCAB, n_positions=BLOCK, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS)
+    ).eval()
     randomise(theirs)
     theirs.save_pretrained(tmp_path)
     ours = GPT.from_pretrained(tmp_path)
     assert ours.config == GPTConfig(BLOCK, VOCAB, LAYERS, HEADS, WIDTH, 0.0, True, "learned", {})
-    assert torch.equal(ours.lm_head.weight, theirs.transformer.wte.weight) and ours.lm_head.weight is ours.transformer.wte.weight
+    assert (
+        torch.equal(ours.lm_head.weight, theirs.transformer.wte.weight)
+        and ours.lm_head.weight is ours.transformer.wte.weight
+    )
     idx, targets = tokens(BLOCK), tokens(BLOCK, seed=1)
     ours, theirs = ours.double(), theirs.double()
     close(ours(idx)[0], theirs(idx).logits)
@@ -733,7 +785,10 @@ def test_learned_equals_transformers_gpt2(tmp_path):
     close(loss, expected)
     close(ours.transformer.wte.weight.grad, theirs.transformer.wte.weight.grad)
     close(ours.transformer.h[1].attn.c_attn.weight.grad, theirs.transformer.h[1].attn.c_attn.weight.grad.T)
-    assert torch.equal(ours.generate(idx[:, :4], 8, temperature=0), theirs.generate(idx[:, :4], max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None))
+    assert torch.equal(
+        ours.generate(idx[:, :4], 8, temperature=0),
+        theirs.generate(idx[:, :4], max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None),
+    )
 
 
 @pytest.fixture
@@ -749,7 +804,17 @@ def edit(folder, **values):
     (folder / "config.json").write_text(json.dumps(config | values))
 
 
-@pytest.mark.parametrize("key,value", [("model_type", "gpt_neox"), ("activation_function", "gelu"), ("layer_norm_epsilon", 1e-6), ("n_inner", 12), ("tie_word_embeddings", False), ("scale_attn_by_inverse_layer_idx", True)])
+@pytest.mark.parametrize(
+    "key,value",
+    [
+        ("model_type", "gpt_neox"),
+        ("activation_function", "gelu"),
+        ("layer_norm_epsilon", 1e-6),
+        ("n_inner", 12),
+        ("tie_word_embeddings", False),
+        ("scale_attn_by_inverse_layer_idx", True),
+    ],
+)
 def test_from_pretrained_refuses_what_is_not_gpt2(gpt2_folder, key, value):
     edit(gpt2_folder, **{key: value})
     with pytest.raises(ValueError, match=f"{key}.*{value}"):
@@ -799,14 +864,27 @@ def test_rope_equals_transformers_gpt_neox(fraction, bias):
     ours = GPT(config("rope", {"fraction": fraction}, bias=bias))
     randomise(ours)
     state, turning = ours.state_dict(), round(fraction * D)
-    halves = list(range(0, turning, 2)) + list(range(1, turning, 2)) + list(range(turning, D))  # our channel at their place
+    halves = (
+        list(range(0, turning, 2)) + list(range(1, turning, 2)) + list(range(turning, D))
+    )  # our channel at their place
 
     def query_key_value(w):  # (3, H, D, …) → (H, 3, D, …)
         w = w.unflatten(0, (3, HEADS, D))
         return torch.cat((w[:2, :, halves], w[2:])).transpose(0, 1).flatten(0, 2)
 
-    new = {name: state["lm_head.weight"] for name in theirs.state_dict() if name.endswith(("embed_in.weight", "embed_out.weight", "lm_head.weight"))}
-    names = {"attention.query_key_value": "attn.c_attn", "attention.dense": "attn.c_proj", "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2", "mlp.dense_h_to_4h": "mlp.c_fc", "mlp.dense_4h_to_h": "mlp.c_proj"}
+    new = {
+        name: state["lm_head.weight"]
+        for name in theirs.state_dict()
+        if name.endswith(("embed_in.weight", "embed_out.weight", "lm_head.weight"))
+    }
+    names = {
+        "attention.query_key_value": "attn.c_attn",
+        "attention.dense": "attn.c_proj",
+        "input_layernorm": "ln_1",
+        "post_attention_layernorm": "ln_2",
+        "mlp.dense_h_to_4h": "mlp.c_fc",
+        "mlp.dense_4h_to_h": "mlp.c_proj",
+    }
     pairs = {f"gpt_neox.layers.{i}.{a}": f"transformer.h.{i}.{b}" for i in range(LAYERS) for a, b in names.items()}
     for a, b in (pairs | {"gpt_neox.final_layer_norm": "transformer.ln_f"}).items():
         for part in ("weight", "bias"):
@@ -825,7 +903,11 @@ def test_rope_equals_transformers_gpt_neox(fraction, bias):
 def gpt2_names(bias):
     """nanoGPT's, less wpe."""
     kinds = ("weight", "bias") if bias else ("weight",)
-    parts = [f"h.{i}.{part}" for i in range(LAYERS) for part in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")]
+    parts = [
+        f"h.{i}.{part}"
+        for i in range(LAYERS)
+        for part in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+    ]
     return {"transformer.wte.weight"} | {f"transformer.{part}.{kind}" for part in parts + ["ln_f"] for kind in kinds}
 
 
@@ -879,9 +961,16 @@ def test_names_shapes_and_counts(case, bias):
 @pytest.mark.parametrize("width", [WIDTH, 96])
 def test_crope_and_its_real_control_have_exactly_half_of_qkv(width):
     """The same parameters with the same initial values, and at the paper's width of 128 a model of exactly the same size."""
-    crope, grouped, rope = (GPT(config(*which, bias=False, n_embd=width)) for which in (("crope",), ("rope", {"qkv": "grouped"}), ("rope",)))
-    counts = [sum(p.numel() for p in model.transformer.h[0].attn.c_attn.parameters()) for model in (crope, grouped, rope)]
-    assert counts == [3 * width**2 // 2, 3 * width**2 // 2, 3 * width**2] and crope.parameter_count() == grouped.parameter_count()
+    crope, grouped, rope = (
+        GPT(config(*which, bias=False, n_embd=width)) for which in (("crope",), ("rope", {"qkv": "grouped"}), ("rope",))
+    )
+    counts = [
+        sum(p.numel() for p in model.transformer.h[0].attn.c_attn.parameters()) for model in (crope, grouped, rope)
+    ]
+    assert (
+        counts == [3 * width**2 // 2, 3 * width**2 // 2, 3 * width**2]
+        and crope.parameter_count() == grouped.parameter_count()
+    )
     ours, theirs = dict(grouped.named_parameters()), dict(crope.named_parameters())
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -949,13 +1038,19 @@ def test_initial_own_values():
 
 def test_position_parameters():
     """The ones without weight decay: P, θ and CARoPE's bias, and no matrix that acts on activations."""
-    names = {case: {name.split(".attn.")[-1] for name in GPT(config(case.split()[0], CASES[case])).position_parameters()} for case in CASES}
+    names = {
+        case: {name.split(".attn.")[-1] for name in GPT(config(case.split()[0], CASES[case])).position_parameters()}
+        for case in CASES
+    }
     assert {case: found for case, found in names.items() if found} == {
         "comrope": {"P"}, "comrope 4 ld": {"P", "theta"}, "comrope 2 unit": {"P"}, "comrope gaussian": {"P"}, "carope": {"c_pos.bias"}, "carope embedding": {"c_pos.bias"},
         "carope constant": {"c_pos.bias"},
     }  # fmt: skip
     model = build("comrope 4 ld")
-    assert len(model.position_parameters()) == 2 * LAYERS and model.position_parameters() <= dict(model.named_parameters()).keys()
+    assert (
+        len(model.position_parameters()) == 2 * LAYERS
+        and model.position_parameters() <= dict(model.named_parameters()).keys()
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1076,7 +1171,9 @@ def test_reduction_none(dtype, rows):
     rows(5)
     h, weight, targets = loss_case(dtype)
     nll = linear_nll(h, weight, targets)
-    expected = F.cross_entropy((h @ weight.T).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none").view(targets.shape)
+    expected = F.cross_entropy((h @ weight.T).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none").view(
+        targets.shape
+    )
     assert not nll.requires_grad and nll.dtype == dtype and nll.shape == targets.shape
     close(nll, expected.detach(), atol=1e-12 if dtype == torch.float64 else 1e-5)
     assert (nll[targets == -1] == 0).all() and (nll[targets >= 0] > 0).all()
@@ -1088,7 +1185,9 @@ def test_reduction_none_through_the_model(pos):
     targets[0, 2:5] = -1
     none, nll = model(idx, targets, reduction="none")
     assert none is None and nll.shape == targets.shape and not nll.requires_grad
-    expected = F.cross_entropy(model(idx)[0].flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none").view(targets.shape)
+    expected = F.cross_entropy(model(idx)[0].flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none").view(
+        targets.shape
+    )
     close(nll, expected.detach())
     close(model(idx, targets)[1], nll.sum() / (targets >= 0).sum())
 
@@ -1155,7 +1254,9 @@ class FromHost(TorchDispatchMode):
 @all_cases
 def test_a_training_pass_copies_nothing_from_the_host(case, monkeypatch):
     """A copy to a GPU from ordinary memory makes the host wait until the GPU has done all work before it. Meta tensors stand for the GPU's."""
-    monkeypatch.setattr(model_module, "no_autocast", lambda device: contextlib.nullcontext())  # meta tensors have no autocast
+    monkeypatch.setattr(
+        model_module, "no_autocast", lambda device: contextlib.nullcontext()
+    )  # meta tensors have no autocast
     monkeypatch.setattr(model_module, "head_dtype", lambda h: h.dtype)
     model, idx = build(case, torch.float32).to("meta"), tokens(BLOCK).to("meta")
     with FromHost() as copied:
@@ -1184,7 +1285,19 @@ def loss_and_gradients(model, run, idx, targets):
     return loss.detach(), gradients(model)
 
 
-COMPILED = ["learned", "sinusoidal", "none", "rope", "rope explicit", "crope", "comrope", "comrope 4 ld", "carope", "carope embedding", "alibi"]
+COMPILED = [
+    "learned",
+    "sinusoidal",
+    "none",
+    "rope",
+    "rope explicit",
+    "crope",
+    "comrope",
+    "comrope 4 ld",
+    "carope",
+    "carope embedding",
+    "alibi",
+]
 
 
 @pytest.mark.parametrize("case", COMPILED)
@@ -1336,7 +1449,9 @@ def options_of(pos):
 
 
 def test_every_option_has_an_alternative_here():
-    assert {pos: options_of(pos) for pos in SCHEMES if options_of(pos)} == {pos: set(found) for pos, found in ALTERNATIVES.items()}
+    assert {pos: options_of(pos) for pos in SCHEMES if options_of(pos)} == {
+        pos: set(found) for pos, found in ALTERNATIVES.items()
+    }
 
 
 @pytest.mark.parametrize("pos,option", [(pos, option) for pos, found in ALTERNATIVES.items() for option in found])
@@ -1354,7 +1469,9 @@ def test_every_option_does_something(pos, option):
         return model.state_dict(), model(tokens(BLOCK))[0]
 
     (state, logits), (other, changed) = made({}), made({option: ALTERNATIVES[pos][option]})
-    same_state = state.keys() == other.keys() and all(state[k].shape == other[k].shape and torch.equal(state[k], other[k]) for k in state)
+    same_state = state.keys() == other.keys() and all(
+        state[k].shape == other[k].shape and torch.equal(state[k], other[k]) for k in state
+    )
     if (pos, option) in {("rope", "explicit"), ("comrope", "unit"), ("comrope", "kind"), ("comrope", "block")}:
         assert not same_state
         close(changed, logits, atol=1e-5)
@@ -1390,7 +1507,10 @@ def test_resolved_config_makes_the_same_model(case):
 BAD_CONFIGS = [
     (dict(pos="crop"), ["pos 'crop'", "did you mean crope", "alibi, *|learned"]),
     (dict(pos="xyzzy"), ["xyzzy", "learned, sinusoidal, none, rope, crope, comrope, carope, alibi"]),
-    (dict(pos="rope", pos_options={"bas": 1.0}), ["unknown option 'bas'", "did you mean base", "base, fraction, explicit, qkv"]),
+    (
+        dict(pos="rope", pos_options={"bas": 1.0}),
+        ["unknown option 'bas'", "did you mean base", "base, fraction, explicit, qkv"],
+    ),
     (dict(pos="none", pos_options={"base": 1.0}), ["unknown option 'base'", "no options"]),
     (dict(pos="rope", pos_options={"base": "1e4"}), ["base of rope", "'1e4'", "float"]),
     (dict(pos="rope", pos_options={"base": True}), ["base of rope", "True"]),
@@ -1430,7 +1550,10 @@ BAD_CONFIGS = [
     (dict(pos_options=None), ["pos_options", "None"]),
     (dict(pos_options=[1]), ["pos_options", r"\[1\]"]),
     (dict(bias="no"), ["bias", "no"]),
-    (dict(pos="comrope", n_layer=0, dropout=2.0, pos_options={"blok": 8, "kind": 1}), ["n_layer", "dropout", "blok.*did you mean block", "kind"]),
+    (
+        dict(pos="comrope", n_layer=0, dropout=2.0, pos_options={"blok": 8, "kind": 1}),
+        ["n_layer", "dropout", "blok.*did you mean block", "kind"],
+    ),
     (dict(pos="ropee", n_layer=0), ["n_layer", "ropee.*did you mean rope"]),
 ]
 
@@ -1546,8 +1669,16 @@ print(peak() - before)
 
 def test_memory_does_not_grow_with_the_number_of_lengths():
     """oneDNN keeps code for every shape that it has seen. In a process of its own: the limit is read once."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")}
-    done = subprocess.run([sys.executable, "-c", LENGTHS], capture_output=True, text=True, cwd=Path(model_module.__file__).parent, env=environment)
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", LENGTHS],
+        capture_output=True,
+        text=True,
+        cwd=Path(model_module.__file__).parent,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr
     if not done.stdout:
         pytest.skip("products do not go through oneDNN on this CPU")

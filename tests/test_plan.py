@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from training import one_thread  # noqa: F401
 
-from nanope import checkpoint
-from nanope.config import RunConfig
 from data.prepare import prepare
 from data.shards import open_data
 from model import GPT, SCHEMES, GPTConfig, chunk_rows
-from nanope.plan import main, memory, plan, scheme_table, show, simulate
+from nanope import checkpoint
+from nanope.config import RunConfig
 from nanope.distributed import autocast
+from nanope.plan import main, memory, plan, scheme_table, show, simulate
 from train import make_optimizer
-from training import one_thread  # noqa: F401
 
 CPU = torch.device("cpu")
 # Shape of the small models. The vocabulary is large enough for the loss head to work in chunks: 2^23 / 20,032 = 418 rows
@@ -31,7 +31,16 @@ schemes = pytest.mark.parametrize("pos", SCHEMES)
 def run(**fields):
     """The RunConfig of a small run on the CPU: 4 × 5 windows a step."""
     shape = {f: getattr(SHAPE, f) for f in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")}
-    return RunConfig(**{**shape, "data_dir": "nowhere", "batch_tokens": 4 * ROWS * LENGTH, "micro_batch_size": ROWS, "device": "cpu", **fields})
+    return RunConfig(
+        **{
+            **shape,
+            "data_dir": "nowhere",
+            "batch_tokens": 4 * ROWS * LENGTH,
+            "micro_batch_size": ROWS,
+            "device": "cpu",
+            **fields,
+        }
+    )
 
 
 def ids():
@@ -45,12 +54,21 @@ def ids():
 def test_parameters_add_up(pos):
     p = plan(run(pos=pos, bias=True), details=False)
     model = GPT(p.config.model_config())
-    assert sum(n for part, n in p.parameters.items() if part != "total") == p.parameters["total"] == model.parameter_count() == sum(p.groups.values())
+    assert (
+        sum(n for part, n in p.parameters.items() if part != "total")
+        == p.parameters["total"]
+        == model.parameter_count()
+        == sum(p.groups.values())
+    )
     assert p.flops_per_token == model.flops_per_token()
-    own = {n for n, _ in model.named_parameters()} - {n for n, _ in GPT(dataclasses.replace(p.config.model_config(), pos="none")).named_parameters()}
+    own = {n for n, _ in model.named_parameters()} - {
+        n for n, _ in GPT(dataclasses.replace(p.config.model_config(), pos="none")).named_parameters()
+    }
     if pos != "crope":  # whose projection has other names
         parameters = dict(model.named_parameters())
-        assert p.parameters.get("positional table", 0) + p.parameters.get("positional scheme", 0) == sum(parameters[n].numel() for n in own)
+        assert p.parameters.get("positional table", 0) + p.parameters.get("positional scheme", 0) == sum(
+            parameters[n].numel() for n in own
+        )
 
 
 def test_gpt2_small_parameters_by_part():
@@ -72,7 +90,9 @@ def test_flops_of_a_real_pass(pos):
     count = simulate(dataclasses.replace(SHAPE, pos=pos), ROWS, torch.bfloat16, gpu=True)
     model = GPT(dataclasses.replace(SHAPE, pos=pos))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        with autocast(CPU, torch.bfloat16):  # in float32 on a CPU the head's accumulation is an operation that the counter does not know
+        with autocast(
+            CPU, torch.bfloat16
+        ):  # in float32 on a CPU the head's accumulation is an operation that the counter does not know
             loss = model(ids(), ids())[1]
         loss.backward()
     assert count.attention == 14 * LAYERS * WIDTH * LENGTH * ROWS * LENGTH
@@ -92,7 +112,9 @@ def test_flops_by_hand(pos, dtype, gpu):
         b = 8
         frame = 8 * b * C**2  # Qᵀ W_q and Qᵀ W_k, and the same for the weights' gradient
         moments = 4 * b * C * tokens  # M_m = Σ g yᵀ of q and k
-        tridiagonal = 12 * b**2 * (b - 2) + b**3  # b - 2 reflections of A from both sides and of Q from one; Q V and Q U
+        tridiagonal = (
+            12 * b**2 * (b - 2) + b**3
+        )  # b - 2 reflections of A from both sides and of Q from one; Q V and Q U
         gradient = 4 * b**3  # Q E Qᵀ
         added = L * (frame + moments + C // b * (tridiagonal + gradient))
     attention = count.attention or 12 * L * C * LENGTH * tokens  # alibi's dense scores on a CPU are plain products
@@ -103,7 +125,9 @@ def test_flops_by_hand(pos, dtype, gpu):
 
 def test_rotation_is_elementwise_work():
     """rope turns q and k, and their gradients back: C complex products of six operations a token and layer each way."""
-    plain, rope = (simulate(dataclasses.replace(SHAPE, pos=pos), ROWS, torch.float32, gpu=False) for pos in ("none", "rope"))
+    plain, rope = (
+        simulate(dataclasses.replace(SHAPE, pos=pos), ROWS, torch.float32, gpu=False) for pos in ("none", "rope")
+    )
     rotation = 12 * LAYERS * WIDTH * ROWS * LENGTH
     assert rotation <= rope.elementwise - plain.elementwise <= 1.02 * rotation  # and a table of T angles
 
@@ -141,7 +165,9 @@ def allocated_by_a_real_step(config, micro_batches):
     step()  # makes the moments
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
-    events = sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    events = sorted(
+        (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
+    )
     live = peak = 0
     for event in events:
         live += event.nbytes()
@@ -178,7 +204,9 @@ def test_memory_on_a_gpu_by_hand():
     C, L, H = 768, 2, 12
     saved = simulate(GPTConfig(pos="none", n_layer=L), 4, torch.bfloat16, gpu=True).saved
     tokens = 4 * 1024
-    assert saved["attention"] == tokens * L * (2 * C + 2 * 3 * C + 2 * C + 4 * H) + 24 * L  # input, q k v, output; log-sum-exp in float32; random state
+    assert (
+        saved["attention"] == tokens * L * (2 * C + 2 * 3 * C + 2 * C + 4 * H) + 24 * L
+    )  # input, q k v, output; log-sum-exp in float32; random state
     assert saved["MLP"] == tokens * L * (2 * C + 2 * 4 * C + 2 * 4 * C)  # input, before and after GELU
     assert saved["norms"] == tokens * (2 * L + 1) * 2 * 4  # mean and 1/σ
     assert saved["residual stream"] == tokens * (2 * L + 1) * 4 * C  # float32
@@ -213,7 +241,9 @@ def test_a_large_model_is_planned_without_its_memory():
     p = plan(dataclasses.replace(SMALL, n_layer=48, n_head=25, n_embd=1600), gpus=8, details=False)
     assert p.parameters["total"] == 1_555_201_600
     assert simulate(p.config.model_config(), 16, torch.bfloat16, True).peak > 50e9
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB; the parameters alone would be 6 GB
+    assert (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
+    )  # kB; the parameters alone would be 6 GB
 
 
 def test_checkpoint_size(tmp_path):
@@ -240,7 +270,9 @@ def test_hours_and_cost_by_hand():
     assert eight == pytest.approx(seconds / 3600) and one == pytest.approx(8 * eight)
     assert eight == pytest.approx(2.37, abs=0.005)
     assert p.hours["H100"][1] == pytest.approx(eight * 312 / 989)
-    assert p.cost(eight, 8) == pytest.approx(8 * 2.37 * 2.5, abs=0.1) and p.cost(one, 1) == pytest.approx(p.cost(eight, 8))
+    assert p.cost(eight, 8) == pytest.approx(8 * 2.37 * 2.5, abs=0.1) and p.cost(one, 1) == pytest.approx(
+        p.cost(eight, 8)
+    )
     assert plan(SMALL, world=8, mfu=0.2, details=False).hours["A100"][1] == pytest.approx(2 * eight)
 
 
@@ -321,8 +353,14 @@ def test_dtypes_of_a_gpu_that_is_not_here():
     """tf32 is float32 in memory, and of GPUs alone; `auto` is bfloat16 on a GPU."""
     tiny = dict(n_layer=1, n_head=1, n_embd=16, block_size=32, vocab_size=64, batch_tokens=64, micro_batch_size=2)
     expected = plan(run(**tiny, device="cuda", dtype="float32")).memory
-    assert plan(run(**tiny, device="cuda", dtype="tf32")).memory == plan(run(**tiny, device="auto", dtype="tf32")).memory == expected
-    assert plan(run(**tiny, device="cuda")).memory == plan(run(**tiny, device="cuda", dtype="bfloat16")).memory != expected
+    assert (
+        plan(run(**tiny, device="cuda", dtype="tf32")).memory
+        == plan(run(**tiny, device="auto", dtype="tf32")).memory
+        == expected
+    )
+    assert (
+        plan(run(**tiny, device="cuda")).memory == plan(run(**tiny, device="cuda", dtype="bfloat16")).memory != expected
+    )
     with pytest.raises(ValueError, match="tf32 needs a CUDA device"):
         plan(run(**tiny, device="cpu", dtype="tf32"))
 
@@ -331,13 +369,27 @@ def test_dtypes_of_a_gpu_that_is_not_here():
 
 
 def test_command_line(capsys, tmp_path):
-    fields = "--n_layer 2 --n_head 2 --n_embd 64 --vocab_size 50304 --device cuda --data_dir".split() + [str(tmp_path / "none")]
+    fields = "--n_layer 2 --n_head 2 --n_embd 64 --vocab_size 50304 --device cuda --data_dir".split() + [
+        str(tmp_path / "none")
+    ]
     main([*fields, "--gpus", "8", "--mfu", "0.5", "--price_per_hour", "3"])
     text = capsys.readouterr().out
-    p = plan(RunConfig(n_layer=2, n_head=2, n_embd=64, vocab_size=50304, device="cuda", data_dir=str(tmp_path / "none")), gpus=8, mfu=0.5, price_per_hour=3.0)
+    p = plan(
+        RunConfig(n_layer=2, n_head=2, n_embd=64, vocab_size=50304, device="cuda", data_dir=str(tmp_path / "none")),
+        gpus=8,
+        mfu=0.5,
+        price_per_hour=3.0,
+    )
     assert text.rstrip("\n") == show(p)
     one, eight = p.hours["A100"]
-    numbers = [f"{p.parameters['total']:,}", f"{p.flops_per_token:,}", f"{p.tokens:,}", "8 rank(s) × 4 × micro_batch_size 16", "MFU of 0.5", f"cost {3 * one:,.2f}"]
+    numbers = [
+        f"{p.parameters['total']:,}",
+        f"{p.flops_per_token:,}",
+        f"{p.tokens:,}",
+        "8 rank(s) × 4 × micro_batch_size 16",
+        "MFU of 0.5",
+        f"cost {3 * one:,.2f}",
+    ]
     for expected in [*numbers, f"{p.memory['cuda']['total'] / 1e9:.2f} GB", "8 × H100", "80 GB: yes"]:
         assert expected in text, expected
     for bad, message in ((["--mfu", "2"], "mfu must lie in"), (["--gpus", "3"], "do not divide over 3 ranks")):
@@ -347,11 +399,18 @@ def test_command_line(capsys, tmp_path):
 
 def test_scheme_table(capsys):
     main("--schemes --n_layer 2 --n_head 2 --n_embd 64 --vocab_size 320 --block_size 128".split())
-    rows = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")}
+    rows = {
+        line.split(" | ")[0][2:]: line.split(" | ")[1:]
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("| ")
+    }
     assert list(rows)[1:] == list(SCHEMES)
     for pos in SCHEMES:
         count = GPT(GPTConfig(128, 320, 2, 2, 64, pos=pos)).parameter_count()
-        assert rows[pos][0] == f"{count:,}" and rows[pos][2] == f"{count - GPT(GPTConfig(128, 320, 2, 2, 64)).parameter_count():+,}"
+        assert (
+            rows[pos][0] == f"{count:,}"
+            and rows[pos][2] == f"{count - GPT(GPTConfig(128, 320, 2, 2, 64)).parameter_count():+,}"
+        )
     assert rows["carope"][4] == f"{6 * 2 * 64 * 2:,}" and rows["crope"][4] == "0"
     assert rows["rope"][-1] == "1.000 |"
     with pytest.raises(SystemExit):

@@ -1,7 +1,6 @@
 """What the README shows, run."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,11 +8,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import model
-from nanope import plan
-from nanope.config import RunConfig
 from model import GPT, SCHEMES, Attention, GPTConfig
+from nanope import REPO, plan
+from nanope.config import RunConfig
 
-REPO = Path(__file__).resolve().parents[1]
 README = (REPO / "README.md").read_text()
 
 
@@ -39,7 +37,9 @@ def test_the_scheme_of_the_readme_is_kerple(monkeypatch):
     assert torch.allclose(attention(x, ctx)[0], attention.c_proj(expected.transpose(0, 1).reshape(24, 16)))
 
     gpt(idx[:, :-1], idx[:, 1:])[1].backward()
-    assert all(block.attn.r1.grad.abs().min() > 0 and block.attn.r2.grad.abs().min() > 0 for block in gpt.transformer["h"])
+    assert all(
+        block.attn.r1.grad.abs().min() > 0 and block.attn.r2.grad.abs().min() > 0 for block in gpt.transformer["h"]
+    )
     with pytest.raises(ValueError, match="kerple takes start"):
         GPT(GPTConfig(pos="kerple", pos_options={"begin": 1.0}))
 
@@ -49,14 +49,18 @@ def test_the_table_of_schemes_is_what_the_command_prints():
 
 
 def test_the_tables_shown_are_those_of_the_results():
-    rows = [line for line in (REPO / "results" / "schemes" / "README.md").read_text().splitlines() if line.startswith("| ")]
+    rows = [
+        line for line in (REPO / "results" / "schemes" / "README.md").read_text().splitlines() if line.startswith("| ")
+    ]
     shown = README[README.index("Training, losses in nats per byte") : README.index("## Train\n")]
     rows_shown = [line for line in shown.splitlines() if line.startswith("| ")]
     assert len(rows_shown) == 23 and set(rows_shown) <= set(rows)
 
 
 def test_files_and_fields_named_in_the_readme_exist():
-    for name in re.findall(r"`((?:configs|scripts|data|tests|results)/[\w./]+\.(?:py|yaml|png|md))`", README) + re.findall(r"\]\((results/[^)]+)\)", README):
+    for name in re.findall(
+        r"`((?:configs|scripts|data|tests|results)/[\w./]+\.(?:py|yaml|png|md))`", README
+    ) + re.findall(r"\]\((results/[^)]+)\)", README):
         assert (REPO / name).exists(), name
     for name in set(re.findall(r"^\| `(\w+\.yaml)`", README, re.M)) - {"config.yaml"}:  # that one is in a run's folder
         assert (REPO / "configs" / name).exists(), name

@@ -4,12 +4,21 @@ import importlib
 import json
 import re
 import sys
-from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).resolve().parents[1]
-FIELDS = {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 64, "block_size": 64, "batch_tokens": 256, "micro_batch_size": 2, "device": "cpu"}
+from nanope import REPO
+
+FIELDS = {
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 32,
+    "vocab_size": 64,
+    "block_size": 64,
+    "batch_tokens": 256,
+    "micro_batch_size": 2,
+    "device": "cpu",
+}
 
 
 @pytest.fixture
@@ -37,9 +46,15 @@ def test_trace(pos, run, tmp_path):
     """The table's parts sum to the step, the work lies where it must, and the trace holds the steps' events."""
     out = tmp_path / "trace.json"
     shown = run("--steps", 2, "--out", out, *options(pos=pos, data_dir=tmp_path / "none"))
-    rows = {name: (float(ms), float(share)) for name, ms, share in re.findall(r"^\| ([\w:() ]+) \| (-?[\d.]+) \| (-?[\d.]+)% \|$", shown, re.M)}
+    rows = {
+        name: (float(ms), float(share))
+        for name, ms, share in re.findall(r"^\| ([\w:() ]+) \| (-?[\d.]+) \| (-?[\d.]+)% \|$", shown, re.M)
+    }
     (step, _) = rows.pop("step")
-    assert abs(sum(share for _, share in rows.values()) - 100) < 2 and abs(sum(ms for ms, _ in rows.values()) - step) < 0.02 * step + 0.3
+    assert (
+        abs(sum(share for _, share in rows.values()) - 100) < 2
+        and abs(sum(ms for ms, _ in rows.values()) - step) < 0.02 * step + 0.3
+    )
     assert min(ms for ms, _ in rows.values()) >= 0
     for part in ("attention: projection", "attention: turn", "attention: sdpa", "attention: output", "MLP", "norms"):
         assert rows[part][0] > 0 and rows[f"{part} (backward)"][0] > 0, part
@@ -54,6 +69,12 @@ def test_trace(pos, run, tmp_path):
 
 def test_trace_takes_a_run_and_refuses_with_a_reason(run, tmp_path):
     (tmp_path / "config.yaml").write_text("".join(f"{k}: {v}\n" for k, v in (FIELDS | {"pos": "alibi"}).items()))
-    assert run("--steps", 1, "--out", tmp_path / "trace.json", "--run", tmp_path, "--n_layer", 1).startswith("alibi, 1 layers × 32")
-    for arguments, words in ((["--run", tmp_path / "none"], "holds no config.yaml"), (["--batch_tokens", 7, "--block_size", 4], "multiple of block_size"), (["--posn", "rope"], "posn")):
+    assert run("--steps", 1, "--out", tmp_path / "trace.json", "--run", tmp_path, "--n_layer", 1).startswith(
+        "alibi, 1 layers × 32"
+    )
+    for arguments, words in (
+        (["--run", tmp_path / "none"], "holds no config.yaml"),
+        (["--batch_tokens", 7, "--block_size", 4], "multiple of block_size"),
+        (["--posn", "rope"], "posn"),
+    ):
         assert words in run("--out", tmp_path / "trace.json", *arguments)

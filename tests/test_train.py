@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -21,18 +20,34 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from training import (
+    CPU,
+    ENVIRONMENT,
+    REPO,
+    TIMES,
+    arguments,
+    at_step,
+    crash,
+    finish,
+    kill,
+    last,
+    losses,
+    metrics,
+    same,
+    same_run,
+    start,
+    wait_for_lines,
+)  # noqa: F401
 
+import train as train_module
+from data.shards import WindowOrder, batch, open_data
+from model import GPT, SCHEMES, GPTConfig
 from nanope import checkpoint
 from nanope import config as config_module
 from nanope import log as record
-import train as train_module
 from nanope.config import RunConfig, check, parse, write_yaml
-from data.prepare import prepare
-from data.shards import WindowOrder, batch, open_data
-from model import GPT, SCHEMES, GPTConfig
 from nanope.distributed import Ranks
 from train import Validation, learning_rate, main, make_optimizer, resolve_batch, train
-from training import CPU, ENVIRONMENT, REPO, TIMES, arguments, at_step, crash, finish, folders, kill, last, losses, make, metrics, one_thread, plain, same, same_run, start, wait_for_lines, write_text  # noqa: F401
 
 # ---- the same command, the same bits
 
@@ -63,11 +78,16 @@ def test_watching_changes_nothing(make, plain, fields):
     assert same(last(config.out_dir)["model"], last(plain)["model"])
     assert same(last(config.out_dir)["optimizer"], last(plain)["optimizer"])
     logged = range(1, 13) if "log_interval" not in fields else [5, 10, 12]  # the last always
-    assert [line for line in metrics(config.out_dir) if "train/loss" in line] == [line for line in metrics(plain) if line["step"] in logged and "train/loss" in line]
+    assert [line for line in metrics(config.out_dir) if "train/loss" in line] == [
+        line for line in metrics(plain) if line["step"] in logged and "train/loss" in line
+    ]
 
 
 def test_watching_changes_nothing_with_dropout(make):
-    a, b = make("a", dropout=0.2, eval_interval=0, checkpoint_interval=0), make("b", dropout=0.2, eval_interval=1, checkpoint_interval=1)
+    a, b = (
+        make("a", dropout=0.2, eval_interval=0, checkpoint_interval=0),
+        make("b", dropout=0.2, eval_interval=1, checkpoint_interval=1),
+    )
     train(a)
     train(b)
     assert same(last(a.out_dir)["model"], last(b.out_dir)["model"])
@@ -136,7 +156,12 @@ def test_a_damaged_checkpoint_is_passed_over(make, plain, tmp_path, capsys):
     newest, before = checkpoint.step_files(plain)
     assert (newest.name, before.name) == ("step_12.pt", "step_8.pt")
     content, hash_content = newest.read_bytes(), checkpoint.hash_path(newest).read_bytes()
-    for damaged in (content[:-1000], hash_content), (bytes(len(content)), hash_content), (content, b""), (content, b"\xff\xfe"):
+    for damaged in (
+        (content[:-1000], hash_content),
+        (bytes(len(content)), hash_content),
+        (content, b""),
+        (content, b"\xff\xfe"),
+    ):
         run = tmp_path / "run"
         shutil.copytree(plain, run, symlinks=True)
         for file, bytes_ in zip((newest, checkpoint.hash_path(newest)), damaged):
@@ -171,7 +196,9 @@ def test_a_damaged_checkpoint_without_its_hash_is_passed_over_too(make, plain, t
 
 
 def test_every_generator_is_restored(tmp_path):
-    checkpoint.save(tmp_path / "step_1.pt", {"model": {}, "config": {}, "step": 1, "generators": train_module.generators()})
+    checkpoint.save(
+        tmp_path / "step_1.pt", {"model": {}, "config": {}, "step": 1, "generators": train_module.generators()}
+    )
     first = torch.rand(3), random.gauss(0, 1), random.random()
     train_module.restore_generators(checkpoint.load(tmp_path / "step_1.pt")["generators"], CPU)
     assert same(first, (torch.rand(3), random.gauss(0, 1), random.random()))
@@ -202,7 +229,10 @@ def test_resume_keeps_the_configs_hyperparameters(make, monkeypatch, capsys):
     at_step(monkeypatch, {5: kill(signal.SIGTERM)})
     train(config)
     train(dataclasses.replace(config, resume=True, weight_decay=0.3, beta2=0.9, pos_lr_multiplier=4.0))
-    assert "goes on with other settings than it began with: pos_lr_multiplier 1.0 → 4.0, weight_decay 0.1 → 0.3, beta2 0.95 → 0.9\n" in capsys.readouterr().err
+    assert (
+        "goes on with other settings than it began with: pos_lr_multiplier 1.0 → 4.0, weight_decay 0.1 → 0.3, beta2 0.95 → 0.9\n"
+        in capsys.readouterr().err
+    )
     decayed, plain, positional = last(config.out_dir)["optimizer"]["param_groups"]
     assert (decayed["weight_decay"], plain["weight_decay"], positional["weight_decay"]) == (0.3, 0.0, 0.0)
     assert tuple(decayed["betas"]) == (0.9, 0.9) and positional["lr_multiplier"] == 4.0
@@ -248,11 +278,16 @@ def test_resolve_batch():
     config = RunConfig(block_size=16, batch_tokens=16 * 24)
     assert resolve_batch(config, Ranks()) == (24, 24)
     assert resolve_batch(dataclasses.replace(config, micro_batch_size=3), Ranks(1, 4)) == (6, 3)
-    assert resolve_batch(RunConfig(block_size=4096, batch_tokens=4096 * 30), Ranks()) == (30, 3)  # at most 16,384 tokens
+    assert resolve_batch(RunConfig(block_size=4096, batch_tokens=4096 * 30), Ranks()) == (
+        30,
+        3,
+    )  # at most 16,384 tokens
     assert resolve_batch(RunConfig(block_size=32768, batch_tokens=32768 * 2), Ranks()) == (2, 1)
     with pytest.raises(ValueError, match="micro_batch_size 5 .*these do: 1, 2, 3, 4, 6, 8, 12, 24"):
         resolve_batch(dataclasses.replace(config, micro_batch_size=5), Ranks())
-    with pytest.raises(ValueError, match="24 windows of 16, which do not divide over 5 ranks.*: 1, 2, 3, 4, 6, 8, 12, 24"):
+    with pytest.raises(
+        ValueError, match="24 windows of 16, which do not divide over 5 ranks.*: 1, 2, 3, 4, 6, 8, 12, 24"
+    ):
         resolve_batch(config, Ranks(0, 5))
 
 
@@ -297,7 +332,11 @@ def test_what_is_decayed_and_what_is_positional(pos, options, own_decayed, own_p
     common = {"transformer.wte.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"}
     assert short(decayed) == common | own_decayed and short(positional) == own_positional
     assert all(model.get_parameter(name).dim() == 1 for name in plain)
-    assert [g["weight_decay"] for g in groups] == [0.2, 0.0, 0.0] and [g["lr_multiplier"] for g in groups] == [1.0, 1.0, 3.0]
+    assert [g["weight_decay"] for g in groups] == [0.2, 0.0, 0.0] and [g["lr_multiplier"] for g in groups] == [
+        1.0,
+        1.0,
+        3.0,
+    ]
 
 
 @pytest.mark.parametrize("pos, name", [("comrope", "P"), ("carope", "c_pos.bias")])
@@ -320,33 +359,59 @@ def by_hand(schedule, s, c):
     if s < c.warmup_steps:
         return c.learning_rate * (s + 1) / c.warmup_steps
     if schedule == "cosine":
-        return c.min_lr + (c.learning_rate - c.min_lr) * (1 + math.cos(math.pi * (s - c.warmup_steps) / (c.max_steps - c.warmup_steps))) / 2
+        return (
+            c.min_lr
+            + (c.learning_rate - c.min_lr)
+            * (1 + math.cos(math.pi * (s - c.warmup_steps) / (c.max_steps - c.warmup_steps)))
+            / 2
+        )
     if schedule == "step":
         return c.learning_rate * math.prod([c.lr_gamma] * (s // c.lr_step))
     if schedule == "wsd":
         first = c.max_steps - c.decay_fraction * c.max_steps
-        return c.learning_rate if s <= first else c.learning_rate + (c.min_lr - c.learning_rate) * (s - first) / (c.max_steps - first)
+        return (
+            c.learning_rate
+            if s <= first
+            else c.learning_rate + (c.min_lr - c.learning_rate) * (s - first) / (c.max_steps - first)
+        )
     return c.learning_rate
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "step", "wsd", "constant"])
 def test_schedules(make, schedule):
-    config = make(schedule=schedule, max_steps=20, warmup_steps=4, lr_step=6, lr_gamma=0.5, decay_fraction=0.25, eval_interval=0)
+    config = make(
+        schedule=schedule, max_steps=20, warmup_steps=4, lr_step=6, lr_gamma=0.5, decay_fraction=0.25, eval_interval=0
+    )
     train(config)
     expected = [by_hand(schedule, s, config) for s in range(20)]
     assert losses(config.out_dir, "lr") == pytest.approx(expected, rel=1e-12)
-    assert expected[0] == config.learning_rate / 4 and expected[3] == expected[4] == config.learning_rate  # the warm-up ends at the peak
-    assert learning_rate(20, config) == pytest.approx({"cosine": 3e-4, "wsd": 3e-4, "step": 3e-3 / 8, "constant": 3e-3}[schedule])
+    assert (
+        expected[0] == config.learning_rate / 4 and expected[3] == expected[4] == config.learning_rate
+    )  # the warm-up ends at the peak
+    assert learning_rate(20, config) == pytest.approx(
+        {"cosine": 3e-4, "wsd": 3e-4, "step": 3e-3 / 8, "constant": 3e-3}[schedule]
+    )
     assert learning_rate(0, dataclasses.replace(config, warmup_steps=0)) == config.learning_rate
     assert learning_rate(19, dataclasses.replace(config, warmup_steps=100)) == pytest.approx(0.2 * config.learning_rate)
     if schedule == "wsd":
         assert expected[15] == config.learning_rate > expected[16]
-    assert 0 <= learning_rate(19, dataclasses.replace(config, warmup_steps=0, decay_fraction=1.0)) <= config.learning_rate
+    assert (
+        0 <= learning_rate(19, dataclasses.replace(config, warmup_steps=0, decay_fraction=1.0)) <= config.learning_rate
+    )
 
 
 def test_training_is_what_plain_torch_does(make):
     """Five steps again with whole-batch logits, cross_entropy, clipping by hand and a plain AdamW."""
-    config = make(pos="comrope", bias=True, max_steps=5, warmup_steps=2, grad_clip=0.6, weight_decay=0.5, pos_lr_multiplier=2.0, learning_rate=1e-3)
+    config = make(
+        pos="comrope",
+        bias=True,
+        max_steps=5,
+        warmup_steps=2,
+        grad_clip=0.6,
+        weight_decay=0.5,
+        pos_lr_multiplier=2.0,
+        learning_rate=1e-3,
+    )
     train(config)
     model = GPT(GPTConfig(16, 320, 1, 2, 16, bias=True, pos="comrope"), seed=1)
     named = dict(model.named_parameters())
@@ -355,7 +420,9 @@ def test_training_is_what_plain_torch_does(make):
     plain = [p for p in named.values() if all(p is not q for q in positional + decayed)]
     assert len(positional) == 1 and len(decayed) == 5 and len(plain) == 10  # 3 norms with biases, 4 other biases
     groups = [(decayed, 0.5, 1.0), (plain, 0.0, 1.0), (positional, 0.0, 2.0)]
-    optimizer = torch.optim.AdamW([{"params": p, "weight_decay": decay} for p, decay, _ in groups], betas=(0.9, 0.95), fused=False, foreach=False)
+    optimizer = torch.optim.AdamW(
+        [{"params": p, "weight_decay": decay} for p, decay, _ in groups], betas=(0.9, 0.95), fused=False, foreach=False
+    )
     split = open_data(config.data_dir).split("train")
     starts = WindowOrder(len(split), 16, 1).starts(0, 40)
     norms, curve = [], []
@@ -396,7 +463,9 @@ def test_half_precision_stays_close(make, dtype, pos):
     half, full = make("half", dtype=dtype, pos=pos, max_steps=25), make("full", pos=pos, max_steps=25)
     train(half)
     train(full)
-    assert losses(half.out_dir) == pytest.approx(losses(full.out_dir), rel=0.01) and losses(half.out_dir) != losses(full.out_dir)
+    assert losses(half.out_dir) == pytest.approx(losses(full.out_dir), rel=0.01) and losses(half.out_dir) != losses(
+        full.out_dir
+    )
     assert not any("skipped" in line for line in metrics(half.out_dir))
     state = last(half.out_dir)
     assert all(p.dtype == torch.float32 for p in state["model"].values())
@@ -464,12 +533,17 @@ def test_a_bad_step_is_skipped_and_counted(make, monkeypatch, capsys, dtype, val
 def test_bad_steps_stop_the_run_and_good_checkpoints_stay(make, monkeypatch):
     config = make(checkpoint_interval=1, max_bad_steps=3, eval_interval=0)
     weights = poison(monkeypatch, range(6, 100))
-    with pytest.raises(ValueError, match=r"3 steps in a row up to step 9 .*learning rate .*windows at train_00000.bin at token \d+, ") as info:
+    with pytest.raises(
+        ValueError, match=r"3 steps in a row up to step 9 .*learning rate .*windows at train_00000.bin at token \d+, "
+    ) as info:
         train(config)
     assert "step_6.pt holds the very weights that failed" in str(info.value)
     assert [f.name for f in checkpoint.step_files(Path(config.out_dir))] == ["step_6.pt", "step_5.pt"]
     assert same(last(config.out_dir)["model"], weights[6])
-    assert all(json.loads(line, parse_constant=pytest.fail) for line in (Path(config.out_dir) / "metrics.jsonl").read_text().splitlines())
+    assert all(
+        json.loads(line, parse_constant=pytest.fail)
+        for line in (Path(config.out_dir) / "metrics.jsonl").read_text().splitlines()
+    )
     monkeypatch.undo()
     assert train(dataclasses.replace(config, resume=True))["step"] == 12  # once the cause is gone
 
@@ -497,7 +571,9 @@ def test_an_interruption_among_bad_steps_is_exact_and_removes_nothing(make, monk
 
 
 def test_an_absurd_learning_rate(make, command):
-    message = command(*arguments(make(learning_rate=1e38, schedule="constant", warmup_steps=0, max_bad_steps=2, eval_interval=1)))
+    message = command(
+        *arguments(make(learning_rate=1e38, schedule="constant", warmup_steps=0, max_bad_steps=2, eval_interval=1))
+    )
     assert "2 steps in a row up to step 3 had a loss or gradient that is not finite (learning rate 1e+38" in message
 
 
@@ -507,7 +583,7 @@ def test_an_absurd_learning_rate(make, command):
 def test_validation_is_the_mean_over_fixed_windows(make, plain):
     config = dataclasses.replace(make(), vocab_size=320)
     data = open_data(config.data_dir)
-    record, = data.manifest["splits"]["val"]
+    (record,) = data.manifest["splits"]["val"]
     tokens = torch.from_numpy(np.fromfile(data.folder / record["file"], "<u2").astype(np.int64))
     windows = (len(tokens) - 1) // 16
     assert windows > 16  # fewer than all: eval_tokens 256
@@ -515,7 +591,10 @@ def test_validation_is_the_mean_over_fixed_windows(make, plain):
     for step in (12, 8):
         model = GPT(config.model_config())
         model.load_state_dict(checkpoint.load(plain / "checkpoints" / f"step_{step}.pt")["model"])
-        nll = [F.cross_entropy(model(tokens[None, s : s + 16])[0][0], tokens[s + 1 : s + 17]).double().item() for s in starts]
+        nll = [
+            F.cross_entropy(model(tokens[None, s : s + 16])[0][0], tokens[s + 1 : s + 17]).double().item()
+            for s in starts
+        ]
         expected = sum(nll) / 16
         torch.manual_seed(0)
         before = torch.get_rng_state()
@@ -559,7 +638,15 @@ def test_init_from_with_another_block_size(make, tmp_path):
         train(make(pos, pos=pos, max_steps=2))
     source = lambda pos: last(tmp_path / pos)["model"]
     for pos, size in (("rope", 32), ("rope", 8), ("learned", 8), ("comrope", 32)):
-        config = make(f"{pos}{size}", pos=pos, block_size=size, init_from=str(tmp_path / pos), max_steps=1, learning_rate=1e-30, min_lr=0.0)
+        config = make(
+            f"{pos}{size}",
+            pos=pos,
+            block_size=size,
+            init_from=str(tmp_path / pos),
+            max_steps=1,
+            learning_rate=1e-30,
+            min_lr=0.0,
+        )
         train(config)
         state = last(config.out_dir)
         for name, value in state["model"].items():
@@ -584,14 +671,22 @@ def test_a_run_from_weights_resumes_without_them(make, tmp_path, monkeypatch):
         train(dataclasses.replace(cut, resume=True, pos_options={"block": 8}))
     train(dataclasses.replace(cut, resume=True))
     assert same_run(whole.out_dir, cut.out_dir)
-    assert last(cut.out_dir)["config"]["pos_options"] == {"kind": "ap", "block": 4, "init": "rope", "base": 10000.0, "unit": 8.0}
+    assert last(cut.out_dir)["config"]["pos_options"] == {
+        "kind": "ap",
+        "block": 4,
+        "init": "rope",
+        "base": 10000.0,
+        "unit": 8.0,
+    }
 
 
 def test_init_from_gpt2_in_transformers_layout(make, tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=256, eos_token_id=256)).eval()
+    theirs = GPT2LMHeadModel(
+        GPT2Config(vocab_size=300, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=256, eos_token_id=256)
+    ).eval()
     theirs.save_pretrained(tmp_path / "hf")
     fields = dict(init_from=str(tmp_path / "hf"), pos="learned", bias=True, vocab_size=300, n_layer=2, max_steps=1)
     config = make(**fields)
@@ -603,7 +698,10 @@ def test_init_from_gpt2_in_transformers_layout(make, tmp_path):
             x, y = map(torch.from_numpy, batch(validation.split, [start], 16))
             nll.append(F.cross_entropy(theirs(x).logits[0], y[0]).double().item())
     assert metrics(config.out_dir)[0]["val/loss"] == pytest.approx(sum(nll) / len(nll), rel=1e-5)
-    with pytest.raises(ValueError, match=r"it needs --n_layer 2 \(the config says 1\), --bias True .*, --vocab_size 300 .*, --pos learned"):
+    with pytest.raises(
+        ValueError,
+        match=r"it needs --n_layer 2 \(the config says 1\), --bias True .*, --vocab_size 300 .*, --pos learned",
+    ):
         train(make("no", **{**fields, "n_layer": 1, "bias": False, "vocab_size": None, "pos": "rope"}))
     assert not (tmp_path / "no").exists()
 
@@ -611,10 +709,16 @@ def test_init_from_gpt2_in_transformers_layout(make, tmp_path):
 def test_init_from_refuses_what_does_not_fit(make, plain, folders, tmp_path):
     (tmp_path / "empty").mkdir()
     for fields, message in (
-        (dict(init_from=str(plain), n_embd=32, n_head=4), r"another architecture than the config; it needs --n_head 2 .*, --n_embd 16 \(the config says 32\)"),
+        (
+            dict(init_from=str(plain), n_embd=32, n_head=4),
+            r"another architecture than the config; it needs --n_head 2 .*, --n_embd 16 \(the config says 32\)",
+        ),
         (dict(init_from=str(plain), pos="carope"), "--pos rope .the config says carope"),
         (dict(init_from=str(plain), pos_options={"base": 500.0}), "--pos_options .*10000.0"),
-        (dict(init_from=str(plain), data_dir=str(folders / "gpt2")), "was trained with the tokenizer byte, which is not that of"),
+        (
+            dict(init_from=str(plain), data_dir=str(folders / "gpt2")),
+            "was trained with the tokenizer byte, which is not that of",
+        ),
         (dict(init_from=str(tmp_path / "empty")), "holds no config.json"),
         (dict(init_from=str(folders / "small.jsonl")), "cannot be read as a checkpoint"),
     ):
@@ -630,24 +734,49 @@ def test_what_a_checkpoint_holds(make, plain):
     state = torch.load(plain / "last.pt", weights_only=True)
     assert {"model", "optimizer", "scaler", "step", "config", "generators", "data_hash", "tokenizer"} <= state.keys()
     data = open_data(make().data_dir)
-    assert state["step"] == 12 and state["data_hash"] == data.hash and state["tokenizer"]["sha256"] == data.tokenizer_hash
-    assert {f.name for f in dataclasses.fields(GPTConfig)} <= state["config"].keys() == {f.name for f in dataclasses.fields(RunConfig)}
+    assert (
+        state["step"] == 12 and state["data_hash"] == data.hash and state["tokenizer"]["sha256"] == data.tokenizer_hash
+    )
+    assert (
+        {f.name for f in dataclasses.fields(GPTConfig)}
+        <= state["config"].keys()
+        == {f.name for f in dataclasses.fields(RunConfig)}
+    )
     assert state["config"]["vocab_size"] == 320 and state["config"]["pos_options"]["base"] == 10000.0
     model = GPT(GPTConfig(**{f.name: state["config"][f.name] for f in dataclasses.fields(GPTConfig)}))
     model.load_state_dict(state["model"])
-    assert state["model"]["lm_head.weight"].data_ptr() == state["model"]["transformer.wte.weight"].data_ptr()  # tied, and stored once
+    assert (
+        state["model"]["lm_head.weight"].data_ptr() == state["model"]["transformer.wte.weight"].data_ptr()
+    )  # tied, and stored once
 
     def plain_types(x):
         if isinstance(x, dict):
             return all(map(plain_types, [*x.keys(), *x.values()]))
-        return all(map(plain_types, x)) if isinstance(x, (list, tuple)) else isinstance(x, (torch.Tensor, int, float, str, bool, type(None)))
+        return (
+            all(map(plain_types, x))
+            if isinstance(x, (list, tuple))
+            else isinstance(x, (torch.Tensor, int, float, str, bool, type(None)))
+        )
 
     assert plain_types(state)
 
 
 def test_the_runs_folder(plain):
-    assert sorted(p.name for p in plain.iterdir()) == [".lock", "best.pt", "best.pt.sha256", "checkpoints", "config.yaml", "last.pt", "metrics.jsonl"]
-    assert sorted(p.name for p in (plain / "checkpoints").iterdir()) == ["step_12.pt", "step_12.pt.sha256", "step_8.pt", "step_8.pt.sha256"]
+    assert sorted(p.name for p in plain.iterdir()) == [
+        ".lock",
+        "best.pt",
+        "best.pt.sha256",
+        "checkpoints",
+        "config.yaml",
+        "last.pt",
+        "metrics.jsonl",
+    ]
+    assert sorted(p.name for p in (plain / "checkpoints").iterdir()) == [
+        "step_12.pt",
+        "step_12.pt.sha256",
+        "step_8.pt",
+        "step_8.pt.sha256",
+    ]
     assert os.readlink(plain / "last.pt") == "checkpoints/step_12.pt" and not (plain / "best.pt").is_symlink()
     resolved = yaml.safe_load((plain / "config.yaml").read_text())
     assert resolved == checkpoint.load(plain / "last.pt")["config"]
@@ -656,14 +785,18 @@ def test_the_runs_folder(plain):
     assert lines[1].keys() == {"step", "tokens", "val/loss"} and lines[1]["step"] == 0
     assert [line["step"] for line in lines if "val/loss" in line] == [0, 5, 10, 12]
     training = [line for line in lines if "train/loss" in line]
-    assert [line["step"] for line in training] == list(range(1, 13)) and [line["tokens"] for line in training] == list(range(128, 1537, 128))
+    assert [line["step"] for line in training] == list(range(1, 13)) and [line["tokens"] for line in training] == list(
+        range(128, 1537, 128)
+    )
     assert training[0].keys() == {"step", "tokens", "train/loss", "lr", "grad_norm", *TIMES}
     assert all(line["tokens_per_s"] > 0 and line["peak_memory"] > 2**20 for line in training)
 
 
 def test_a_moved_run_is_whole(plain, tmp_path):
     shutil.copytree(plain, tmp_path / "moved", symlinks=True)
-    assert checkpoint.find(tmp_path / "moved").resolve() == (tmp_path / "moved" / "checkpoints" / "step_12.pt").resolve()
+    assert (
+        checkpoint.find(tmp_path / "moved").resolve() == (tmp_path / "moved" / "checkpoints" / "step_12.pt").resolve()
+    )
 
 
 @pytest.mark.parametrize("keep", [1, 3])
@@ -687,7 +820,10 @@ def test_best_is_the_best(make, monkeypatch):
     train(config)
     best = checkpoint.load(Path(config.out_dir) / "best.pt")
     assert (best["step"], best["val_loss"]) == (2, 3.0) and same(best["model"], weights[2])
-    assert losses(config.out_dir, "val/loss") == [0.5, 5.0, 3.0, 4.0, None, 3.5] and last(config.out_dir)["best_val_loss"] == 3.0
+    assert (
+        losses(config.out_dir, "val/loss") == [0.5, 5.0, 3.0, 4.0, None, 3.5]
+        and last(config.out_dir)["best_val_loss"] == 3.0
+    )
 
 
 def test_best_survives_resuming(make, monkeypatch):
@@ -767,7 +903,12 @@ def test_training_goes_on_while_the_disk_is_full(make, plain, monkeypatch, capsy
     at_step(monkeypatch, {9: room})
     train(config)
     err = capsys.readouterr().err
-    assert err.count("a checkpoint could not be written") == 1 and "No space left on device" in err and name in err and "the newest good one is of step 4" in err
+    assert (
+        err.count("a checkpoint could not be written") == 1
+        and "No space left on device" in err
+        and name in err
+        and "the newest good one is of step 4" in err
+    )
     assert same_run(config.out_dir, plain)
     kept = [f.name for f in checkpoint.step_files(Path(config.out_dir))]
     assert kept == (["step_12.pt", "step_4.pt"] if name == "step_8.pt" else ["step_12.pt", "step_8.pt"])
@@ -775,7 +916,9 @@ def test_training_goes_on_while_the_disk_is_full(make, plain, monkeypatch, capsy
     assert not [*Path(config.out_dir).rglob("*.partial")]
 
 
-def test_a_disk_that_stays_full_ends_the_run_with_an_error_and_loses_nothing(make, command, plain, tmp_path, monkeypatch):
+def test_a_disk_that_stays_full_ends_the_run_with_an_error_and_loses_nothing(
+    make, command, plain, tmp_path, monkeypatch
+):
     config = make(eval_interval=0)
     at_step(monkeypatch, {6: crash})
     with pytest.raises(RuntimeError):
@@ -783,7 +926,11 @@ def test_a_disk_that_stays_full_ends_the_run_with_an_error_and_loses_nothing(mak
     before = files_of(tmp_path / "run")
     full_disk(monkeypatch, "step_")
     message = command(*arguments(config), "--resume", "true")
-    assert "the checkpoint of step 12 could not be written" in message and "No space left on device" in message and "step 4 is where --resume true continues" in message
+    assert (
+        "the checkpoint of step 12 could not be written" in message
+        and "No space left on device" in message
+        and "step 4 is where --resume true continues" in message
+    )
     after = files_of(tmp_path / "run")
     for changing in ("metrics.jsonl", "config.yaml", "best.pt", "best.pt.sha256"):
         before.pop(changing, None), after.pop(changing, None)
@@ -833,12 +980,16 @@ def test_compiled_training_is_the_same_up_to_rounding(make):
 
 def test_wandb_without_a_login_goes_offline(make, tmp_path):
     (home := tmp_path / "home").mkdir()
-    clean = {k: "" for k in ENVIRONMENT if k.startswith("WANDB")} | {"HOME": str(home), "XDG_CONFIG_HOME": str(home), "XDG_CACHE_HOME": str(home)}
+    clean = {k: "" for k in ENVIRONMENT if k.startswith("WANDB")} | {
+        "HOME": str(home),
+        "XDG_CONFIG_HOME": str(home),
+        "XDG_CACHE_HOME": str(home),
+    }
     config = make(wandb="online", max_steps=3)
     status, _, err = finish(start([REPO / "train.py", *arguments(config)], tmp_path, **clean))
     assert status == 0 and "Traceback" not in err
     assert "warning: wandb is not logged in" in err and "wandb sync" in err
-    run, = Path(config.out_dir, "wandb").glob("offline-run-*")
+    (run,) = Path(config.out_dir, "wandb").glob("offline-run-*")
     assert [*run.glob("run-*.wandb")]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["home", "run"] and not [*home.iterdir()]
     without = make("without", max_steps=3)
@@ -867,7 +1018,9 @@ class FakeWandb(types.ModuleType):
         self.modes.append(mode)
         if mode == "online":
             raise self.Error("Timed out\nsecond line")
-        return types.SimpleNamespace(log=lambda values, step: self.lines.append(step), finish=lambda exit_code: self.modes.append(exit_code))
+        return types.SimpleNamespace(
+            log=lambda values, step: self.lines.append(step), finish=lambda exit_code: self.modes.append(exit_code)
+        )
 
 
 def test_wandb_out_of_reach_goes_offline(make, monkeypatch, capsys):
@@ -876,7 +1029,10 @@ def test_wandb_out_of_reach_goes_offline(make, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_CACHE_DIR", "unused")
     train(make(wandb="online", max_steps=3))
     assert fake.modes == ["online", "teardown", "offline", 0] and fake.lines == [0, 1, 2, 3, 3]
-    assert "warning: wandb cannot be used online, logging offline; `wandb sync` uploads later: Timed out\n" in capsys.readouterr().err
+    assert (
+        "warning: wandb cannot be used online, logging offline; `wandb sync` uploads later: Timed out\n"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("broken", ["login", "init"])
@@ -894,7 +1050,9 @@ def test_a_wandb_that_does_not_start_does_not_end_the_run(make, plain, monkeypat
     train(config)
     assert same(metrics(config.out_dir), metrics(plain)) and "second" not in (err := capsys.readouterr().err)
     assert "uploads later: API key must have 40+ characters\n" in err
-    assert fake.modes == (["teardown", "offline", 0] if broken == "login" else ["teardown"]) and ("training goes on without" in err) == (broken == "init")
+    assert fake.modes == (["teardown", "offline", 0] if broken == "login" else ["teardown"]) and (
+        "training goes on without" in err
+    ) == (broken == "init")
 
 
 # ---- bad input
@@ -948,17 +1106,35 @@ def command(monkeypatch, capsys):
         (dict(micro_batch_size=0), ["micro_batch_size must be at least 1 or null, not 0"]),
         (dict(n_layer=0, vocab_size=512), ["n_layer must be a positive whole number, not 0"]),
         (dict(n_embd=-16), ["n_embd", "-16"]),
-        (dict(block_size=-16, batch_tokens=0, max_steps=-1), ["block_size must be at least 1, not -16", "batch_tokens", "max_steps"]),
-        (dict(eval_tokens=0, keep_checkpoints=0, log_interval=0, lr_step=0), ["eval_tokens", "keep_checkpoints", "log_interval", "lr_step"]),
-        (dict(eval_interval=-1, checkpoint_interval=-1, warmup_steps=-1), ["eval_interval", "checkpoint_interval", "warmup_steps"]),
-        (dict(weight_decay=-0.1, grad_clip=-1.0, pos_lr_multiplier=-1.0), ["weight_decay", "grad_clip", "pos_lr_multiplier"]),
-        (dict(beta1=1.0, beta2=-0.1, decay_fraction=0.0, lr_gamma=0.0), ["beta1", "beta2", "decay_fraction", "lr_gamma"]),
+        (
+            dict(block_size=-16, batch_tokens=0, max_steps=-1),
+            ["block_size must be at least 1, not -16", "batch_tokens", "max_steps"],
+        ),
+        (
+            dict(eval_tokens=0, keep_checkpoints=0, log_interval=0, lr_step=0),
+            ["eval_tokens", "keep_checkpoints", "log_interval", "lr_step"],
+        ),
+        (
+            dict(eval_interval=-1, checkpoint_interval=-1, warmup_steps=-1),
+            ["eval_interval", "checkpoint_interval", "warmup_steps"],
+        ),
+        (
+            dict(weight_decay=-0.1, grad_clip=-1.0, pos_lr_multiplier=-1.0),
+            ["weight_decay", "grad_clip", "pos_lr_multiplier"],
+        ),
+        (
+            dict(beta1=1.0, beta2=-0.1, decay_fraction=0.0, lr_gamma=0.0),
+            ["beta1", "beta2", "decay_fraction", "lr_gamma"],
+        ),
         (dict(learning_rate=1e-4), ["min_lr 0.0003 exceeds learning_rate 0.0001"]),
         (dict(dropout=1.0), ["dropout must lie in [0, 1), not 1.0"]),
         (dict(seed=-1, data_seed=-1), ["seed must not be negative", "data_seed must not be negative"]),
         (dict(data_seed=2**64), ["data_seed"]),
         (dict(vocab_size=100), ["vocab_size 100 is smaller than the 257"]),
-        (dict(block_size=100_000, batch_tokens=100_000, micro_batch_size=1), ["too few for one window of block_size 100000"]),
+        (
+            dict(block_size=100_000, batch_tokens=100_000, micro_batch_size=1),
+            ["too few for one window of block_size 100000"],
+        ),
         (dict(data_dir="nowhere"), ["no data folder nowhere", "data/prepare.py"]),
         (dict(data_dir="."), ["not a finished data folder"]),
         (dict(device="gpu"), ["device 'gpu'"]),
@@ -967,8 +1143,16 @@ def command(monkeypatch, capsys):
     ],
 )
 def test_bad_fields(make, command, tmp_path, fields, expected):
-    good = {k: v for k, v in vars(make()).items() if v is not None and k not in fields and not (k == "pos_options" and "pos_options.block" in fields)}
-    given = [text for k, v in {**good, **fields}.items() for text in (f"--{k}", json.dumps(v) if isinstance(v, (bool, dict)) else str(v))]
+    good = {
+        k: v
+        for k, v in vars(make()).items()
+        if v is not None and k not in fields and not (k == "pos_options" and "pos_options.block" in fields)
+    }
+    given = [
+        text
+        for k, v in {**good, **fields}.items()
+        for text in (f"--{k}", json.dumps(v) if isinstance(v, (bool, dict)) else str(v))
+    ]
     message = command(*given)
     for part in expected:
         assert part in message, message
@@ -1023,7 +1207,7 @@ def test_bad_command_lines(command, tmp_path):
 
 def test_damaged_data(make, command, folders, tmp_path):
     shutil.copytree(folders / "small", tmp_path / "data")
-    shard, = (tmp_path / "data").glob("train_*.bin")
+    (shard,) = (tmp_path / "data").glob("train_*.bin")
     content = shard.read_bytes()
     for altered in (content[:-2], bytes([content[0] ^ 1]) + content[1:]):
         shard.write_bytes(altered)
@@ -1033,7 +1217,9 @@ def test_damaged_data(make, command, folders, tmp_path):
 
 def test_a_folder_that_holds_a_run_is_left_alone(make, command, plain, tmp_path):
     before = files_of(plain)
-    assert "already holds a run: continue it with --resume true, or choose another --out_dir" in command(*arguments(make(out_dir=str(plain))))
+    assert "already holds a run: continue it with --resume true, or choose another --out_dir" in command(
+        *arguments(make(out_dir=str(plain)))
+    )
     assert files_of(plain) == before
 
 
@@ -1046,7 +1232,10 @@ def test_a_folder_that_holds_a_run_is_left_alone(make, command, plain, tmp_path)
         (dict(pos_options={"base": 500.0}), "pos_options was"),
         (dict(block_size=8), "block_size was 16, now 8"),
         (dict(batch_tokens=256), "batch_tokens was 128, now 256"),
-        (dict(n_embd=32, dropout=0.1, bias=True), "n_embd was 16, now 32; bias was False, now True; dropout was 0.0, now 0.1"),
+        (
+            dict(n_embd=32, dropout=0.1, bias=True),
+            "n_embd was 16, now 32; bias was False, now True; dropout was 0.0, now 0.1",
+        ),
         (dict(vocab_size=512), "vocab_size was 320, now 512"),
         (dict(data_dir="other"), "is not what the run began with"),
         (dict(data_dir="gpt2"), "is not what the run began with"),
@@ -1087,17 +1276,35 @@ def test_a_second_interrupt_ends_at_once(make, monkeypatch, capsys):
 def test_fields_come_from_defaults_the_file_and_the_command_line(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("learning_rate: 6e-4\nn_layer: 3\npos: comrope\npos_options: {block: 4, unit: 64}\n")
-    config = parse(["--config", str(path), "--n_layer", "5", "--min_lr=1e-5", "--bias", "true", "--micro_batch_size", "null"])
-    assert (config.learning_rate, config.n_layer, config.min_lr, config.bias, config.n_head) == (6e-4, 5, 1e-5, True, 12)
+    config = parse(
+        ["--config", str(path), "--n_layer", "5", "--min_lr=1e-5", "--bias", "true", "--micro_batch_size", "null"]
+    )
+    assert (config.learning_rate, config.n_layer, config.min_lr, config.bias, config.n_head) == (
+        6e-4,
+        5,
+        1e-5,
+        True,
+        12,
+    )
     assert config.pos_options == {"block": 4, "unit": 64} and config.micro_batch_size is None
     assert parse(["--config", str(path), "--pos_options.block", "2"]).pos_options["block"] == 2
-    assert parse(["--pos", "comrope", "--pos_options.init", "gaussian", "--pos_options.base", "1e3"]).pos_options == {"init": "gaussian", "base": 1000.0}
+    assert parse(["--pos", "comrope", "--pos_options.init", "gaussian", "--pos_options.base", "1e3"]).pos_options == {
+        "init": "gaussian",
+        "base": 1000.0,
+    }
     assert parse(["--pos_options", "{base: 500}"]).pos_options == {"base": 500}
     assert parse([]) == RunConfig()
 
 
 def test_a_config_survives_its_file(tmp_path):
-    config = RunConfig(learning_rate=1e-5, pos="comrope", pos_options={"block": 4, "init": "rope", "unit": 64.0}, bias=True, out_dir="runs/ünï: x", micro_batch_size=3)
+    config = RunConfig(
+        learning_rate=1e-5,
+        pos="comrope",
+        pos_options={"block": 4, "init": "rope", "unit": 64.0},
+        bias=True,
+        out_dir="runs/ünï: x",
+        micro_batch_size=3,
+    )
     write_yaml(config, tmp_path / "config.yaml")
     assert parse(["--config", str(tmp_path / "config.yaml")]) == config
     for path in (REPO / "configs").glob("*.yaml"):

@@ -16,16 +16,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from training import (
+    CPU,
+    arguments,
+    at_step,
+    crash,
+    environments,
+    finish,
+    kill,
+    last,
+    losses,
+    metrics,
+    same,
+    same_run,
+    start,
+    write_text,
+)  # noqa: F401
 
-from nanope import checkpoint
-from nanope import log as record
 from data.prepare import prepare
 from data.shards import WindowOrder, batch, fingerprint, open_data, write_manifest
 from model import GPT
-from nanope.log import Log
+from nanope import checkpoint
+from nanope import log as record
 from nanope.distributed import Ranks
+from nanope.log import Log
 from train import Feed, Training, Validation, largest_micro_batch, main, train
-from training import CPU, REPO, arguments, at_step, crash, environments, finish, folders, kill, last, losses, make, metrics, one_thread, plain, same, same_run, start, write_text  # noqa: F401
 
 # ---- what is due at the moment of an interruption
 
@@ -38,10 +53,15 @@ def test_what_a_signal_puts_off_is_done_on_resuming(make, monkeypatch, at):
     train(whole)
     at_step(monkeypatch, {at: kill(signal.SIGTERM)})
     assert train(cut)["signal"] == signal.SIGTERM
-    assert not [line for line in metrics(cut.out_dir) if line["step"] == at + 1 and ("val/loss" in line or "sample" in line)]
+    assert not [
+        line for line in metrics(cut.out_dir) if line["step"] == at + 1 and ("val/loss" in line or "sample" in line)
+    ]
     train(cut)
     assert same_run(whole.out_dir, cut.out_dir)
-    assert same(checkpoint.load(Path(whole.out_dir) / "best.pt")["model"], checkpoint.load(Path(cut.out_dir) / "best.pt")["model"])
+    assert same(
+        checkpoint.load(Path(whole.out_dir) / "best.pt")["model"],
+        checkpoint.load(Path(cut.out_dir) / "best.pt")["model"],
+    )
 
 
 @pytest.mark.parametrize("batches", [2, 6, 14], ids=["start", "middle", "end"])
@@ -62,7 +82,11 @@ def test_a_signal_ends_a_validation(make, monkeypatch, batches):
         patch.setattr(GPT, "forward", hooked)
         end = train(cut)
     step = {2: 0, 6: 5, 14: 12}[batches]  # 16 windows by 4
-    assert len(calls) == batches and (end["step"], end["signal"], last(cut.out_dir)["step"]) == (step, signal.SIGTERM, step)
+    assert len(calls) == batches and (end["step"], end["signal"], last(cut.out_dir)["step"]) == (
+        step,
+        signal.SIGTERM,
+        step,
+    )
     assert not [line for line in metrics(cut.out_dir) if line["step"] == step and "val/loss" in line]
     train(cut)
     assert same_run(whole.out_dir, cut.out_dir)
@@ -86,8 +110,12 @@ def test_samples_are_logged_and_change_nothing(make, plain):
     config = make(sample_interval=3)
     train(config)
     samples = [line for line in metrics(config.out_dir) if "sample" in line]
-    assert [line["step"] for line in samples] == [3, 6, 9, 12] and all(1 <= len(line["sample"]) <= 16 for line in samples)
-    assert same([line for line in metrics(config.out_dir) if "sample" not in line], metrics(plain)) and same(last(config.out_dir)["model"], last(plain)["model"])
+    assert [line["step"] for line in samples] == [3, 6, 9, 12] and all(
+        1 <= len(line["sample"]) <= 16 for line in samples
+    )
+    assert same([line for line in metrics(config.out_dir) if "sample" not in line], metrics(plain)) and same(
+        last(config.out_dir)["model"], last(plain)["model"]
+    )
 
 
 # ---- checkpoints beside the training
@@ -134,7 +162,9 @@ def test_a_run_that_fails_finishes_the_checkpoint_that_is_being_written(make, mo
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     """After a power loss a name never leads to a part of the content, nor a new checkpoint to an old hash."""
     order, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (order.append(("fsync", os.fstat(descriptor).st_ino)), fsync(descriptor)))
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: (order.append(("fsync", os.fstat(descriptor).st_ino)), fsync(descriptor))
+    )
 
     def renamed(source, target):
         if Path(target).name == "step_1.pt":
@@ -146,7 +176,9 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     for value in 1, 2:
         checkpoint.save(tmp_path / "step_1.pt", {"model": {"w": torch.tensor(value)}, "config": {}, "step": 1})
     renames = [i for i, (what, _) in enumerate(order) if what == "replace"]
-    assert len(renames) == 4 and all(("fsync", order[i][1]) == order[i - 1] and order[i + 1][0] == "fsync" for i in renames)  # the folder after it
+    assert len(renames) == 4 and all(
+        ("fsync", order[i][1]) == order[i - 1] and order[i + 1][0] == "fsync" for i in renames
+    )  # the folder after it
 
 
 def test_what_goes_wrong_in_the_writer_ends_the_run(make, monkeypatch):
@@ -256,7 +288,11 @@ def test_the_last_checkpoint_is_tried_again(make, plain, monkeypatch, capsys):
     monkeypatch.setattr(checkpoint, "save", no_room_once)
     config = make()
     train(config)
-    assert len(tries) == 2 and "at step 12 a checkpoint could not be written" in capsys.readouterr().err and same_run(config.out_dir, plain)
+    assert (
+        len(tries) == 2
+        and "at step 12 a checkpoint could not be written" in capsys.readouterr().err
+        and same_run(config.out_dir, plain)
+    )
 
 
 def test_metrics_that_cannot_be_written_for_a_while_are_not_lost(make, plain, monkeypatch, capsys):
@@ -288,7 +324,11 @@ def test_a_real_process_with_no_room_for_checkpoints_trains_to_its_end(make, tmp
     config = make(max_steps=30, log_interval=1)
     status, _, err = finish(start(["-c", code, *arguments(config)], tmp_path))
     assert status == 1 and "Traceback" not in err and "error: the checkpoint of step 30 could not be written" in err
-    assert losses(config.out_dir, "step")[-1] == 30 and not [*Path(config.out_dir).rglob("*.pt")] and not [*Path(config.out_dir).rglob("*.partial")]
+    assert (
+        losses(config.out_dir, "step")[-1] == 30
+        and not [*Path(config.out_dir).rglob("*.pt")]
+        and not [*Path(config.out_dir).rglob("*.partial")]
+    )
     assert train(dataclasses.replace(config, resume=True))["step"] == 30
 
 
@@ -356,13 +396,23 @@ def poison(monkeypatch, bad, rows):
 
 
 def test_the_message_names_the_windows_by_shard_and_offset(make, tmp_path, monkeypatch):
-    prepare("files", tmp_path / "shards", write_text(tmp_path / "text.jsonl", 3, 9), "byte", val_tokens=600, shard_tokens=1200)
+    prepare(
+        "files",
+        tmp_path / "shards",
+        write_text(tmp_path / "text.jsonl", 3, 9),
+        "byte",
+        val_tokens=600,
+        shard_tokens=1200,
+    )
     config = make(data_dir=str(tmp_path / "shards"), max_bad_steps=2)
     data = open_data(config.data_dir)
     files = data.split("train").files
     assert len(files) > 2
     poison(monkeypatch, {(5, 1), (6, 1)}, 2)
-    with pytest.raises(ValueError, match="2 steps in a row up to step 7 .*learning rate 0.00232; rank 0, micro-batches whose loss is not finite") as info:
+    with pytest.raises(
+        ValueError,
+        match="2 steps in a row up to step 7 .*learning rate 0.00232; rank 0, micro-batches whose loss is not finite",
+    ) as info:
         train(config)
     split = data.split("train")
     starts = WindowOrder(len(split), 16, 1).starts(6 * 8 + 4, 4)  # the second micro-batch of step 7
@@ -395,7 +445,11 @@ def test_a_step_that_is_logged_as_skipped_is_skipped(make, monkeypatch, dtype, w
     config = make(dtype=dtype, micro_batch_size=8)
     train(config)
     assert [line["step"] for line in metrics(config.out_dir) if "skipped" in line] == [4]
-    assert same(weights[3], weights[4]) and not same(weights[4], weights[5]) and last(config.out_dir)["optimizer"]["state"][0]["step"] == 11
+    assert (
+        same(weights[3], weights[4])
+        and not same(weights[4], weights[5])
+        and last(config.out_dir)["optimizer"]["state"][0]["step"] == 11
+    )
 
 
 @pytest.mark.parametrize("log_interval", [1, 5])
@@ -403,10 +457,16 @@ def test_a_host_one_step_ahead_gives_the_same_run(make, monkeypatch, log_interva
     """As on a GPU: outcomes are read a step late. Bad steps are skipped on the device, and everything logged is the same."""
     runs = []
     for behind in 0, 1:
-        config = make(f"behind{behind}", log_interval=log_interval, max_bad_steps=3, checkpoint_interval=5, eval_interval=7)
+        config = make(
+            f"behind{behind}", log_interval=log_interval, max_bad_steps=3, checkpoint_interval=5, eval_interval=7
+        )
         with monkeypatch.context() as patch:
             poison(patch, {(3, 0), (6, 1), (7, 0)}, 2)
-            patch.setattr(Training, "run", lambda self, run=Training.run, behind=behind: setattr(self, "behind", behind) or run(self))
+            patch.setattr(
+                Training,
+                "run",
+                lambda self, run=Training.run, behind=behind: setattr(self, "behind", behind) or run(self),
+            )
             train(config)
         runs.append(config.out_dir)
     assert same_run(*runs)
@@ -456,14 +516,22 @@ def test_out_of_memory_says_what_to_try(make, monkeypatch):
         return forward(self, idx, targets, reduction)
 
     monkeypatch.setattr(GPT, "forward", hungry)
-    with pytest.raises(ValueError, match=r"out of memory at micro_batch_size 4 \(4 windows of 16 tokens\) on cpu: try --micro_batch_size 2; .*\(Tried to allocate 20.00 GiB\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"out of memory at micro_batch_size 4 \(4 windows of 16 tokens\) on cpu: try --micro_batch_size 2; .*\(Tried to allocate 20.00 GiB\)",
+    ):
         train(make())
     assert train(make("smaller", micro_batch_size=2))["step"] == 12
 
 
 def fake_memory(monkeypatch, rows, total=100, reserved=10):
     """A GPU, as far as largest_micro_batch asks, whose memory ends above `rows` windows."""
-    for name, value in (("reset_peak_memory_stats", None), ("empty_cache", None), ("max_memory_reserved", reserved), ("get_device_name", "a GPU")):
+    for name, value in (
+        ("reset_peak_memory_stats", None),
+        ("empty_cache", None),
+        ("max_memory_reserved", reserved),
+        ("get_device_name", "a GPU"),
+    ):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(total_memory=total))
 
@@ -481,7 +549,9 @@ def test_the_largest_micro_batch(make, monkeypatch):
         with monkeypatch.context() as patch:
             fake_memory(patch, rows)
             assert largest_micro_batch(model, 24, Ranks(), CPU, torch.float32) == expected
-            patch.setattr(Ranks, "max", lambda self, tensor: torch.maximum(tensor, torch.tensor(-3)))  # another rank has less
+            patch.setattr(
+                Ranks, "max", lambda self, tensor: torch.maximum(tensor, torch.tensor(-3))
+            )  # another rank has less
             assert largest_micro_batch(model, 24, Ranks(), CPU, torch.float32) == min(3, expected)
     fake_memory(monkeypatch, 8, reserved=95)
     assert largest_micro_batch(model, 24, Ranks(), CPU, torch.float32) == 1  # nine tenths are full
@@ -515,7 +585,11 @@ def test_the_feed_reads_ahead_and_in_order(make):
         for step in [0, 1, 2, 2, 9, *range(25, 32)]:
             got = list(feed.batches(step))
             x, y = batch(split, order.starts((step * 2 + rank) * 4, 4), 16)
-            assert len(got) == 2 and np.array_equal(torch.cat([g[0] for g in got]), x) and np.array_equal(torch.cat([g[1] for g in got]), y)
+            assert (
+                len(got) == 2
+                and np.array_equal(torch.cat([g[0] for g in got]), x)
+                and np.array_equal(torch.cat([g[1] for g in got]), y)
+            )
         feed.close()
 
 
@@ -543,7 +617,15 @@ def test_memory_stays_flat_on_a_large_data_folder(tmp_path):
     for i in range(30):  # 30 × 32 MiB; more than memmapped pages could hide
         path = folder / f"train_{i:05d}.bin"
         path.write_bytes(np.roll(block, i).tobytes())
-        shards.append({**manifest["splits"]["train"][0], "file": path.name, "tokens": len(block), "sha256": "", "fingerprint": fingerprint(path)})
+        shards.append(
+            {
+                **manifest["splits"]["train"][0],
+                "file": path.name,
+                "tokens": len(block),
+                "sha256": "",
+                "fingerprint": fingerprint(path),
+            }
+        )
     manifest["splits"]["train"] = shards
     write_manifest(folder, {k: v for k, v in manifest.items() if k != "format"})
     code = """
@@ -561,7 +643,17 @@ train.learning_rate = hooked
 train.main()
 print(*sizes)
 """
-    fields = dict(data_dir=folder, out_dir=tmp_path / "run", block_size=16, n_layer=1, n_head=1, n_embd=4, batch_tokens=1024, max_steps=2000, eval_interval=0)
+    fields = dict(
+        data_dir=folder,
+        out_dir=tmp_path / "run",
+        block_size=16,
+        n_layer=1,
+        n_head=1,
+        n_embd=4,
+        batch_tokens=1024,
+        max_steps=2000,
+        eval_interval=0,
+    )
     fields |= dict(eval_tokens=256, checkpoint_interval=500, log_interval=10, device="cpu", warmup_steps=10)
     given = [text for k, v in fields.items() for text in (f"--{k}", str(v))]
     if not Path("/proc/self/status").exists():
@@ -576,10 +668,14 @@ print(*sizes)
 
 
 def test_metrics_begin_with_the_environment(make, plain, monkeypatch):
-    there, = environments(plain)
+    (there,) = environments(plain)
     data = open_data(make().data_dir)
     assert there["data_hash"] == data.hash and (there["seed"], there["data_seed"], there["ranks"]) == (1, 1, 1)
-    assert there["torch"] == torch.__version__ and there["attention"] == "sdpa flash_attention" and there["dtype"] == "float32"
+    assert (
+        there["torch"] == torch.__version__
+        and there["attention"] == "sdpa flash_attention"
+        and there["dtype"] == "float32"
+    )
     assert there["git"] is None or len(there["git"]["commit"]) == 40
     config = make(pos="alibi", max_steps=4)
     train(config)
@@ -592,8 +688,18 @@ def test_metrics_begin_with_the_environment(make, plain, monkeypatch):
 
 
 def test_git_state_of_a_repository(tmp_path):
-    assert record.git_state(tmp_path) is None or "commit" in record.git_state(tmp_path)  # tmp_path may lie inside a repository
-    git = lambda *a: subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@y", *a], cwd=tmp_path, check=True, capture_output=True, text=True).stdout  # noqa: E731
+    assert record.git_state(tmp_path) is None or "commit" in record.git_state(
+        tmp_path
+    )  # tmp_path may lie inside a repository
+    git = lambda *a: (
+        subprocess.run(
+            ["git", "-c", "user.name=x", "-c", "user.email=x@y", *a],
+            cwd=tmp_path,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+    )  # noqa: E731
     git("init")
     (tmp_path / "file").write_text("one")
     git("add", "file")
@@ -615,9 +721,20 @@ def test_diff(make, plain, folders, monkeypatch, capsys, tmp_path):
     assert diff(monkeypatch, capsys, make("mine"), plain) == (0, [f"no difference from {plain}"])
     assert diff(monkeypatch, capsys, make("mine", vocab_size=320, pos_options={"base": 10000.0}), plain)[0] == 0
     assert not (tmp_path / "mine").exists()
-    other = make("mine", learning_rate=1e-3, pos="comrope", pos_options={"block": 2}, micro_batch_size=2, data_dir=str(folders / "other"))
+    other = make(
+        "mine",
+        learning_rate=1e-3,
+        pos="comrope",
+        pos_options={"block": 2},
+        micro_batch_size=2,
+        data_dir=str(folders / "other"),
+    )
     status, lines = diff(monkeypatch, capsys, other, plain)
-    assert status == 1 and lines[:2] == ["pos: rope there, comrope here", lines[1]] and "learning_rate: 0.003 there, 0.001 here" in lines
+    assert (
+        status == 1
+        and lines[:2] == ["pos: rope there, comrope here", lines[1]]
+        and "learning_rate: 0.003 there, 0.001 here" in lines
+    )
     assert any(line.startswith("pos_options: ") and "'block': None" in line and "'block': 2" in line for line in lines)
     assert any(line.startswith("data: its manifest's hash is ") for line in lines)
     assert lines[-1] == "micro_batch_size: 4 there, 2 here (changes rounding at most)"
@@ -630,7 +747,12 @@ def test_plan_trains_nothing(make, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments(make()), "--plan", "--gpus", "2", "--price_per_hour", "3"])
     main()
     out = capsys.readouterr().out
-    assert "8,240" in out and "8 windows of 16 = 2 rank(s) × 1 × micro_batch_size 4" in out and "2 × A100" in out and "cost at 3 per GPU-hour" in out
+    assert (
+        "8,240" in out
+        and "8 windows of 16 = 2 rank(s) × 1 × micro_batch_size 4" in out
+        and "2 × A100" in out
+        and "cost at 3 per GPU-hour" in out
+    )
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments(make()), "--plan", "--gpus", "3"])
     with pytest.raises(SystemExit) as info:

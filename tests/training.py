@@ -1,7 +1,6 @@
 """Tiny runs for the tests of training: data, configs, processes, and how two runs are compared."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import random
@@ -13,13 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanope import checkpoint
 import train as train_module
-from nanope.config import RunConfig
 from data.prepare import prepare
+from nanope import REPO, checkpoint
+from nanope.config import RunConfig
 from train import learning_rate, train
 
-REPO = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 TIMES = ("tokens_per_s", "mfu", "peak_memory")
 TINY = dict(

@@ -30,7 +30,9 @@ class Trial:
         """The (length + 1,) tokens, `length` inputs and the last target; the value ends them."""
         filler = self.filler[len(self.filler) - filler_tokens(length) :]
         at = round(self.depth * len(filler))
-        return np.concatenate([filler[:at], self.key if with_key else self.other, self.value, filler[at:], self.key, self.value])
+        return np.concatenate(
+            [filler[:at], self.key if with_key else self.other, self.value, filler[at:], self.key, self.value]
+        )
 
 
 def filler_tokens(length: int) -> int:

@@ -63,7 +63,14 @@ class Targets:
 
 
 def choose_targets(
-    split: Split, documents: np.ndarray, spans: np.ndarray, protocol: str, longest: int, stride: int, max_targets: int, length: int | None = None
+    split: Split,
+    documents: np.ndarray,
+    spans: np.ndarray,
+    protocol: str,
+    longest: int,
+    stride: int,
+    max_targets: int,
+    length: int | None = None,
 ) -> Targets:
     """The tokens that `protocol` scores in spans of at least longest+1 tokens each. spans and documents, all those of the
     split: (n, 2), start and size.
@@ -85,7 +92,11 @@ def choose_targets(
                 lasts = firsts + longest - 1
         found.append(np.stack((np.full(len(firsts), start), start + firsts, start + lasts), 1))
     blocks = np.concatenate(found)
-    count = max(1, round(len(blocks) * max_targets / (blocks[:, 2] - blocks[:, 1] + 1).sum())) if max_targets else len(blocks)
+    count = (
+        max(1, round(len(blocks) * max_targets / (blocks[:, 2] - blocks[:, 1] + 1).sum()))
+        if max_targets
+        else len(blocks)
+    )
     if count < len(blocks):
         blocks = blocks[np.arange(count) * len(blocks) // count]
     if length:  # of the same windows, their first part

@@ -19,7 +19,9 @@ def document_interval(sums: np.ndarray, counts: np.ndarray, resamples: int, seed
     return [float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)]
 
 
-def row_figures(nll: np.ndarray, hits: np.ndarray, n_bytes: np.ndarray, document: np.ndarray, resamples: int, seed: int) -> dict:
+def row_figures(
+    nll: np.ndarray, hits: np.ndarray, n_bytes: np.ndarray, document: np.ndarray, resamples: int, seed: int
+) -> dict:
     """Figures of one row from its scored tokens, (n,) each: nll in nats, hits (the likeliest token was right), n_bytes of text,
     document indices. Means are over tokens; bits per byte divide by the text's bytes, of which an end-of-text token has none."""
     mean = nll.sum() / len(nll)
@@ -48,13 +50,22 @@ def position_curve(nll: np.ndarray, document: np.ndarray, length: int, resamples
     if len(edges) > 2 and (edges[-1] - edges[-2]) < (edges[-2] - edges[-3]) / 2:  # a last bin too thin to be read
         edges = np.delete(edges, -2)
     nll, document = nll.reshape(-1, length), document.reshape(-1, length)[:, 0]
-    curve = {"first": edges[:-1].tolist(), "last": (edges[1:] - 1).tolist(), "nats": [], "low": [], "high": [], "tokens": []}
+    curve = {
+        "first": edges[:-1].tolist(),
+        "last": (edges[1:] - 1).tolist(),
+        "nats": [],
+        "low": [],
+        "high": [],
+        "tokens": [],
+    }
     for low, high in zip(edges[:-1] - 1, edges[1:] - 1):
         present = np.flatnonzero(np.bincount(document))
         sums = np.bincount(document, nll[:, low:high].sum(1))[present]
         counts = np.bincount(document)[present] * (high - low)
         interval = document_interval(sums, counts, resamples, seed) or [None, None]
-        for name, value in zip(("nats", "low", "high", "tokens"), (float(sums.sum() / counts.sum()), *interval, int(counts.sum()))):
+        for name, value in zip(
+            ("nats", "low", "high", "tokens"), (float(sums.sum() / counts.sum()), *interval, int(counts.sum()))
+        ):
             curve[name].append(value)
     return curve
 
@@ -83,7 +94,15 @@ def paired_difference(a: np.ndarray, b: np.ndarray, tokens: np.ndarray, paired: 
         residual = b.mean(0) - a.mean(0) - difference * tokens
         parts.append((n / (n - 1) * (residual**2).sum() / total**2, n - 1))
     variance = sum(v for v, _ in parts)
-    result = {"difference": float(difference), "interval": None, "p_value": None, "levels": levels, "seeds": [len(a), len(b)], "paired_seeds": paired, "documents": n}
+    result = {
+        "difference": float(difference),
+        "interval": None,
+        "p_value": None,
+        "levels": levels,
+        "seeds": [len(a), len(b)],
+        "paired_seeds": paired,
+        "documents": n,
+    }
     if variance > 0:
         freedom = variance**2 / sum(v**2 / f for v, f in parts)
         reach = scipy.stats.t.ppf(0.975, freedom) * math.sqrt(variance)
