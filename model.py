@@ -325,7 +325,8 @@ class GPT(nn.Module):
             return
         if not (lowest <= ids.min() and ids.max() < self.config.vocab_size):
             raise ValueError(
-                f"{what} holds ids {ids.min()} … {ids.max()}, outside {lowest} … vocab_size-1 = {self.config.vocab_size - 1}"
+                f"{what} holds ids {ids.min()} … {ids.max()}, "
+                f"outside {lowest} … vocab_size-1 = {self.config.vocab_size - 1}"
             )
 
     @torch.no_grad()

@@ -69,7 +69,7 @@ def attend_fused(
         parts = part, k[:, :, low:end], v[:, :, low:end]
         if bias is not None:
             # All four dimensions, so that a CPU's fused kernel takes it
-            mask = bias(batch, heads, m, n).masked_fill(~mask, -math.inf).expand(B, H, -1, -1)
+            mask = bias(batch, heads, m, n).to(ctx.dtype).masked_fill(~mask, -math.inf).expand(B, H, -1, -1)
             parts = [t.to(mask.dtype) for t in parts]  # autocast would round the bias, large at a distance, to bfloat16
         with no_autocast(q.device):
             y = F.scaled_dot_product_attention(*parts, attn_mask=mask, dropout_p=dropout, scale=scale)
