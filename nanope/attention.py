@@ -54,7 +54,8 @@ def attend_fused(
     if plain and ctx.start == 0 and q.device.type != "mps":
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scale)
     if bias is None and ctx.length == 1:  # one new token sees every cached one, or the window's
-        k, v = k[:, :, -window:], v[:, :, -window:]  # of 0: all
+        if window:
+            k, v = k[:, :, -window:], v[:, :, -window:]
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
     if ctx.block_mask is not None:
         return flex_attend(q, k, v, bias, ctx.block_mask, scale)
