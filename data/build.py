@@ -27,7 +27,6 @@ from data.progress import Progress
 from data.publish import join_units, publish
 from data.readers import File
 from data.shards import Data, DataError, open_data, write_json
-from data.sources import identity_of
 from data.tokenizer import Tokenizer
 from data.units import SIZES, Sizes, Unit, UnitId, cut_group, finished_units, group_files, record_of
 from data.workers import do_in_processes, in_background
@@ -79,15 +78,9 @@ def prepare(
         raise DataError(f"there is nothing to merge: {folder} holds no parts")
     files = None
     if plan:
-        differ = request.differences(plan)
-        if not differ and not merge and (source is not None or not finished):  # the hub is not asked again
-            _, files = request.files(plan["revision"])
-            differ = [] if identity_of(files) == plan["source"]["identity"] else ["other text in the source"]
-        if differ:
-            raise DataError(
-                f"{out if finished else folder} was made with other options or from other text ({'; '.join(differ)}); "
-                f"give another --out, or delete it"
-            )
+        # Merging reads no source. For a folder that is finished the hub is not asked again.
+        read_source = not merge and (source is not None or not finished)
+        files = request.check(plan, out if finished else folder, read_source)
     if finished:
         print(f"{out} is complete and as it should be; nothing to do")
         return finished

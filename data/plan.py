@@ -54,8 +54,22 @@ class Request:
         """Revision and files of what is to be read: those of the hub at `revision`."""
         return source_files(self.corpus, self.subset, self.source, revision)
 
-    def differences(self, plan: dict) -> list[str]:
-        """How the request differs from a plan, but for the text of the source."""
+    def check(self, plan: dict, folder: Path, read_source: bool) -> list[File] | None:
+        """DataError where the request is not what `folder` was planned for. Returns the source's files, if read."""
+        files, differ = None, self._differences(plan)
+        if read_source and not differ:
+            _, files = self.files(plan["revision"])
+            if identity_of(files) != plan["source"]["identity"]:
+                differ = ["other text in the source"]
+        if differ:
+            raise DataError(
+                f"{folder} was made with other options or from other text ({'; '.join(differ)}); "
+                f"give another --out, or delete it"
+            )
+        return files
+
+    def _differences(self, plan: dict) -> list[str]:
+        """How the request differs from a plan, the text of the source left aside."""
         now = {"dataset": self.name, "subset": self.subset_name, "tokenizer": self.tokenizer.name} | self.options
         there = plan | {"tokenizer": plan["tokenizer"]["name"]}
         differ = [f"{key} {there[key]} there, {now[key]} now" for key in there if key in now and there[key] != now[key]]
