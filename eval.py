@@ -25,9 +25,10 @@ import torch
 
 from data.shards import Data, Split
 from data.tokenizer import Tokenizer
-from model import SCALINGS, nearest
 from nanope import checkpoint
+from nanope.convert import SCALINGS
 from nanope.distributed import ranks_of
+from nanope.errors import nearest
 from nanope.evaluation.compare import CONDITIONS, arms_of, compare, comparison_table
 from nanope.evaluation.models import Model, Subject, open_pretrained, open_run, scaled_models
 from nanope.evaluation.options import Options

@@ -6,6 +6,7 @@ import numpy as np
 
 from nanope.config import RunConfig
 from nanope.evaluation.statistics import paired_difference
+from schemes import label
 
 # Fields of a run in which two seeds of one experiment may differ
 NOT_THE_EXPERIMENT = {
@@ -32,9 +33,9 @@ def arms_of(configs: list[dict]) -> list[str]:
             "the runs differ in their seeds at most: they are one experiment, and there is nothing to compare"
         )
     fields = [f for f in distinct[0] if any(key.get(f) != distinct[0][f] for key in distinct)]
-    if len({key["pos"] for key in distinct}) == len(distinct):
+    if len({label(key["pos"]) for key in distinct}) == len(distinct):
         fields = ["pos"]
-    names = [" ".join(f"{key[f]}" if f == "pos" else f"{f}={key[f]}" for f in fields) for key in keys]
+    names = [" ".join(label(key[f]) if f == "pos" else f"{f}={key[f]}" for f in fields) for key in keys]
     seeds = [(name, config["seed"], config["data_seed"]) for name, config in zip(names, configs)]
     if len(set(seeds)) < len(seeds):
         raise ValueError("two of the runs have the same config and the same seeds: name each run once")

@@ -5,6 +5,8 @@ import hashlib
 import json
 from pathlib import Path
 
+import schemes
+from model import GPT
 from nanope import REPO, checkpoint
 from nanope.distributed import Ranks
 from nanope.evaluation.models import Model
@@ -38,8 +40,10 @@ class Parts:
 
 def source_hashes(model: Model) -> list[str]:
     """Of every file that a model's figures depend on."""
-    names = ["model.py", "eval.py"]
-    files = [*(REPO / name for name in names), *sorted((REPO / "nanope" / "evaluation").glob("*.py"))]
+    files = [REPO / "model.py", REPO / "eval.py", *sorted((REPO / "nanope" / "evaluation").glob("*.py"))]
+    files += [REPO / "nanope" / f"{name}.py" for name in ("attention", "convert", "hf", "ops")]
+    if isinstance(model, GPT):
+        files += schemes.sources(model.config.pos) + schemes.sources("rope")  # rope is what a scaled model becomes
     return [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
 
 

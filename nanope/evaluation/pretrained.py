@@ -10,8 +10,8 @@ import torch.nn as nn
 
 from data.shards import Data
 from data.tokenizer import load_tokenizer
+from nanope.errors import first_line
 from nanope.evaluation.protocols import split_of
-from nanope.log import first_line
 
 
 @dataclass

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from nanope import checkpoint
 from nanope.config import RunConfig
+from nanope.errors import first_line
 from nanope.evaluation.parts import write_json
-from nanope.log import first_line, start_wandb
+from nanope.log import start_wandb
 
 # What a report's name tells where it is not the default
 NAMED = (

@@ -10,10 +10,12 @@ import torch
 from tqdm import tqdm
 
 from data.shards import Split
-from model import GPT, SCHEMES, Attention, by_onednn, chunk_rows, head_dtype, linear, no_autocast, wide
+from model import GPT
+from nanope.attention import kernel
 from nanope.distributed import Ranks, autocast
 from nanope.evaluation.models import Model
 from nanope.evaluation.protocols import Windows
+from nanope.ops import by_onednn, chunk_rows, head_dtype, linear, no_autocast, wide
 
 
 @dataclass(frozen=True)
@@ -33,23 +35,16 @@ class Compute:
 
     def conditions(self, model: Model) -> dict:
         """What figures may depend on beyond the model and the tokens, for a report."""
+        library = "transformers, scaled_dot_product_attention"
         return {
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(model.lm_head.weight.device),
-            "backend": backend(model),
+            "backend": kernel(model, self.dtype, training=False) if isinstance(model, GPT) else library,
             "batch_tokens": self.batch_tokens,
             "ranks": self.ranks.world,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
-
-
-def backend(model: Model) -> str:
-    """The name of the attention kernel."""
-    if not isinstance(model, GPT):
-        return "transformers, scaled_dot_product_attention"
-    biased = SCHEMES[model.config.pos].score_bias is not Attention.score_bias
-    return "flex_attention" if biased and model.lm_head.weight.is_cuda else "scaled_dot_product_attention"
 
 
 @torch.no_grad()

@@ -11,13 +11,15 @@ import torch
 
 from data.shards import Data
 from data.tokenizer import Tokenizer
-from model import GPT, linear_nll
+from model import GPT
 from nanope.distributed import autocast
 from nanope.evaluation.models import Model
 from nanope.evaluation.options import Options
 from nanope.evaluation.protocols import split_of, spread_windows
 from nanope.evaluation.scoring import Compute, read_windows
 from nanope.evaluation.statistics import FIGURES
+from nanope.ops import linear_nll
+from schemes import label, names_in
 
 
 def evaluate_shift(model: Model, data: Data, tokenizer: Tokenizer, options: Options, compute: Compute) -> list[dict]:
@@ -57,8 +59,13 @@ def why_not_shifted(model: Model) -> str | None:
     """Why a model's positions cannot be shifted; None where they can."""
     if not isinstance(model, GPT):
         return "positions are shifted in runs of train.py, not in models of transformers"
-    if model.config.pos not in ("rope", "crope", "comrope"):
-        return f"{model.config.pos} has no positions that could be shifted; rope, crope and comrope have"
+    pos = model.config.pos
+    if "wpe" in model.transformer:
+        return (
+            f"{label(pos)} adds absolute positions to the embeddings; rope, crope and comrope have positions to shift"
+        )
+    if {*names_in(pos)} <= {"none", "alibi", "carope"}:
+        return f"{label(pos)} has no positions that could be shifted; rope, crope and comrope have"
     return None
 
 
