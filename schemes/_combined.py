@@ -9,8 +9,8 @@ EXCLUSIVE = ("embedding", "projection", "positions", "project", "scores", "weigh
 
 
 class Combined(Scheme):
-    """`a+b`: encodings in order, biases and auxiliary losses add. Any other hook belongs to the one scheme that overrides
-    it. ValueError where two do."""
+    """`a+b`: encodings in order, biases and auxiliary losses add. Any other hook belongs to the one scheme that
+    overrides it. ValueError where two do."""
 
     def __init__(self, config, layer: int, parts: dict[str, Scheme]):
         super().__init__(config, layer)

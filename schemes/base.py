@@ -73,7 +73,8 @@ class Scheme(nn.Module):
     # ---- hooks
 
     def embedding(self, config) -> nn.Module | None:
-        """A module that maps positions (T,) int64 to (T, C), to be added to the token embeddings. Asked of one layer."""
+        """A module that maps positions (T,) int64 to (T, C), to be added to the token embeddings. Asked of one
+        layer."""
         return None
 
     def projection(self, config) -> nn.Module:
@@ -93,7 +94,8 @@ class Scheme(nn.Module):
         return None
 
     def positions(self, ctx: Context) -> torch.Tensor:
-        """The positions that are seen in training, from ctx.positions and draws of ctx.generator(). Asked of one layer."""
+        """The positions that are seen in training, from ctx.positions and draws of ctx.generator(). Asked of one
+        layer."""
         return ctx.positions
 
     def project(self, c_attn: nn.Module, x: torch.Tensor, ctx: Context) -> torch.Tensor:
@@ -101,8 +103,8 @@ class Scheme(nn.Module):
         return c_attn(x)
 
     def encode(self, qk: torch.Tensor, x: torch.Tensor, ctx: Context) -> torch.Tensor:
-        """Queries qk[:, :, 0] and keys qk[:, :, 1], (B, T, 2, H, D), with their positions: (B, T, 2, H, ≥ D). The result
-        may be wider than D, which adds a low-rank bias; scores are divided by √D all the same."""
+        """Queries qk[:, :, 0] and keys qk[:, :, 1], (B, T, 2, H, D), with their positions: (B, T, 2, H, ≥ D). The
+        result may be wider than D, which adds a low-rank bias; scores are divided by √D all the same."""
         return qk
 
     def bias(self, x: torch.Tensor, q: torch.Tensor, k: torch.Tensor, ctx: Context) -> Callable | None:
