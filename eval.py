@@ -149,7 +149,9 @@ def compare_runs(args: argparse.Namespace, options: Options, compute: Compute) -
     return rows
 
 
-def evaluate_run(run: str, args: argparse.Namespace, options: Options, compute: Compute, output=None) -> dict:
+def evaluate_run(
+    run: str, args: argparse.Namespace, options: Options, compute: Compute, output: str | Path | None = None
+) -> dict:
     """Evaluate one run of train.py; the report goes to `output`, or into the run's folder, and to the run's wandb."""
     subject = open_run(run, args.checkpoint, args.data)
     if output is None and Path(run).is_dir():
@@ -160,7 +162,9 @@ def evaluate_run(run: str, args: argparse.Namespace, options: Options, compute: 
     return report
 
 
-def make_report(subject: Subject, args: argparse.Namespace, options: Options, compute: Compute, output) -> dict:
+def make_report(
+    subject: Subject, args: argparse.Namespace, options: Options, compute: Compute, output: str | Path | None
+) -> dict:
     """Evaluate a model, reusing rows that are kept beside `output`, and write the report there (None: nowhere)."""
     conditions = {"weights": subject.sha256, "data": subject.data.hash, "sources": source_hashes(subject.model)}
     conditions |= {"dtype": args.dtype, "device": compute.device.type, "torch": torch.__version__}
@@ -206,8 +210,7 @@ def evaluate(
                 key |= {"resamples": options.resamples, "seed": options.seed}
                 found = parts.get(key)
                 if found is None:
-                    found = measure(variant.model, tokens, tokenizer, targets, row, options, compute)
-                    parts.keep(key, found)
+                    found = parts.keep(key, measure(variant.model, tokens, tokenizer, targets, row, options, compute))
                 results.append(row | found)
     report = {"results": results, "targets_sha256": hashes, "split": options.split, "stream": options.stream}
     report |= {"stride": options.stride, "documents": len(documents if options.stream else spans)}

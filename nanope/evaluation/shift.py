@@ -26,8 +26,8 @@ def evaluate_shift(model: Model, data: Data, tokenizer: Tokenizer, options: Opti
     """A row for each offset: the NLL of some windows of the training length, spread over the split, whose first token
     stands at that position, and the largest change of any token's NLL from offset 0, in nats.
 
-    Every rank computes all of it, in one forward pass an offset. Null figures and a reason for a model without
-    positions that could be shifted.
+    The model is the unscaled one. Every rank computes all of it, in one forward pass an offset. Null figures and a
+    reason for a model without positions that could be shifted.
     """
     length = model.config.block_size
     kind = {"length": length, "protocol": "shift", "scaling": "none", "factor": 1.0, "cropping_baseline": False}
@@ -76,4 +76,4 @@ def losses(model: GPT, text: np.ndarray, offset: int, dtype: torch.dtype = torch
     x, y = (torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in (text[:, :-1], text[:, 1:]))
     with autocast(device, dtype):
         h = model.hidden(x, offset=offset)  # (B, T, C)
-        return linear_nll(h, model.lm_head.weight, y).double().cpu()
+        return linear_nll(h, model.lm_head.weight, y).cpu().double()
