@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from nanope.study.drawing import Forest, Lines, draw_panel
 from nanope.study.labels import wrapped
 from nanope.study.panels import PANELS, looks_of, of_reports
+from schemes import label
 
 WIDTH, COLUMN, HEIGHT = 6.75, 3.35, 2.75  # inches: a page, a column, a row of panels
 STYLE = {
@@ -72,7 +73,7 @@ def save(figure: Figure, out: Path) -> None:
 def figure_of(study, panels: list[str] | None = None) -> Figure | None:
     """A row of panels for each setting; None where there is nothing to draw. By default a study without several lengths
     shows its training curves instead."""
-    looks = looks_of({arm: fields.get("pos", "rope") for arm, fields in study.grid.arms.items()})
+    looks = looks_of({arm: label(fields.get("pos", "rope")) for arm, fields in study.grid.arms.items()})
     rows = []
     for setting in study.grid.settings:
         if any(study.runs[setting, arm] for arm in study.grid.arms):

@@ -12,9 +12,10 @@ from grid import bench_variants, model_cost
 from report import Study, difference_of_losses, difference_of_rows, seed_interval, speed_ratios, throughput
 
 from nanope.study.drawing import Curve, Forest, Lines, Points
+from schemes import label
 
 # Of known schemes. The colours stay apart under simulated protanopia, deuteranopia and tritanopia (OKLab distance of at
-# least 0.1 for each pair), and are dark enough for labels on white (contrast of at least 3).
+# least 0.09 for each pair), and are dark enough for labels on white (contrast of at least 3).
 COLOURS = {
     "learned": "#222222", "sinusoidal": "#d07c12", "none": "#969696", "rope": "#0b4f8a",
     "crope": "#3a99ee", "comrope": "#027f63", "carope": "#d03024", "alibi": "#9049c4",
@@ -25,13 +26,12 @@ SCALINGS = {"none": "-", "pi": ":", "ntk": "--", "yarn": "-."}
 BANDS = 3  # curves with a band: more cover each other
 
 
-def looks_of(schemes: dict[str, object]) -> dict[str, dict]:
-    """Colour and line style of each arm, from its scheme (arm → `pos`). The first arm of a known scheme has the
-    scheme's colour, all others one that no scheme has. The arms of one scheme differ in their line style too."""
-    spare = iter([*SPARE, *(c for scheme, c in COLOURS.items() if scheme not in map(str, schemes.values()))])
+def looks_of(schemes: dict[str, str]) -> dict[str, dict]:
+    """Colour and line style of each arm (arm → its scheme, as schemes.label names it). The first arm of a known scheme
+    has the scheme's colour, all others a spare one. The arms of one scheme differ in their line style too."""
+    spare = iter([*SPARE, *(colour for scheme, colour in COLOURS.items() if scheme not in schemes.values())])
     found, seen = {}, {}
-    for arm, pos in schemes.items():
-        scheme = str(pos)  # a list, where layers differ, is no known scheme
+    for arm, scheme in schemes.items():
         n = seen[scheme] = seen.get(scheme, -1) + 1
         colour = COLOURS[scheme] if n == 0 and scheme in COLOURS else next(spare, "#555555")
         found[arm] = {"color": colour, "linestyle": DASHES[n % len(DASHES)]}
@@ -301,7 +301,7 @@ PANELS = {
 def of_reports(reports: list[dict], protocol: str) -> list[Lines]:
     """Of reports of eval.py: perplexity by `protocol` against length, and nats by position where a report has them.
     Intervals are over documents. ValueError where there is neither."""
-    schemes = [str(r["pos"]) for r in reports]
+    schemes = [label(r["pos"]) for r in reports]
     alone = len(set(schemes)) == len(schemes)
     names = schemes if alone else [str(r.get("run") or r["model"]).rstrip("/").rpartition("/")[2] for r in reports]
     looks = looks_of({i: scheme for i, scheme in enumerate(schemes)})
@@ -309,13 +309,13 @@ def of_reports(reports: list[dict], protocol: str) -> list[Lines]:
     for i, (name, report) in enumerate(zip(names, reports)):
         for scaling in dict.fromkeys(row["scaling"] for row in report["results"]):
             rows = [row for row in report["results"] if row["scaling"] == scaling]
-            label = name + (f", {scaling} ×{rows[0]['factor']:g}" if scaling != "none" else "")
+            title = name + (f", {scaling} ×{rows[0]['factor']:g}" if scaling != "none" else "")
             look = {"color": looks[i]["color"], "linestyle": SCALINGS[scaling]}
             mine = {row["length"]: {0: row} for row in rows if row["protocol"] == protocol}
-            if (curve := curve_of(label, mine, math.exp, look)).x:
+            if (curve := curve_of(title, mine, math.exp, look)).x:
                 by_length.append(curve)
                 lengths |= mine.keys()
-            by_position += [position_curve(label, [row["curve"]], look) for row in rows if row.get("curve")]
+            by_position += [position_curve(title, [row["curve"]], look) for row in rows if row.get("curve")]
     if not by_length and not by_position:
         raise ValueError(f"the reports have no figures by {protocol}, and no per-position curve")
     for curve in by_length + by_position[:BANDS]:
