@@ -61,6 +61,7 @@ class Labels:
 
     def __init__(self, axes):
         self.axes, self.column, self.free, self.curves = axes, [], [], []
+        self.point = axes.figure.dpi / 72  # in pixels
 
     def avoid(self, x, y) -> None:
         """A curve that free labels must not cover, in data coordinates."""
@@ -73,8 +74,7 @@ class Labels:
             text, (x, y), (7, 0), textcoords="offset points", color=colour, va="center", annotation_clip=False,
             linespacing=0.95, arrowprops=leader,
         )  # fmt: skip
-        label.value = value
-        self.column.append(label)
+        self.column.append((value, label))
 
     def near(self, text: str, points: list[tuple[float, float]], colour: str, size: float = 7) -> None:
         """Near the first of some points that has room, inside the panel."""
@@ -84,12 +84,11 @@ class Labels:
 
     def place(self) -> None:
         """Move all labels to their places. The layout must stay as it is afterwards."""
-        self.point = self.axes.figure.dpi / 72  # in pixels
         box = self.axes.get_window_extent()
         inside = box.padded(-2 * self.point)
         if self.column:
             self.place_column(box)
-        taken = [label.get_window_extent().extents for label in self.column]
+        taken = [label.get_window_extent().extents for _, label in self.column]
         ink = self.ink()
         for label, points in self.free:
             best = self.room_for(label, points, inside, ink, taken)
@@ -98,11 +97,11 @@ class Labels:
             taken.append(best)
 
     def place_column(self, box) -> None:
-        self.column.sort(key=lambda label: label.value)
-        ends = [self.axes.transData.transform(label.xy)[1] for label in self.column]
-        heights = [(text_height(label) + GAP) * self.point for label in self.column]
+        column = [label for _, label in sorted(self.column, key=lambda entry: entry[0])]
+        ends = [self.axes.transData.transform(label.xy)[1] for label in column]
+        heights = [(text_height(label) + GAP) * self.point for label in column]
         slack = 4 * self.point
-        for label, end, y in zip(self.column, ends, spread(ends, heights, box.y0 - slack, box.y1 + slack)):
+        for label, end, y in zip(column, ends, spread(ends, heights, box.y0 - slack, box.y1 + slack)):
             label.set_position((7, (y - end) / self.point))
 
     def ink(self) -> np.ndarray:

@@ -51,6 +51,8 @@ def length(study: Study, setting: str, looks: dict) -> Lines | None:
     show = math.exp if perplexity else float
     block, ticks, xlabel = scale_of_lengths(study, setting, lengths)
     curves = [curve for arm, by in rows.items() if (curve := curve_of(arm, by, show, looks[arm])).x]
+    if not curves:
+        return None
     with_bands(curves, baseline, {arm: difference_at(rows, arm, baseline, lengths[-1]) for arm in rows})
     trained = values_of(rows.get(baseline, {}).get(block, {})) if protocol == "same-targets" else []
     level = trained and (
@@ -60,7 +62,7 @@ def length(study: Study, setting: str, looks: dict) -> Lines | None:
     )
     return Lines(
         f"Same {unit}s scored, longer context" if protocol == "same-targets" else f"Longer context, {protocol}",
-        note_of(study, setting, "band" if any(c.band for c in curves) else ""),
+        note_of(study, setting, curves),
         xlabel,
         f"{'perplexity' if perplexity else 'nats'} per {unit}",
         curves,
@@ -124,11 +126,12 @@ def with_bands(curves: list[Curve], baseline: str, ends: dict[str, dict | None])
         curve.band = curve.name in chosen and any(curve.intervals)
 
 
-def note_of(study: Study, setting: str, what: str) -> str:
-    """How many seeds, and what a band or bar (`what`) is, where there are some."""
+def note_of(study: Study, setting: str, curves: list[Curve]) -> str:
+    """How many seeds, and what a band is, where a curve has one."""
     seeds = max(len(study.runs[setting, arm]) for arm in study.grid.arms)
     note = f"mean of {seeds} seeds" if seeds > 1 else "one seed"
-    return f"{note}; {what}: 95 % interval over {'seeds' if seeds > 1 else 'documents'}" if what else note
+    band = f"; band: 95 % interval over {'seeds' if seeds > 1 else 'documents'}"
+    return note + band * any(curve.band for curve in curves)
 
 
 def difference(study: Study, setting: str, looks: dict) -> Forest | None:
@@ -196,7 +199,7 @@ def loss(study: Study, setting: str, looks: dict) -> Lines | None:
     with_bands(curves[name], study.grid.baseline, ends)
     return Lines(
         "Validation loss" if name == "val/loss" else "Training loss",
-        note_of(study, setting, "band" if any(c.band for c in curves[name]) else ""),
+        note_of(study, setting, curves[name]),
         f"training {study.unit}s (millions)",
         f"nats per {study.unit}",
         curves[name],
@@ -238,7 +241,7 @@ def position(study: Study, setting: str, looks: dict) -> Lines | None:
     trained = {c.block_size for arm in study.grid.arms if (c := study.config(setting, arm))}
     return Lines(
         "By position in the window",
-        note_of(study, setting, "band" if any(c.band for c in curves) else ""),
+        note_of(study, setting, curves),
         f"position: {study.unit}s of context",
         f"nats per {study.unit}",
         curves,
@@ -277,11 +280,12 @@ def speed(study: Study, setting: str, looks: dict) -> Points | None:
 
 def points_of(study: Study, setting: str, looks: dict, x: dict[str, tuple], title: str, xlabel: str) -> Points | None:
     """Final validation losses, means over seeds with their intervals, at x: arm → (x, its interval or None)."""
-    panel = Points(title, "", xlabel, f"validation loss (nats per {study.unit})")
+    panel = Points(title, note_of(study, setting, []), xlabel, f"validation loss (nats per {study.unit})")
     for arm, (at, interval) in x.items():
         if losses := list(study.losses(setting, arm).values()):
             panel.points.append((arm, looks[arm], at, interval, float(np.mean(losses)), seed_interval(losses)))
-    panel.note = note_of(study, setting, "bar" if any(over for *_, over in panel.points) else "")
+    if any(over or x_over for _, _, _, x_over, _, over in panel.points):
+        panel.note += "; bars: 95 % intervals"
     return panel if len(panel.points) > 1 else None
 
 
