@@ -1,5 +1,7 @@
 """train.py, config.py, checkpoint.py: exact and repeatable training, checkpoints, ranks, and what bad input gets."""
 
+# ruff: noqa: F811 - pytest finds fixtures by their names; those of training.py are imported
+
 import contextlib
 import dataclasses
 import errno
@@ -20,6 +22,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from training import folders, make, one_thread, plain, write_text  # noqa: F401 - fixtures
 from training import (
     CPU,
     ENVIRONMENT,
@@ -37,7 +40,7 @@ from training import (
     same_run,
     start,
     wait_for_lines,
-)  # noqa: F401
+)
 
 import train as train_module
 from data.shards import WindowOrder, batch, open_data

@@ -1,5 +1,7 @@
 """train.py where something goes wrong, or watches: full disks, lost folders, wandb, memory, bad steps; and nothing of it changes a run."""
 
+# ruff: noqa: F811 - pytest finds fixtures by their names; those of training.py are imported
+
 import dataclasses
 import errno
 import json
@@ -16,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from training import folders, make, one_thread, plain  # noqa: F401 - fixtures
 from training import (
     CPU,
     arguments,
@@ -31,7 +34,7 @@ from training import (
     same_run,
     start,
     write_text,
-)  # noqa: F401
+)
 
 from data.prepare import prepare
 from data.shards import WindowOrder, batch, fingerprint, open_data, write_manifest

@@ -1,5 +1,7 @@
 """Several ranks, as real processes over gloo: the same curve, exact resume, lost ranks, restarts, and the job script's requeueing."""
 
+# ruff: noqa: F811 - pytest finds fixtures by their names; those of training.py are imported
+
 import dataclasses
 import os
 import signal
@@ -9,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from training import folders, make, one_thread  # noqa: F401 - fixtures
 from training import (
     DRIVER,
     REPO,
@@ -22,7 +25,7 @@ from training import (
     same_run,
     start,
     wait_for_lines,
-)  # noqa: F401
+)
 
 from nanope import checkpoint
 from train import train
