@@ -28,7 +28,7 @@ from data.shards import open_data
 from model import GPT, MLP, SCHEMES, Attention, GPTConfig, LayerNorm, nearest
 from nanope.config import RunConfig, check, padded_vocabulary, parse
 from nanope.distributed import PEAK_FLOPS, Ranks, autocast, pick_device, pick_dtype
-from train import make_optimizer, resolve_batch
+from nanope.optim import make_optimizer, resolve_batch
 
 GPUS = ("A100", "H100")
 CARDS = (
