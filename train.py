@@ -61,7 +61,8 @@ class Outcome:
 
     step: int  # steps completed with it
     rate: float  # its learning rate
-    numbers: Callable[[], list[float]]  # waits for: gradient norm, mean loss, with several ranks Stop.flags summed
+    numbers: Callable[[], list[float]]  # waits for: gradient norm, means, with several ranks Stop.flags summed
+    means: list[str]  # their names
     losses: list[torch.Tensor]  # of this rank's micro-steps
 
 
@@ -114,7 +115,7 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
         feed = Feed(data.split("train"), config, share, micro, ranks, device)
         closing.callback(feed.close)
         sampler = Sampler(data, config, device, dtype) if config.sample_interval else None
-        facts = environment(config, device, dtype, ranks.world, data.hash)
+        facts = environment(config, model, device, dtype, ranks.world, data.hash)
         watched = progress.watched == progress.step
         log = closing.enter_context(Log(config, ranks, device, model.flops_per_token(), facts, progress.step, watched))
         take = lambda: checkpoint.snapshot(model, optimizer, scaler, config, data, progress)  # noqa: E731
@@ -160,33 +161,39 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
                 torch.manual_seed(step_seed(config, progress.step, ranks.rank))
 
             # Forward and backward, a micro-batch at a time
-            losses, weight = [], micro / share
-            with model.parameters_fixed():
+            losses, auxiliaries, weight = [], [], micro / share
+            with model.parameters_fixed(step_seed(config, progress.step, "positions")):
                 for i, (x, y) in enumerate(feed.batches(progress.step)):  # (micro, T) int64 each
                     last = i == share // micro - 1  # gradients are reduced over ranks once a step
                     with contextlib.nullcontext() if last or ranks.world == 1 else parallel.no_sync():
                         with autocast(device, dtype):
                             _, loss = parallel(x, y)
+                            auxiliary = model.auxiliary()  # a loss of the scheme's own, or None
+                        losses.append(loss.detach())
+                        if auxiliary is not None:
+                            auxiliaries.append(auxiliary.detach())
+                            loss = loss + auxiliary
                         scaler.scale(loss * weight).backward()
-                    losses.append(loss.detach())
 
             # Clip
             scaler.unscale_(optimizer)
             gradient = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
 
             # Step. One whose loss or gradient is not finite is skipped, by all ranks and on the device itself
-            numbers = sum(loss * weight for loss in losses).reshape(1) / ranks.world
+            means = {"train/loss": losses} | ({"train/auxiliary": auxiliaries} if auxiliaries else {})
+            numbers = torch.stack([sum(part * weight for part in parts) for parts in means.values()]) / ranks.world
             if ranks.world > 1:
                 flags = pinned(torch.tensor(stop.flags()), device).to(device, non_blocking=True)
                 numbers = ranks.sum(torch.cat((numbers, flags)))
-            finite = torch.isfinite(gradient) & torch.isfinite(numbers[0])
+            finite = torch.isfinite(gradient) & torch.isfinite(numbers[: len(means)]).all()
             if device.type != "mps" or finite:
                 optimizer.found_inf = (~finite).float()  # fused AdamW does nothing where this is 1
                 optimizer.step()  # not scaler.step(), which looks at the gradients alone
             scaler.update()  # float16: a lower scale where a gradient was not finite
             optimizer.zero_grad(set_to_none=True)
             progress.step += 1
-            pending.append(Outcome(progress.step, rate, to_host(torch.cat((gradient.reshape(1), numbers))), losses))
+            numbers = to_host(torch.cat((gradient.reshape(1), numbers)))
+            pending.append(Outcome(progress.step, rate, numbers, [*means], losses))
             observe("launched", progress.step, model)
 
             # Log. A GPU never waits for the host: a step's outcome is read when the next step has been launched, unless
@@ -199,15 +206,16 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
             now = end or checkpoint_owed or any(due(progress.step, n) for n in intervals)
             while len(pending) > (0 if now or stop.agreed else ahead):
                 outcome = pending.popleft()
-                norm, mean, *flags = outcome.numbers()
-                stop.agree(flags)
-                if math.isfinite(norm) and math.isfinite(mean):
+                norm, *numbers = outcome.numbers()
+                means = dict(zip(outcome.means, numbers))
+                stop.agree(numbers[len(means) :])
+                if all(map(math.isfinite, (norm, *means.values()))):
                     progress.bad_steps = 0
                     if due(outcome.step, config.log_interval) or outcome.step == config.max_steps:
-                        log.training(outcome.step, {"train/loss": mean}, outcome.rate, norm)
+                        log.training(outcome.step, means, outcome.rate, norm)
                 else:
                     progress.bad_steps += 1
-                    log.skipped(outcome.step, mean, outcome.rate, norm)
+                    log.skipped(outcome.step, means["train/loss"], outcome.rate, norm)
                     if progress.bad_steps >= config.max_bad_steps:
                         good = keeper.good_until(outcome.step - progress.bad_steps)
                         why = diverged(outcome.step, outcome.rate, outcome.losses, progress.bad_steps, feed, config)

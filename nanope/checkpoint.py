@@ -171,7 +171,7 @@ def initial_model(config: RunConfig, tokenizer_hash: str) -> GPT:
         state = {"config": dataclasses.asdict(pretrained.config), "model": pretrained.state_dict()}
     model = build_model(state, block_size=config.block_size, dropout=config.dropout)
     differ = []
-    for name in ("n_layer", "n_head", "n_embd", "bias", "vocab_size", "pos", "pos_options"):
+    for name in ("n_layer", "n_head", "n_embd", "bias", "vocab_size", "pos", "pos_options", "window"):
         have, asked = getattr(model.config, name), getattr(config, name)
         if name == "pos_options":  # options that the config does not name come with the weights
             have = {k: have.get(k) for k in asked}

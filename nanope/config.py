@@ -45,9 +45,6 @@ class RunConfig:
     """Biases in linear layers and LayerNorms, as GPT-2 has them."""
     dropout: float = 0.0
     """Dropout probability."""
-    window: list[int] | int = 0
-    """Sliding-window attention: a token sees itself and the w-1 before it; 0 is full attention; a list cycles over the
-    layers."""
     vocab_size: int | None = None
     """Vocabulary of the model; null is the data's, rounded up to a multiple of 64."""
     pos: list[str] | str = "rope"
@@ -56,6 +53,9 @@ class RunConfig:
     pos_options: dict = field(default_factory=dict)
     """Options of the scheme, e.g. {block: 4}; on the command line also --pos_options.block 4. For a combination or a
     list they go by name: {rope: {base: 5.0e+5}}."""
+    window: list[int] | int = 0
+    """Sliding-window attention: a token sees itself and the w-1 before it; 0 is full attention; a list cycles over the
+    layers."""
     pos_lr_multiplier: float = 1.0
     """Learning-rate multiplier of the scheme's own undecayed parameters (comrope's P, carope's bias)."""
 

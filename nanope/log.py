@@ -22,17 +22,21 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import GPT, SCHEMES, Attention
+from model import GPT
 from nanope import REPO
+from nanope.attention import kernel
 from nanope.config import RunConfig, write_yaml
 from nanope.distributed import Ranks, peak_flops, peak_memory
 from nanope.errors import first_line
 from nanope.files import write_atomically
+from schemes import label
 
 # ---- the environment
 
 
-def environment(config: RunConfig, device: torch.device, dtype: torch.dtype, world: int, data_hash: str) -> dict:
+def environment(
+    config: RunConfig, model: GPT, device: torch.device, dtype: torch.dtype, world: int, data_hash: str
+) -> dict:
     """What a result may depend on beside the config: versions, commit, device, attention kernel, data and seeds. No
     times, so that equal runs have equal files."""
     cuda = device.type == "cuda"
@@ -48,7 +52,7 @@ def environment(config: RunConfig, device: torch.device, dtype: torch.dtype, wor
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
         "compile": config.compile,
-        "attention": attention_backend(config, device, dtype),
+        "attention": kernel(model, dtype),
         "data_hash": data_hash,
         "seed": config.seed,
         "data_seed": config.data_seed,
@@ -82,15 +86,6 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def attention_backend(config: RunConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """The kernel that training's attention takes."""
-    if SCHEMES[config.pos].score_bias is not Attention.score_bias:
-        return "flex_attention" if device.type == "cuda" and not config.dropout else "sdpa with a dense bias, by chunks"
-    q = torch.empty(1, config.n_head, config.block_size, config.n_embd // config.n_head, device=device, dtype=dtype)
-    choice = torch._fused_sdp_choice(q, q, q, None, config.dropout, True)
-    return f"sdpa {torch.nn.attention.SDPBackend(choice).name.lower()}"
-
-
 # ---- the log
 
 
@@ -100,7 +95,7 @@ def title(
     """A run in a line. `share`: windows a step and rank; `tokens`: of the train split."""
     c, micro = config, config.micro_batch_size
     return (
-        f"{Path(c.out_dir)}: {c.pos} {c.pos_options}, {model.parameter_count():,} parameters; "
+        f"{Path(c.out_dir)}: {label(c.pos)} {c.pos_options}, {model.parameter_count():,} parameters; "
         f"{c.max_steps} steps of {c.batch_tokens:,} tokens ({share * ranks.world} windows of {c.block_size}, "
         f"{ranks.world} rank(s) × {share // micro} × {micro}); "
         f"{tokens:,} training tokens, {c.max_steps * c.batch_tokens / tokens:.2f} epochs; "

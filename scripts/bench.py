@@ -70,7 +70,7 @@ def check(variant: str, shape: dict) -> None:
     """ValueError for what no model can be built of."""
     pos, options = scheme_of(variant)
     with torch.device("meta"):
-        Block(resolve(GPTConfig(pos=pos, pos_options=options, **{k: v for k, v in shape.items() if k != "batch"})))
+        Block(resolve(GPTConfig(pos=pos, pos_options=options, **{k: v for k, v in shape.items() if k != "batch"})), 0)
 
 
 def work(variant: str, shape: dict, args: argparse.Namespace, pipe) -> None:
