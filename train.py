@@ -17,6 +17,7 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ import torch.distributed as dist
 
 from data.shards import open_data
 from nanope import checkpoint
-from nanope.checkpoint import Keeper, Progress, build_model, initial_model
+from nanope.checkpoint import Keeper, build_model, initial_model
 from nanope.config import RunConfig, check, parse, with_vocabulary, write_yaml
 from nanope.diff import differences
 from nanope.distributed import Ranks, autocast, compiler_works, data_parallel, pick_dtype, pinned, ranks_of, to_host
@@ -81,7 +82,7 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
     share, micro = resolve_batch(config, ranks)  # windows a step, windows a forward pass
     check_splits(data, config)
 
-    # ---- The model: that of the checkpoint to resume from, or a new one. Until here and below nothing is written
+    # ---- The model: that of the checkpoint to resume from, or a new one. Nothing is written before `locked`
     observe("folder", 0, config)
     config = resumed_if_restarted(config, ranks)
     state = find_state(config, data.hash, ranks)
@@ -103,7 +104,7 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
         closing.enter_context(locked(folder, ranks))
         optimizer = make_optimizer(model, config)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        progress = checkpoint.restore(state, optimizer, scaler, device) if state else Progress()
+        progress = checkpoint.restore(state, optimizer, scaler, device) if state else checkpoint.begin(config.seed)
         del state
         if ranks.main and progress.step < config.max_steps:  # a finished run keeps the record of how it was made
             write_yaml(config, folder / "config.yaml")
@@ -118,7 +119,7 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
         facts = environment(config, model, device, dtype, ranks.world, data.hash)
         watched = progress.watched == progress.step
         log = closing.enter_context(Log(config, ranks, device, model.flops_per_token(), facts, progress.step, watched))
-        take = lambda: checkpoint.snapshot(model, optimizer, scaler, config, data, progress)  # noqa: E731
+        take = partial(checkpoint.snapshot, model, optimizer, scaler, config, data, progress)
         keeper = closing.enter_context(Keeper(config, progress, take, ranks, log, observe))
         stop = closing.enter_context(Stop())
         closing.enter_context(memory_explained(config, share, device))
@@ -196,8 +197,8 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
             pending.append(Outcome(progress.step, rate, numbers, [*means], losses))
             observe("launched", progress.step, model)
 
-            # Log. A GPU never waits for the host: a step's outcome is read when the next step has been launched, unless
-            # something is due now
+            # Log. So that a GPU never waits for the host, a step's outcome is read after the launch of the next step, and
+            # at once only where something is due
             end = progress.step == config.max_steps
             checkpoint_owed = checkpoint_owed or due(progress.step, config.checkpoint_interval)
             if ranks.world == 1:
@@ -256,9 +257,7 @@ def modes(parser) -> None:
     parser.add_argument("--gpus", type=int, help="With --plan: the number of GPUs (default: the ranks of this launch).")
     parser.add_argument("--mfu", type=float, default=0.4, help="With --plan: the model FLOPs utilisation to expect.")
     parser.add_argument("--price_per_hour", type=float, help="With --plan: price of an hour of one GPU.")
-    text = (
-        "Print where the config differs from that of another run's folder; train nothing. Exit status 1 where it does."
-    )
+    text = "Print where the config differs from that of a run's folder; train nothing. Exit status 1 where it does."
     parser.add_argument("--diff", metavar="RUN", help=text)
 
 

@@ -26,7 +26,7 @@ import torch
 from data.shards import Data
 from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
-from nanope.config import RunConfig
+from nanope.config import RunConfig, merged
 from nanope.distributed import Ranks
 from nanope.errors import first_line
 from nanope.files import HashingFile, write_atomically
@@ -54,8 +54,7 @@ def snapshot(
     data: Data,
     progress: Progress,
 ) -> dict:
-    """What a checkpoint holds: tensors and plain types alone, copied to the host. Nothing in it comes from the clock:
-    equal commands give equal files."""
+    """What a checkpoint holds: tensors and plain types alone, copied to the host. Equal commands give equal files."""
     state = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -71,6 +70,16 @@ def snapshot(
         "bad_steps": progress.bad_steps,
     }
     return host_copy(state)
+
+
+def begin(seed: int) -> Progress:
+    """The progress of a new run. Random generators start from the seed, so that nothing in a checkpoint comes from the
+    operating system's entropy."""
+    seed %= 2**32  # NumPy takes no larger one
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    return Progress()
 
 
 def restore(
@@ -173,9 +182,12 @@ def initial_model(config: RunConfig, tokenizer_hash: str) -> GPT:
     differ = []
     for name in ("n_layer", "n_head", "n_embd", "bias", "vocab_size", "pos", "pos_options", "window"):
         have, asked = getattr(model.config, name), getattr(config, name)
-        if name == "pos_options":  # options that the config does not name come with the weights
+        if name == "pos_options":  # those that the config does not name come with the weights
+            fits = merged(have, asked) == have
             have = {k: have.get(k) for k in asked}
-        if have != asked:
+        else:
+            fits = have == asked
+        if not fits:
             differ.append(f"--{name} {have} (the config says {asked})")
     if differ:
         raise ValueError(f"init_from {source} has another architecture than the config; it needs {', '.join(differ)}")

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,6 +165,7 @@ def parse(
 ) -> RunConfig | tuple[RunConfig, dict]:
     """The RunConfig of a command line: `--config FILE`, then `--field value …`. Exits with a message for what is
     unknown or of a wrong type. With modes, which adds arguments that are no fields of a run: (RunConfig, those)."""
+    arguments, by_name = split_options(sys.argv[1:] if arguments is None else arguments)
     description = "Train one GPT-2 with a positional scheme. Also under torchrun."
     parser = Parser(prog="train.py", description=description, allow_abbrev=False)
     if modes:
@@ -176,11 +178,31 @@ def parse(
     if absent := [f.name for f in dataclasses.fields(RunConfig) if values[f.name] is None and f.default is not None]:
         parser.error(f"{', '.join(absent)} must not be null")
     try:
-        values["pos_options"] = typed(values["pos_options"])
+        values["pos_options"] = typed(merged(values["pos_options"], by_name))
     except yaml.YAMLError as error:
         parser.error(f"pos_options: {error}")
     config = RunConfig(**values)
     return (config, others) if modes else config
+
+
+def split_options(arguments: list[str]) -> tuple[list[str], dict]:
+    """A command line without its --pos_options.SCHEME.OPTION VALUE, and these as {SCHEME: {OPTION: VALUE}}.
+    jsonargparse would keep the last OPTION of each SCHEME alone."""
+    rest, found, words = [], {}, iter(arguments)
+    for word in words:
+        match = re.fullmatch(r"--pos_options\.([^.=]+)\.([^.=]+)(?:=(.*))?", word, re.DOTALL)
+        value = None if match is None else next(words, None) if match[3] is None else match[3]
+        if value is None:
+            rest.append(word)
+        else:
+            found = merged(found, {match[1]: {match[2]: value}})
+    return rest, found
+
+
+def merged(options: dict, changes: dict) -> dict:
+    """pos_options with `changes`; those of several schemes, which go by name, are changed option by option."""
+    inner = {k: v for k, v in changes.items() if isinstance(v, dict) and isinstance(options.get(k), dict)}
+    return {**options, **changes, **{k: merged(options[k], v) for k, v in inner.items()}}
 
 
 def typed(value):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from model import resolve
 from nanope import checkpoint
-from nanope.config import SINCE, RunConfig
+from nanope.config import SINCE, RunConfig, merged
 from nanope.distributed import Ranks
 
 # ---- what is there, and whether this run may continue it
@@ -47,7 +47,7 @@ def check_resumable(state: dict, config: RunConfig, data_hash: str) -> None:
     """ValueError where the checkpoint's run differs in what its result depends on."""
     then = {**SINCE, **state["config"]}
     if config.init_from:  # options that the config does not name came with the weights
-        options = {**then["pos_options"], **config.pos_options}
+        options = merged(then["pos_options"], config.pos_options)
     else:  # they have their defaults
         options = resolve(config.model_config()).pos_options
     now = {**vars(config), "pos_options": options}

@@ -162,28 +162,6 @@ def test_a_run_that_fails_finishes_the_checkpoint_that_is_being_written(make, mo
     assert last(config.out_dir)["step"] == 4
 
 
-def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    """After a power loss a name never leads to a part of the content, nor a new checkpoint to an old hash."""
-    order, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(
-        os, "fsync", lambda descriptor: (order.append(("fsync", os.fstat(descriptor).st_ino)), fsync(descriptor))
-    )
-
-    def renamed(source, target):
-        if Path(target).name == "step_1.pt":
-            assert not checkpoint.hash_path(Path(target)).exists()
-        order.append(("replace", os.stat(source).st_ino))
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", renamed)
-    for value in 1, 2:
-        checkpoint.save(tmp_path / "step_1.pt", {"model": {"w": torch.tensor(value)}, "config": {}, "step": 1})
-    renames = [i for i, (what, _) in enumerate(order) if what == "replace"]
-    assert len(renames) == 4 and all(
-        ("fsync", order[i][1]) == order[i - 1] and order[i + 1][0] == "fsync" for i in renames
-    )  # the folder after it
-
-
 def test_what_goes_wrong_in_the_writer_ends_the_run(make, monkeypatch):
     """Anything but a disk's failure is a bug, and not to be passed over."""
 
@@ -193,21 +171,6 @@ def test_what_goes_wrong_in_the_writer_ends_the_run(make, monkeypatch):
     monkeypatch.setattr(checkpoint, "save_step", broken)
     with pytest.raises(TypeError, match="a bug"):
         train(make())
-
-
-def test_one_write_at_a_time():
-    writer, running, most = checkpoint.Writer(), [0], []
-
-    def job():
-        running[0] += 1
-        most.append(running[0])
-        threading.Event().wait(0.02)
-        running[0] -= 1
-
-    for _ in range(5):
-        writer.submit(job)
-    writer.wait()
-    assert most == [1] * 5 and running == [0]
 
 
 def test_a_checkpoint_never_knows_more_than_metrics(make, monkeypatch):
@@ -246,16 +209,6 @@ def test_a_folder_that_is_lost_is_made_again(make, plain, monkeypatch, capsys):
     run = Path(config.out_dir)
     assert same_run(run, plain) and (run / "config.yaml").is_file()
     assert f"warning: {run} was lost" in capsys.readouterr().err
-
-
-def test_checkpoints_that_are_deleted_while_one_is_written(tmp_path, monkeypatch):
-    save = checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda path, state: (save(path, state), shutil.rmtree(path.parent)))
-    checkpoint.save_step(tmp_path, {"model": {}, "config": {}, "step": 3}, 2)
-    monkeypatch.undo()
-    for step in 9, 4, 5, 6:  # 9 was found damaged by the run that resumed before it
-        checkpoint.save_step(tmp_path, {"model": {}, "config": {}, "step": step}, 2)
-    assert [f.name for f in checkpoint.step_files(tmp_path)] == ["step_6.pt", "step_5.pt"]
 
 
 def test_a_best_that_could_not_be_written_is_not_remembered(make, monkeypatch):
@@ -381,21 +334,6 @@ def test_a_wandb_that_fails_does_not_end_the_run(make, plain, monkeypatch, capsy
 
 
 # ---- steps that are not finite
-
-
-def poison(monkeypatch, bad, rows):
-    """Make the loss of some (step, micro-step) not a number; `rows` micro-steps a step."""
-    forward, calls = GPT.forward, [0]
-
-    def poisoned(self, idx, targets=None, reduction="mean"):
-        out, loss = forward(self, idx, targets, reduction)
-        if targets is None or reduction != "mean":
-            return out, loss
-        at = divmod(calls[0], rows)
-        calls[0] += 1
-        return out, loss * math.nan if at in bad else loss
-
-    monkeypatch.setattr(GPT, "forward", poisoned)
 
 
 def test_the_message_names_the_windows_by_shard_and_offset(make, tmp_path, monkeypatch):
@@ -527,43 +465,6 @@ def test_out_of_memory_says_what_to_try(make, monkeypatch):
     assert train(make("smaller", micro_batch_size=2))["step"] == 12
 
 
-def fake_memory(monkeypatch, rows, total=100, reserved=10):
-    """A GPU, as far as largest_micro_batch asks, whose memory ends above `rows` windows."""
-    for name, value in (
-        ("reset_peak_memory_stats", None),
-        ("empty_cache", None),
-        ("max_memory_reserved", reserved),
-        ("get_device_name", "a GPU"),
-    ):
-        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(total_memory=total))
-
-    def hungry(self, idx, targets=None, reduction="mean", forward=GPT.forward):
-        if len(idx) > rows:
-            raise torch.OutOfMemoryError("no")
-        return forward(self, idx, targets, reduction)
-
-    monkeypatch.setattr(GPT, "forward", hungry)
-
-
-def test_the_largest_micro_batch(make, monkeypatch):
-    model = GPT(dataclasses.replace(make(), vocab_size=320).model_config())
-    for rows, expected in ((1, 1), (5, 4), (7, 6), (100, 24)):
-        with monkeypatch.context() as patch:
-            fake_memory(patch, rows)
-            assert largest_micro_batch(model, 24, Ranks(), CPU, torch.float32) == expected
-            patch.setattr(
-                Ranks, "max", lambda self, tensor: torch.maximum(tensor, torch.tensor(-3))
-            )  # another rank has less
-            assert largest_micro_batch(model, 24, Ranks(), CPU, torch.float32) == min(3, expected)
-    fake_memory(monkeypatch, 8, reserved=95)
-    assert largest_micro_batch(model, 24, Ranks(), CPU, torch.float32) == 1  # nine tenths are full
-    fake_memory(monkeypatch, 0)
-    with pytest.raises(ValueError, match="not even one window of 16 tokens fits the memory of a GPU"):
-        largest_micro_batch(model, 24, Ranks(), CPU, torch.float32)
-    assert all(p.grad is None for p in model.parameters())
-
-
 def test_auto_is_recorded_and_kept(make, monkeypatch):
     config = make(micro_batch_size="auto", max_steps=4)
     train(config)  # on a CPU as null
@@ -578,24 +479,6 @@ def test_auto_is_recorded_and_kept(make, monkeypatch):
 # ---- the feed
 
 
-def test_the_feed_reads_ahead_and_in_order(make):
-    """Over an epoch's edge, for each of two ranks, as without reading ahead; also when a step is repeated or skipped."""
-    config = make()
-    split = open_data(config.data_dir).split("train")
-    order = WindowOrder(len(split), 16, 1)
-    for rank in 0, 1:
-        feed = Feed(split, config, 4, 2, Ranks(rank, 2), CPU)
-        for step in [0, 1, 2, 2, 9, *range(25, 32)]:
-            got = list(feed.batches(step))
-            x, y = batch(split, order.starts((step * 2 + rank) * 4, 4), 16)
-            assert (
-                len(got) == 2
-                and np.array_equal(torch.cat([g[0] for g in got]), x)
-                and np.array_equal(torch.cat([g[1] for g in got]), y)
-            )
-        feed.close()
-
-
 def test_a_shard_that_is_damaged_during_the_run_ends_it_with_its_name(make, folders, tmp_path, monkeypatch, capsys):
     shutil.copytree(folders / "small", tmp_path / "data")
     shard = tmp_path / "data" / "train_00000.bin"
@@ -606,65 +489,6 @@ def test_a_shard_that_is_damaged_during_the_run_ends_it_with_its_name(make, fold
         main()
     assert "train_00000.bin is truncated" in info.value.code
     assert last(config.out_dir)["step"] == 4
-
-
-def test_memory_stays_flat_on_a_large_data_folder(tmp_path):
-    """2,000 steps over 1 GB of shards, windows all over them: the process does not grow with what it has read."""
-    folder = tmp_path / "large"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    prepare("files", tmp_path / "small", write_text(tmp_path / "text.jsonl", 1, 7), "byte", val_tokens=600)
-    manifest = json.loads((tmp_path / "small" / "manifest.json").read_text())
-    shutil.copy(tmp_path / "small" / "val_00000.bin", folder)
-    block, shards = rng.integers(0, 256, 2**24, dtype=np.uint16), []
-    for i in range(30):  # 30 × 32 MiB; more than memmapped pages could hide
-        path = folder / f"train_{i:05d}.bin"
-        path.write_bytes(np.roll(block, i).tobytes())
-        shards.append(
-            {
-                **manifest["splits"]["train"][0],
-                "file": path.name,
-                "tokens": len(block),
-                "sha256": "",
-                "fingerprint": fingerprint(path),
-            }
-        )
-    manifest["splits"]["train"] = shards
-    write_manifest(folder, {k: v for k, v in manifest.items() if k != "format"})
-    code = """
-import resource, sys, train, data.shards
-data.shards.VERIFY_LIMIT = 0
-sizes = []
-def rss():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
-rate = train.learning_rate
-def hooked(step, config):
-    if step in (400, 1999):
-        sizes.append(rss())
-    return rate(step, config)
-train.learning_rate = hooked
-train.main()
-print(*sizes)
-"""
-    fields = dict(
-        data_dir=folder,
-        out_dir=tmp_path / "run",
-        block_size=16,
-        n_layer=1,
-        n_head=1,
-        n_embd=4,
-        batch_tokens=1024,
-        max_steps=2000,
-        eval_interval=0,
-    )
-    fields |= dict(eval_tokens=256, checkpoint_interval=500, log_interval=10, device="cpu", warmup_steps=10)
-    given = [text for k, v in fields.items() for text in (f"--{k}", str(v))]
-    if not Path("/proc/self/status").exists():
-        pytest.skip("this system has no /proc")
-    status, out, err = finish(start(["-c", code, *given], tmp_path), timeout=300)
-    assert status == 0, err
-    early, late = map(int, out.split())
-    assert late - early < 16 * 1024, f"{early} kB after 400 steps, {late} kB after 2,000"
 
 
 # ---- the environment, and the difference from another run
