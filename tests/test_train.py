@@ -25,9 +25,11 @@ from training import (  # noqa: F401 - fixtures
     ENVIRONMENT,
     REPO,
     TIMES,
+    TOYS,
     all_lines,
     arguments,
     at_step,
+    before_forward,
     command,
     crash,
     files_of,
@@ -379,6 +381,66 @@ def test_grad_clip_0_does_not_clip(make):
         train(config)
     assert same(last(a.out_dir)["model"], last(b.out_dir)["model"])
     assert losses(a.out_dir, "grad_norm") == losses(b.out_dir, "grad_norm") != losses(c.out_dir, "grad_norm")
+
+
+# ---- what schemes draw in a step, and losses of their own
+
+
+def test_an_auxiliary_loss_is_trained_on_and_logged_apart(make):
+    """Two steps again: the gradient is that of both, train/loss that of cross-entropy alone."""
+    config = make(pos=f"{TOYS}:Penalty", max_steps=2, grad_clip=0.0, weight_decay=0.0)
+    train(config)
+    model = GPT(dataclasses.replace(config, vocab_size=320).model_config(), seed=1)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    split = open_data(config.data_dir).split("train")
+    starts = WindowOrder(len(split), 16, 1).starts(0, 16)
+    for s, line in enumerate(line for line in metrics(config.out_dir) if "train/loss" in line):
+        x, y = map(torch.from_numpy, batch(split, starts[8 * s : 8 * s + 8], 16))
+        _, loss = model(x, y)
+        auxiliary = model.auxiliary()
+        optimizer.zero_grad()
+        (loss + auxiliary).backward()
+        norm = torch.stack([p.grad.square().sum() for p in model.parameters()]).sum().sqrt()
+        optimizer.param_groups[0]["lr"] = by_hand("cosine", s, config)
+        optimizer.step()
+        assert line["train/loss"] == pytest.approx(loss.item(), rel=1e-6)
+        assert line["train/auxiliary"] == pytest.approx(auxiliary.item(), rel=1e-6)
+        assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    assert auxiliary.item() != 0.03125  # its initial value, 2 · 0.125², is trained on
+    for name, value in last(config.out_dir)["model"].items():
+        torch.testing.assert_close(value, model.state_dict()[name], rtol=0, atol=1e-6, msg=name)
+
+
+def test_an_auxiliary_loss_that_is_not_finite_skips_the_step(make):
+    def spoil(event, step, model):
+        if event == "step" and step in (3, 4):
+            model.transformer["h"][0].attn.pos.slope.data.fill_(math.inf if step == 3 else 0.125)
+
+    config = make(pos=f"{TOYS}:Penalty", max_steps=6, eval_interval=0)
+    train(config, spoil)
+    assert [line["step"] for line in metrics(config.out_dir) if "skipped" in line] == [4]
+
+
+def test_what_schemes_draw_depends_on_seed_and_step_alone(make):
+    """Equal in every micro-batch, and on resuming; other in another run or step."""
+    pos = f"{TOYS}:Stretch+{TOYS}:Penalty"
+    whole, cut, other, small = (make(name, pos=pos) for name in ("whole", "cut", "other", "small"))
+
+    def drawn(seeds):
+        return before_forward(lambda model, x, reduction: seeds.append(model.draws) if model.training else None)
+
+    first, second = [], []
+    train(whole, drawn(first))
+    train(cut, at_step({5: kill(signal.SIGTERM)}))
+    train(dataclasses.replace(cut, resume=True))
+    train(dataclasses.replace(other, seed=2), drawn(second))
+    train(dataclasses.replace(small, micro_batch_size=1))
+    assert same_run(whole.out_dir, cut.out_dir)
+    assert len(first) == 24 and first[::2] == first[1::2] and len({*first} | {*second}) == 24
+    for key in "train/loss", "train/auxiliary":
+        assert len(losses(whole.out_dir, key)) == 12
+        assert losses(small.out_dir, key) == pytest.approx(losses(whole.out_dir, key), rel=1e-5)
+    assert not any("auxiliary" in key for line in metrics(whole.out_dir) if "val/loss" in line for key in line)
 
 
 # ---- half precision

@@ -23,6 +23,7 @@ from training import (  # noqa: F401 - fixtures
     arguments,
     at_step,
     at_write,
+    before_forward,
     command,
     crash,
     environments,
@@ -390,14 +391,11 @@ def test_no_number_is_read_from_the_device_inside_a_step(make, monkeypatch):
 
 
 def test_out_of_memory_says_what_to_try(make):
-    def hungry(model, arguments, options):
-        if len(arguments[0]) > 2 and not options:
+    def hungry(model, x, reduction):
+        if len(x) > 2 and reduction == "mean":
             raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB\nmore")
 
-    def observe(event, step, model):
-        if event == "ready":
-            model.register_forward_pre_hook(hungry, with_kwargs=True)
-
+    observe = before_forward(hungry)
     where = r"out of memory at micro_batch_size 4 \(4 windows of 16 tokens\) on cpu"
     with pytest.raises(ValueError, match=rf"{where}: try --micro_batch_size 2; .*\(Tried to allocate 20.00 GiB\)"):
         train(make(), observe)

@@ -14,6 +14,7 @@ import pytest
 from training import (  # noqa: F401 - fixtures
     DRIVER,
     REPO,
+    TOYS,
     arguments,
     environments,
     files_of,
@@ -67,6 +68,17 @@ def test_the_number_of_ranks_does_not_matter(make, driver, tmp_path):
     train(dataclasses.replace(other, resume=True, micro_batch_size=4))
     assert losses(other.out_dir) == pytest.approx(losses(one.out_dir), rel=1e-5)
     assert len(environments(other.out_dir)) == 2
+
+
+def test_ranks_draw_alike_and_share_an_auxiliary_loss(make, driver, tmp_path):
+    fields = dict(pos=f"{TOYS}:Stretch+{TOYS}:Penalty", micro_batch_size=2)
+    one, two = make("one", **fields), make("two", **fields)
+    train(one)
+    status, _, err = finish(start(torchrun(driver, two), tmp_path))
+    assert status == 0, err
+    for key in ("train/loss", "train/auxiliary", "val/loss", "grad_norm"):
+        assert losses(two.out_dir, key) == pytest.approx(losses(one.out_dir, key), rel=1e-5)
+    assert len(losses(two.out_dir, "train/auxiliary")) == 12
 
 
 def test_two_ranks_resume_exactly(make, driver, tmp_path):
@@ -198,8 +210,8 @@ runpy.run_path({str(REPO / "train.py")!r}, run_name="__main__")
 
 @pytest.mark.parametrize("ends", ["interrupted", "finished", "failed"])
 def test_the_job_script_requeues_what_was_interrupted(make, tmp_path, ends):
-    """scripts/train.sbatch with stand-ins: srun runs the command and, like Slurm's, answers SIGTERM with SIGKILL for it;
-    scancel signals the command; scontrol notes its arguments."""
+    """scripts/train.sbatch with stand-ins: srun runs the command and, like Slurm's, answers SIGTERM with SIGKILL for
+    it; scancel signals the command; scontrol notes its arguments."""
     tools, submitted = tmp_path / "tools", tmp_path / "submitted"
     tools.mkdir(), submitted.mkdir()
     # Without the .venv that the repository may have, whose torchrun would be taken

@@ -21,6 +21,7 @@ from nanope.config import RunConfig
 from train import main, train
 
 CPU = torch.device("cpu")
+TOYS = REPO / "tests" / "schemes" / "toys.py"  # schemes that draw positions, or have a loss of their own
 TIMES = ("tokens_per_s", "mfu", "peak_memory")
 TINY = dict(
     block_size=16, n_layer=1, n_head=2, n_embd=16, batch_tokens=128, micro_batch_size=4, max_steps=12,
@@ -174,6 +175,17 @@ def after_forward(change):
         return output[0], change(model, arguments[0], options.get("reduction", "mean"), output[1])
 
     return lambda event, step, model: model.register_forward_hook(hook, with_kwargs=True) if event == "ready" else None
+
+
+def before_forward(look):
+    """An observer after which look(model, x, reduction) is called before each forward pass."""
+
+    def hook(model, arguments, options):
+        look(model, arguments[0], options.get("reduction", "mean"))
+
+    return lambda event, step, model: (
+        model.register_forward_pre_hook(hook, with_kwargs=True) and None if event == "ready" else None
+    )
 
 
 def together(*observers):
