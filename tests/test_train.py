@@ -32,6 +32,7 @@ from training import (  # noqa: F401 - fixtures
     before_forward,
     command,
     crash,
+    environments,
     files_of,
     finish,
     folders,
@@ -59,13 +60,20 @@ from nanope import checkpoint
 from nanope.config import RunConfig
 from nanope.distributed import Ranks, compiler_works
 from nanope.feed import Validation
+from nanope.log import git_state
 from nanope.optim import learning_rate
 from train import main, train
+
+
+def slow(*values):
+    """A case of a parametrized test that the quick tests leave out."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
 
 # ---- the same command, the same bits
 
 
-@pytest.mark.parametrize("pos", ["learned", "comrope", "carope"])
+@pytest.mark.parametrize("pos", [slow("learned"), slow("comrope"), "carope"])
 def test_the_same_config_gives_the_same_bits(make, pos):
     a, b, c = (make(name, pos=pos, dropout=0.1, seed=seed) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
     for config in (a, b, c):
@@ -87,6 +95,7 @@ def test_the_same_config_gives_the_same_files(make):
     assert found[0] == found[1] and "checkpoints/step_12.pt" in found[0] and "best.pt" in found[0]
 
 
+@pytest.mark.slow
 def test_seeds_of_weights_and_of_order_are_apart(make):
     runs = [make(name, seed=seed, data_seed=order) for name, seed, order in (("a", 1, 1), ("b", 1, 2), ("c", 2, 1))]
     for config in runs:
@@ -99,11 +108,11 @@ def test_seeds_of_weights_and_of_order_are_apart(make):
 @pytest.mark.parametrize(
     "fields",
     [
-        dict(eval_interval=0),
-        dict(eval_interval=1),
+        slow(dict(eval_interval=0)),
+        dict(eval_interval=1, checkpoint_interval=0),
         dict(log_interval=5),
-        dict(checkpoint_interval=0),
-        dict(checkpoint_interval=1, keep_checkpoints=1),
+        slow(dict(checkpoint_interval=0)),
+        slow(dict(checkpoint_interval=1, keep_checkpoints=1)),
     ],
 )
 def test_watching_changes_nothing(make, plain, fields):
@@ -116,6 +125,7 @@ def test_watching_changes_nothing(make, plain, fields):
     assert training(config.out_dir) == training(plain)
 
 
+@pytest.mark.slow
 def test_watching_changes_nothing_with_dropout(make):
     a = make("a", dropout=0.2, eval_interval=0, checkpoint_interval=0)
     b = make("b", dropout=0.2, eval_interval=1, checkpoint_interval=1)
@@ -127,7 +137,7 @@ def test_watching_changes_nothing_with_dropout(make):
 # ---- resuming
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, slow(signal.SIGINT), slow(signal.SIGUSR1)])
 def test_a_signal_ends_the_step_and_resuming_is_exact(make, number):
     """With dropout, accumulation and an epoch edge: an epoch is about 28 steps."""
     fields = dict(max_steps=36, dropout=0.1, pos="carope", micro_batch_size=2, eval_interval=6, checkpoint_interval=7)
@@ -160,6 +170,7 @@ def test_a_crash_drops_what_lies_beyond_the_checkpoint(make, plain):
     assert not [*run.rglob("*.partial")] and not os.path.lexists(run / ".last.pt.partial")
 
 
+@pytest.mark.slow
 def test_resume_starts_where_there_is_no_checkpoint(make, plain):
     config = make(resume=True)
     with pytest.raises(RuntimeError):
@@ -183,6 +194,7 @@ def test_resuming_a_finished_run_changes_nothing_and_it_can_be_prolonged(make, p
     assert [line["step"] for line in metrics(run) if "train/loss" in line] == list(range(1, 15))
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over(make, plain, tmp_path, capsys):
     newest, before = checkpoint.step_files(plain)
     assert (newest.name, before.name) == ("step_12.pt", "step_8.pt")
@@ -221,6 +233,7 @@ def test_a_damaged_checkpoint_without_its_hash_is_passed_over_too(make, plain, t
     assert "delete" in str(info.value) and capsys.readouterr().err.count("warning: ") == 2
 
 
+@pytest.mark.slow
 def test_resuming_restores_every_generator(make):
     config, seen = make(keep_checkpoints=9), []
     observer = at_step({5: kill(signal.SIGTERM), 6: lambda: seen.append(checkpoint.generators())})
@@ -276,6 +289,7 @@ def test_real_processes_killed_and_stopped_resume_exactly(make, folders, tmp_pat
 # ---- batches, micro-batches, ranks
 
 
+@pytest.mark.slow
 def test_micro_batches_do_not_matter(make):
     curves = []
     for micro in (1, 2, 8, None):
@@ -290,7 +304,7 @@ def test_micro_batches_do_not_matter(make):
 # ---- the optimizer, the schedule, the step itself
 
 
-@pytest.mark.parametrize("pos, name", [("comrope", "pos.P"), ("carope", "pos.c_pos.bias")])
+@pytest.mark.parametrize("pos, name", [("comrope", "pos.P"), slow("carope", "pos.c_pos.bias")])
 def test_pos_lr_multiplier(make, pos, name):
     key, moved, others = f"transformer.h.0.attn.{name}", [], []
     for multiplier in (0.0, 1.0, 3.0):
@@ -320,7 +334,7 @@ def by_hand(schedule, s, c):
     return c.learning_rate
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "step", "wsd", "constant"])
+@pytest.mark.parametrize("schedule", ["cosine", slow("step"), slow("wsd"), slow("constant")])
 def test_schedules(make, schedule):
     fields = dict(max_steps=20, warmup_steps=4, lr_step=6, lr_gamma=0.5, decay_fraction=0.25, eval_interval=0)
     config = make(schedule=schedule, **fields)
@@ -375,6 +389,7 @@ def test_training_is_what_plain_torch_does(make):
         torch.testing.assert_close(value, model.state_dict()[name], rtol=0, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 def test_grad_clip_0_does_not_clip(make):
     a, b, c = make("a", grad_clip=0.0), make("b", grad_clip=1e9), make("c", grad_clip=0.1)
     for config in (a, b, c):
@@ -447,7 +462,7 @@ def test_what_schemes_draw_depends_on_seed_and_step_alone(make):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("pos", ["rope", "comrope", "carope"])
+@pytest.mark.parametrize("pos", [slow("rope"), slow("comrope"), "carope"])
 def test_half_precision_stays_close(make, dtype, pos):
     half, full = make("half", dtype=dtype, pos=pos, max_steps=25), make("full", pos=pos, max_steps=25)
     train(half)
@@ -469,6 +484,7 @@ def test_the_scaler_is_saved_and_restored(make):
     assert same_run(whole.out_dir, cut.out_dir) and last(cut.out_dir)["scaler"]["_growth_tracker"] == 12
 
 
+@pytest.mark.slow
 def test_a_run_may_be_resumed_in_another_dtype(make):
     for name, first, then in (("a", "float32", "float16"), ("b", "float16", "float32")):
         config = make(name, dtype=first)
@@ -480,7 +496,7 @@ def test_a_run_may_be_resumed_in_another_dtype(make):
 # ---- loss and gradients that are not finite
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", [math.nan, slow(math.inf)])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_bad_step_is_skipped_and_counted(make, capsys, dtype, value):
     config = make(dtype=dtype, max_bad_steps=3)
@@ -518,6 +534,7 @@ def test_a_checkpoint_that_is_due_in_a_bad_step_is_written_after_it(make):
     assert last(config.out_dir)["bad_steps"] == 1  # the end is written in any case
 
 
+@pytest.mark.slow
 def test_an_interruption_among_bad_steps_is_exact_and_removes_nothing(make):
     whole, cut = make("whole", checkpoint_interval=2), make("cut", checkpoint_interval=2, resume=True)
     bad = {(5, 0), (6, 0), (7, 0)}
@@ -534,6 +551,21 @@ def test_an_absurd_learning_rate(make, command):
     fields = dict(learning_rate=1e38, schedule="constant", warmup_steps=0, max_bad_steps=2, eval_interval=1)
     message = command(*arguments(make(**fields)))
     assert "2 steps in a row up to step 3 had a loss or gradient that is not finite (learning rate 1e+38" in message
+
+
+# ---- memory
+
+
+def test_out_of_memory_says_what_to_try(make):
+    def hungry(model, x, reduction):
+        if len(x) > 2 and reduction == "mean":
+            raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB\nmore")
+
+    observe = before_forward(hungry)
+    where = r"out of memory at micro_batch_size 4 \(4 windows of 16 tokens\) on cpu"
+    with pytest.raises(ValueError, match=rf"{where}: try --micro_batch_size 2; .*\(Tried to allocate 20.00 GiB\)"):
+        train(make(), observe)
+    assert train(make("smaller", micro_batch_size=2), observe)["step"] == 12
 
 
 # ---- validation
@@ -574,6 +606,7 @@ def test_init_from_a_run(make, plain):
         assert state["step"] == 2 and state["optimizer"]["state"][0]["step"] == 2  # weights only
 
 
+@pytest.mark.slow
 def test_init_from_with_another_block_size(make, tmp_path):
     for pos in ("rope", "learned", "comrope"):
         train(make(pos, pos=pos, max_steps=2))
@@ -591,6 +624,7 @@ def test_init_from_with_another_block_size(make, tmp_path):
     assert not (tmp_path / "grown").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pos", ["comrope", "comrope+alibi"])
 def test_a_run_from_weights_resumes_without_them(make, tmp_path, pos):
     several = "+" in pos
@@ -707,7 +741,7 @@ def test_a_moved_run_is_whole(plain, tmp_path):
     assert checkpoint.find(moved).resolve() == (moved / "checkpoints" / "step_12.pt").resolve()
 
 
-@pytest.mark.parametrize("keep", [1, 3])
+@pytest.mark.parametrize("keep", [slow(1), 3])
 def test_keep_checkpoints(make, keep):
     config = make(checkpoint_interval=2, keep_checkpoints=keep, eval_interval=0)
     train(config)
@@ -727,6 +761,7 @@ def test_best_is_the_best(make):
     assert losses(run, "val/loss") == [0.5, 5.0, 3.0, 4.0, None, 3.5] and last(run)["best_val_loss"] == 3.0
 
 
+@pytest.mark.slow
 def test_best_survives_resuming(make):
     observer = scripted_validation([9.0, 3.0, 4.0, 5.0, 3.5, 3.25])
     config = make(eval_interval=1, max_steps=5)
@@ -751,7 +786,7 @@ def full_disk(name, until=math.inf):
         yield observe
 
 
-@pytest.mark.parametrize("name", ["step_8.pt", "best.pt"])
+@pytest.mark.parametrize("name", ["step_8.pt", slow("best.pt")])
 def test_training_goes_on_while_the_disk_is_full(make, plain, capsys, name):
     """It says so, what was good stays, and what there is room for later is written."""
     config = make(eval_interval=5)
@@ -767,6 +802,7 @@ def test_training_goes_on_while_the_disk_is_full(make, plain, capsys, name):
     assert not [*Path(config.out_dir).rglob("*.partial")]
 
 
+@pytest.mark.slow
 def test_a_disk_that_stays_full_ends_the_run_with_an_error_and_loses_nothing(make, command, plain, tmp_path):
     config = make(eval_interval=0)
     with pytest.raises(RuntimeError):
@@ -876,7 +912,7 @@ def test_wandb_out_of_reach_goes_offline(make, monkeypatch, capsys):
     assert warning in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("broken", ["login", "init"])
+@pytest.mark.parametrize("broken", [slow("login"), "init"])
 def test_a_wandb_that_does_not_start_does_not_end_the_run(make, plain, monkeypatch, capsys, broken):
     """Such as with a WANDB_API_KEY that is none, or where it cannot write."""
     fake = FakeWandb()
@@ -1071,6 +1107,7 @@ def test_a_run_from_before_there_were_windows_resumes(make, plain, tmp_path, com
     assert last(run)["step"] == 14 and last(run)["config"]["window"] == 0
 
 
+@pytest.mark.slow
 def test_a_real_process_says_one_line_and_fails(make, tmp_path):
     status, out, err = finish(start([REPO / "train.py", *arguments(make(pos="roop"))], tmp_path))
     assert status == 1 and out == "" and not [*tmp_path.iterdir()]
@@ -1089,6 +1126,7 @@ def test_a_second_interrupt_ends_at_once(make, capsys):
     assert signal.getsignal(signal.SIGINT) is handler and last(make().out_dir)["step"] == 4
 
 
+@pytest.mark.slow
 def test_two_processes_cannot_train_in_one_folder(make, tmp_path):
     run = tmp_path / "run"
     train(make(max_steps=4))
@@ -1105,3 +1143,86 @@ def test_two_processes_cannot_train_in_one_folder(make, tmp_path):
         holder.kill()
         holder.wait()
     assert train(make(max_steps=8, resume=True))["step"] == 8  # a dead process holds nothing
+
+
+# ---- the environment, the difference from another run, the plan
+
+
+def test_metrics_begin_with_the_environment(make, plain):
+    (there,) = environments(plain)
+    data = open_data(make().data_dir)
+    assert there["data_hash"] == data.hash and (there["seed"], there["data_seed"], there["ranks"]) == (1, 1, 1)
+    assert (there["torch"], there["dtype"]) == (torch.__version__, "float32")
+    assert there["attention"] == "sdpa flash_attention"
+    assert there["git"] is None or len(there["git"]["commit"]) == 40
+    config = make(pos="alibi", max_steps=4)
+    train(config)
+    assert environments(config.out_dir)[0]["attention"] == "sdpa with a dense bias, by chunks"
+    train(dataclasses.replace(config, resume=True, max_steps=6))
+    assert len(environments(config.out_dir)) == 1  # nothing has changed
+    first, *lines = all_lines(config.out_dir)
+    first["environment"]["git"] = {"commit": "0" * 40, "dirty": True}  # it was begun with another commit
+    text = "".join(json.dumps(line) + "\n" for line in (first, *lines))
+    (Path(config.out_dir) / "metrics.jsonl").write_text(text)
+    train(dataclasses.replace(config, resume=True, max_steps=8))
+    before, now = environments(config.out_dir)
+    assert before["git"]["commit"] == "0" * 40 and now["git"] == there["git"]
+
+
+def test_git_state_of_a_repository(tmp_path):
+    assert git_state(tmp_path) is None or "commit" in git_state(tmp_path)  # tmp_path may lie inside a repository
+
+    def git(*words):
+        command = ["git", "-c", "user.name=x", "-c", "user.email=x@y", *words]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    git("init")
+    (tmp_path / "file").write_text("one")
+    git("add", "file")
+    git("commit", "-m", "one")
+    assert git_state(tmp_path) == {"commit": git("rev-parse", "HEAD").strip(), "dirty": False}
+    (tmp_path / "file").write_text("two")
+    assert git_state(tmp_path)["dirty"]
+
+
+def diff(capsys, config, run):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as info:
+        main([*arguments(config), "--diff", str(run)])
+    return info.value.code, capsys.readouterr().out.splitlines()
+
+
+def test_diff(make, plain, folders, capsys, tmp_path):
+    assert diff(capsys, make("mine"), plain) == (0, [f"no difference from {plain}"])
+    assert diff(capsys, make("mine", vocab_size=320, pos_options={"base": 10000.0}), plain)[0] == 0
+    assert not (tmp_path / "mine").exists()
+    scheme = dict(pos="comrope", pos_options={"block": 2})
+    other = make("mine", learning_rate=1e-3, micro_batch_size=2, data_dir=str(folders / "other"), **scheme)
+    status, lines = diff(capsys, other, plain)
+    assert status == 1 and lines[0] == "pos: rope there, comrope here"
+    assert "learning_rate: 0.003 there, 0.001 here" in lines
+    assert any(line.startswith("pos_options: ") and "'block': None" in line and "'block': 2" in line for line in lines)
+    assert any(line.startswith("data: its manifest's hash is ") for line in lines)
+    assert lines[-1] == "micro_batch_size: 4 there, 2 here (changes rounding at most)"
+    status, lines = diff(capsys, make("mine", data_dir="not/yet", seed=2), plain)
+    assert status == 1 and lines[0] == "seed: 1 there, 2 here" and not any("vocab" in line for line in lines)
+    assert "error" in diff(capsys, make("mine"), tmp_path / "nothing")[0]
+
+
+def test_diff_from_a_run_made_before_there_were_windows(make, plain, capsys, tmp_path):
+    shutil.copytree(plain, tmp_path / "old", symlinks=True)
+    path = tmp_path / "old" / "config.yaml"
+    text = path.read_text()
+    assert "window: 0\n" in text
+    path.write_text(text.replace("window: 0\n", ""))
+    assert diff(capsys, make("mine"), tmp_path / "old")[0] == 0
+    assert diff(capsys, make("mine", window=[4]), tmp_path / "old") == (1, ["window: 0 there, [4] here"])
+
+
+def test_plan_trains_nothing(make, command, capsys, tmp_path):
+    main([*arguments(make()), "--plan", "--gpus", "2", "--price_per_hour", "3"])
+    out = capsys.readouterr().out
+    assert "8,240" in out and "8 windows of 16 = 2 rank(s) × 1 × micro_batch_size 4" in out
+    assert "2 × A100" in out and "cost at 3 per GPU-hour" in out
+    assert not (tmp_path / "run").exists()
+    assert "do not divide over 3 ranks" in command(*arguments(make()), "--plan", "--gpus", "3")

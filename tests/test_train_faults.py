@@ -3,12 +3,10 @@ changes a run."""
 # ruff: noqa: F811 - pytest finds fixtures by their names; those of training.py are imported
 
 import dataclasses
-import json
 import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import types
@@ -50,8 +48,9 @@ from training import (  # noqa: F401 - fixtures
 from data.prepare import prepare
 from data.shards import WindowOrder, open_data
 from nanope import checkpoint
-from nanope.log import git_state
-from train import main, train
+from train import train
+
+pytestmark = pytest.mark.slow
 
 # ---- what is due at the moment of an interruption
 
@@ -242,7 +241,6 @@ def test_metrics_that_cannot_be_written_for_a_while_are_not_lost(make, plain, ca
     assert err.count("metrics cannot be written") == 1 and "File too large" in err
 
 
-@pytest.mark.slow
 def test_a_real_process_with_no_room_for_checkpoints_trains_to_its_end(make, tmp_path):
     code = "import resource, train; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); train.main()"
     config = make(max_steps=30, log_interval=1)
@@ -253,7 +251,6 @@ def test_a_real_process_with_no_room_for_checkpoints_trains_to_its_end(make, tmp
     assert train(dataclasses.replace(config, resume=True))["step"] == 30
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_full_disk_under_the_screens_log_does_not_end_the_run(make, tmp_path):
     config = make()
@@ -390,18 +387,6 @@ def test_no_number_is_read_from_the_device_inside_a_step(make, monkeypatch):
 # ---- memory
 
 
-def test_out_of_memory_says_what_to_try(make):
-    def hungry(model, x, reduction):
-        if len(x) > 2 and reduction == "mean":
-            raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB\nmore")
-
-    observe = before_forward(hungry)
-    where = r"out of memory at micro_batch_size 4 \(4 windows of 16 tokens\) on cpu"
-    with pytest.raises(ValueError, match=rf"{where}: try --micro_batch_size 2; .*\(Tried to allocate 20.00 GiB\)"):
-        train(make(), observe)
-    assert train(make("smaller", micro_batch_size=2), observe)["step"] == 12
-
-
 def test_auto_is_recorded_and_kept(make):
     config = make(micro_batch_size="auto", max_steps=4)
     train(config)  # on a CPU as null
@@ -423,86 +408,3 @@ def test_a_shard_that_is_damaged_during_the_run_ends_it_with_its_name(make, comm
     damage = at_step({6: lambda: shard.write_bytes(shard.read_bytes()[:64])})
     assert "train_00000.bin is truncated" in command(*arguments(config), observe=damage)
     assert last(config.out_dir)["step"] == 4
-
-
-# ---- the environment, and the difference from another run
-
-
-def test_metrics_begin_with_the_environment(make, plain):
-    (there,) = environments(plain)
-    data = open_data(make().data_dir)
-    assert there["data_hash"] == data.hash and (there["seed"], there["data_seed"], there["ranks"]) == (1, 1, 1)
-    assert (there["torch"], there["dtype"]) == (torch.__version__, "float32")
-    assert there["attention"] == "sdpa flash_attention"
-    assert there["git"] is None or len(there["git"]["commit"]) == 40
-    config = make(pos="alibi", max_steps=4)
-    train(config)
-    assert environments(config.out_dir)[0]["attention"] == "sdpa with a dense bias, by chunks"
-    train(dataclasses.replace(config, resume=True, max_steps=6))
-    assert len(environments(config.out_dir)) == 1  # nothing has changed
-    first, *lines = all_lines(config.out_dir)
-    first["environment"]["git"] = {"commit": "0" * 40, "dirty": True}  # it was begun with another commit
-    text = "".join(json.dumps(line) + "\n" for line in (first, *lines))
-    (Path(config.out_dir) / "metrics.jsonl").write_text(text)
-    train(dataclasses.replace(config, resume=True, max_steps=8))
-    before, now = environments(config.out_dir)
-    assert before["git"]["commit"] == "0" * 40 and now["git"] == there["git"]
-
-
-def test_git_state_of_a_repository(tmp_path):
-    assert git_state(tmp_path) is None or "commit" in git_state(tmp_path)  # tmp_path may lie inside a repository
-
-    def git(*words):
-        command = ["git", "-c", "user.name=x", "-c", "user.email=x@y", *words]
-        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
-
-    git("init")
-    (tmp_path / "file").write_text("one")
-    git("add", "file")
-    git("commit", "-m", "one")
-    assert git_state(tmp_path) == {"commit": git("rev-parse", "HEAD").strip(), "dirty": False}
-    (tmp_path / "file").write_text("two")
-    assert git_state(tmp_path)["dirty"]
-
-
-def diff(capsys, config, run):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as info:
-        main([*arguments(config), "--diff", str(run)])
-    return info.value.code, capsys.readouterr().out.splitlines()
-
-
-def test_diff(make, plain, folders, capsys, tmp_path):
-    assert diff(capsys, make("mine"), plain) == (0, [f"no difference from {plain}"])
-    assert diff(capsys, make("mine", vocab_size=320, pos_options={"base": 10000.0}), plain)[0] == 0
-    assert not (tmp_path / "mine").exists()
-    scheme = dict(pos="comrope", pos_options={"block": 2})
-    other = make("mine", learning_rate=1e-3, micro_batch_size=2, data_dir=str(folders / "other"), **scheme)
-    status, lines = diff(capsys, other, plain)
-    assert status == 1 and lines[0] == "pos: rope there, comrope here"
-    assert "learning_rate: 0.003 there, 0.001 here" in lines
-    assert any(line.startswith("pos_options: ") and "'block': None" in line and "'block': 2" in line for line in lines)
-    assert any(line.startswith("data: its manifest's hash is ") for line in lines)
-    assert lines[-1] == "micro_batch_size: 4 there, 2 here (changes rounding at most)"
-    status, lines = diff(capsys, make("mine", data_dir="not/yet", seed=2), plain)
-    assert status == 1 and lines[0] == "seed: 1 there, 2 here" and not any("vocab" in line for line in lines)
-    assert "error" in diff(capsys, make("mine"), tmp_path / "nothing")[0]
-
-
-def test_diff_from_a_run_made_before_there_were_windows(make, plain, capsys, tmp_path):
-    shutil.copytree(plain, tmp_path / "old", symlinks=True)
-    path = tmp_path / "old" / "config.yaml"
-    text = path.read_text()
-    assert "window: 0\n" in text
-    path.write_text(text.replace("window: 0\n", ""))
-    assert diff(capsys, make("mine"), tmp_path / "old")[0] == 0
-    assert diff(capsys, make("mine", window=[4]), tmp_path / "old") == (1, ["window: 0 there, [4] here"])
-
-
-def test_plan_trains_nothing(make, command, capsys, tmp_path):
-    main([*arguments(make()), "--plan", "--gpus", "2", "--price_per_hour", "3"])
-    out = capsys.readouterr().out
-    assert "8,240" in out and "8 windows of 16 = 2 rank(s) × 1 × micro_batch_size 4" in out
-    assert "2 × A100" in out and "cost at 3 per GPU-hour" in out
-    assert not (tmp_path / "run").exists()
-    assert "do not divide over 3 ranks" in command(*arguments(make()), "--plan", "--gpus", "3")

@@ -184,13 +184,13 @@ def before_forward(look):
         look(model, arguments[0], options.get("reduction", "mean"))
 
     return lambda event, step, model: (
-        model.register_forward_pre_hook(hook, with_kwargs=True) and None if event == "ready" else None
+        model.register_forward_pre_hook(hook, with_kwargs=True) if event == "ready" else None
     )
 
 
 def together(*observers):
     """One observer that is several."""
-    return lambda *seen: [observe(*seen) for observe in observers] and None
+    return lambda *seen: [observe(*seen) for observe in observers]
 
 
 def poison(bad, rows=2, value=math.nan):
