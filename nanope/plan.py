@@ -27,7 +27,7 @@ from nanope import attention, ops
 from nanope.config import RunConfig, check, padded_vocabulary, parse
 from nanope.distributed import PEAK_FLOPS, Ranks, autocast, pick_device, pick_dtype
 from nanope.errors import nearest
-from train import make_optimizer, resolve_batch
+from nanope.optim import make_optimizer, resolve_batch
 
 GPUS = ("A100", "H100")
 CARDS = (
