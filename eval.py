@@ -28,27 +28,18 @@ from tqdm import tqdm
 
 from data.shards import Data, Split, open_data
 from data.tokenizer import load_tokenizer
-from model import (
-    GPT,
-    SCALINGS,
-    SCHEMES,
-    Attention,
-    by_onednn,
-    chunk_rows,
-    head_dtype,
-    linear,
-    nearest,
-    no_autocast,
-    wide,
-)
+from model import GPT
 from nanope import REPO, checkpoint
 from nanope.config import RunConfig
+from nanope.convert import SCALINGS
 from nanope.distributed import Ranks, autocast, ranks_of
+from nanope.errors import nearest
 from nanope.evaluation.probe import KEY, VALUE, filler_tokens, make_trials
 from nanope.evaluation.protocols import PROTOCOLS, Windows, choose_targets, windows_of
 from nanope.evaluation.statistics import document_interval, paired_difference, position_curve, row_figures
 from nanope.hf import Pretrained
 from nanope.log import start_wandb
+from nanope.ops import by_onednn, chunk_rows, head_dtype, linear, no_autocast, wide
 
 FIGURES = (
     "nats_per_token",
@@ -62,17 +53,9 @@ FIGURES = (
 )
 # Fields of a run that two seeds of one experiment may differ in
 NOT_THE_EXPERIMENT = {"out_dir", "seed", "data_seed", "resume", "device", "wandb", "micro_batch_size", "log_interval", "checkpoint_interval", "keep_checkpoints", "eval_interval", "eval_tokens"}  # fmt: skip
-SOURCES = [
-    REPO / f"{name}.py"
-    for name in (
-        "model",
-        "eval",
-        "nanope/hf",
-        "nanope/evaluation/protocols",
-        "nanope/evaluation/statistics",
-        "nanope/evaluation/probe",
-    )
-]
+SOURCES = [REPO / "model.py", REPO / "eval.py", *sorted((REPO / "schemes").glob("*.py"))]
+SOURCES += [REPO / "nanope" / f"{name}.py" for name in ("attention", "convert", "hf", "ops")]
+SOURCES += sorted((REPO / "nanope" / "evaluation").glob("*.py"))
 
 
 # ---- scoring
@@ -354,7 +337,7 @@ def able_lengths(model: GPT | Pretrained, lengths: list[int], reason: str | None
 def backend(model: GPT | Pretrained) -> str:
     if isinstance(model, Pretrained):
         return "transformers, scaled_dot_product_attention"
-    biased = SCHEMES[model.config.pos].score_bias is not Attention.score_bias
+    biased = any(block.attn.pos.claims("bias") for block in model.transformer["h"])
     return "flex_attention" if biased and model.lm_head.weight.is_cuda else "scaled_dot_product_attention"
 
 

@@ -11,8 +11,9 @@ from typing import Literal
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
-from model import GPTConfig, nearest
+from model import GPTConfig
 from nanope.checkpoint import write_atomically
+from nanope.errors import nearest
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -42,10 +43,14 @@ class RunConfig:
     """Dropout probability."""
     vocab_size: int | None = None
     """Vocabulary of the model; null is the data's, rounded up to a multiple of 64."""
-    pos: str = "rope"
-    """Positional scheme, a name in model.SCHEMES."""
+    pos: list[str] | str = "rope"
+    """Positional scheme: a name in model.SCHEMES, several as rope+alibi, a file's as my_file.py:MyScheme, or a list of
+    these that cycles over the layers."""
     pos_options: dict = field(default_factory=dict)
     """Options of the scheme, e.g. {block: 4}; on the command line also --pos_options.block 4."""
+    window: list[int] | int = 0
+    """Sliding-window attention: a token sees itself and the window - 1 before it; 0 is full attention. A list cycles over the
+    layers."""
     pos_lr_multiplier: float = 1.0
     """Learning-rate multiplier of the scheme's own undecayed parameters (comrope's P, carope's bias); others have none."""
 

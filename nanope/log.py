@@ -21,7 +21,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from model import SCHEMES, Attention
+import schemes
 from nanope import REPO, checkpoint
 from nanope.config import RunConfig, write_yaml
 
@@ -79,7 +79,7 @@ def processor() -> str:
 
 def attention_backend(config: RunConfig, device: torch.device, dtype: torch.dtype) -> str:
     """The kernel that training's attention takes."""
-    if SCHEMES[config.pos].score_bias is not Attention.score_bias:
+    if any(schemes.scheme_class(n).bias is not schemes.Scheme.bias for n in schemes.names_in(config.pos)):
         return "flex_attention" if device.type == "cuda" and not config.dropout else "sdpa with a dense bias, by chunks"
     q = torch.empty(1, config.n_head, config.block_size, config.n_embd // config.n_head, device=device, dtype=dtype)
     choice = torch._fused_sdp_choice(q, q, q, None, config.dropout, True)

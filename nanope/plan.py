@@ -6,7 +6,6 @@ real model on fake tensors, which have shapes and storages but no contents, and 
 """
 
 import argparse
-import contextlib
 import dataclasses
 import math
 import os
@@ -15,7 +14,6 @@ import weakref
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,11 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-import model as model_file
 from data.shards import open_data
-from model import GPT, MLP, SCHEMES, Attention, GPTConfig, LayerNorm, nearest
+from model import GPT, MLP, SCHEMES, Attention, GPTConfig, LayerNorm
+from nanope import attention, ops
 from nanope.config import RunConfig, check, padded_vocabulary, parse
 from nanope.distributed import PEAK_FLOPS, Ranks, autocast, pick_device, pick_dtype
+from nanope.errors import nearest
 from train import make_optimizer, resolve_batch
 
 GPUS = ("A100", "H100")
@@ -153,29 +152,22 @@ def simulate(config: GPTConfig, rows: int, dtype: torch.dtype, gpu: bool, keep_g
     biased scores saves the same: q, k, v, the output and a log-sum-exp), and the loss head's larger chunks. What is left:
     in float32 the head reuses two buffers, as on a CPU, where a GPU has a third of up to 1 GiB.
     """
-    chunk_rows, held = model_file.chunk_rows, []
+    held = []
 
-    def flash(self, q, k, v, ctx):
-        bias, dropout = self.score_bias(ctx), self.dropout if self.training else 0.0
-        if bias is not None and dropout:  # as model.py: FlexAttention has no dropout
-            return type(self).attend(self, q, k, v, ctx)
+    def flash(scheme, q, k, v, x, ctx, window, dropout):
+        bias = scheme.bias(x, q, k, ctx)
+        if bias is not None and dropout:  # FlexAttention has no dropout
+            return attention.attend(scheme, q, k, v, x, ctx, window, dropout)
         held.append(bias)  # FlexAttention saves the tensors that it captured
         q, k, v = (t.to(dtype) for t in (q, k, v))
         if dtype == torch.float32:
             return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, dropout, True)[0]
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout, True)[0]
 
-    with FakeTensorMode(), contextlib.ExitStack() as stack:
+    with FakeTensorMode(), ops.as_on("cuda" if gpu else "cpu"):
         model = Unfilled(config)
         if gpu:
-            stack.enter_context(mock.patch.object(model_file, "by_onednn", lambda x: False))
-            stack.enter_context(
-                mock.patch.object(
-                    model_file, "chunk_rows", lambda vocab_size, _: chunk_rows(vocab_size, torch.device("cuda"))
-                )
-            )
-            for block in model.transformer["h"]:
-                block.attn.attend = flash.__get__(block.attn)
+            model.attend = flash
         return measure(model, rows, dtype, keep_gradients)
 
 
@@ -350,8 +342,7 @@ def add_details(p: Plan, share: int) -> None:
             p.products, p.elementwise = products(run, tokens), run.elementwise / tokens
         if kind == "cuda":  # linear in the batch where it fills the loss head's chunks: two points
             first = max(
-                p.micro_batch_size,
-                -(-model_file.chunk_rows(config.vocab_size, torch.device("cuda")) // config.block_size),
+                p.micro_batch_size, -(-ops.chunk_rows(config.vocab_size, torch.device("cuda")) // config.block_size)
             )
             low, high = (memory(simulate(shape, n, dtype, True, keep), n)["total"] for n in (first, 2 * first))
             most = first + (CARDS[0] * 10**9 - low) * first // (high - low)

@@ -38,10 +38,11 @@ import yaml
 
 from data.corpora import CORPORA
 from data.shards import unknown
-from model import GPT, SCHEMES, GPTConfig, nearest
+from model import GPT, SCHEMES, GPTConfig
 from nanope import REPO
 from nanope.checkpoint import read_metrics, step_files
 from nanope.config import RunConfig, check
+from nanope.errors import nearest
 
 KEYS = (
     "name", "command", "question", "base", "data", "fields", "arms", "settings", "grid", "seeds", "baseline", "tune", "eval", "throughput",

@@ -16,8 +16,8 @@ import _root
 import report
 import sweep
 
-from model import nearest
 from nanope import REPO
+from nanope.errors import nearest
 
 TABLES = {
     "crope-1": "CRoPE, table 1: PG-19, WikiText-2, Penn Treebank",

@@ -16,33 +16,16 @@ import _root
 import numpy as np
 import torch
 
-import model as model_module
 from data.shards import batch, open_data
 from eval import write_json
 from nanope import checkpoint
 from nanope.distributed import pick_device
 
 
-def shifted(offset: int) -> type:
-    """The Context of a forward pass whose first token stands at position `offset`."""
-
-    class Shifted(model_module.Context):
-        @property
-        def positions(self):
-            return super().positions + offset
-
-    return Shifted
-
-
 @torch.no_grad()
 def losses(model, x: torch.Tensor, y: torch.Tensor, offset: int) -> torch.Tensor:
     """NLL (B, T) of targets y after inputs x (B, T), with all positions moved by `offset`."""
-    original = model_module.Context
-    model_module.Context = shifted(offset)
-    try:
-        return model(x, y, reduction="none")[1].double().cpu()
-    finally:
-        model_module.Context = original
+    return model.losses["none"](model.hidden(x, offset=offset), model.lm_head.weight, y).double().cpu()
 
 
 def main() -> None:

@@ -39,11 +39,11 @@ from grid import ELSEWHERE, Grid, Run, bench_variants, command_of, local, model_
 from tqdm import tqdm
 
 from data.prepare import cores
-from model import linear
 from nanope import REPO
 from nanope.checkpoint import write_atomically
 from nanope.config import RunConfig
 from nanope.distributed import PEAK_FLOPS, peak_flops
+from nanope.ops import linear
 from nanope.plan import Plan
 from nanope.plan import plan as run_plan
 

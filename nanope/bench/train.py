@@ -54,27 +54,32 @@ MEMORY_TARGETS = {"small": {"nanogpt": 0.22, "transformers": 0.3}}
 # ---- variants
 
 
-def scheme_of(variant: str) -> tuple[str, dict]:
-    """A variant "comrope block=2 kind=ld" as a scheme and its options. ValueError for one of another form."""
-    scheme, *options = variant.split() or [""]
+def scheme_of(variant: str) -> dict:
+    """A variant "comrope block=2 kind=ld" as the fields pos, pos_options and window of a GPTConfig.
+
+    A pattern over the layers is a list without spaces: "[rope,none] window=[64,0]". ValueError for another form.
+    """
+    pos, *options = variant.split() or [""]
     if odd := [option for option in options if "=" not in option]:
         raise ValueError(f"{odd[0]!r} is no option=value")
-    return scheme, {k: yaml.safe_load(v) for k, v in (o.split("=", 1) for o in options)}
+    options = {k: yaml.safe_load(v) for k, v in (o.split("=", 1) for o in options)}
+    window = options.pop("window", 0)
+    return {"pos": yaml.safe_load(pos) if pos.startswith("[") else pos, "pos_options": options, "window": window}
 
 
 def check(variant: str, shape: dict) -> None:
     """ValueError for what no model can be built of."""
-    pos, options = scheme_of(variant)
+    config = resolve(GPTConfig(**scheme_of(variant), **{k: v for k, v in shape.items() if k != "batch"}))
     with torch.device("meta"):
-        Block(resolve(GPTConfig(pos=pos, pos_options=options, **{k: v for k, v in shape.items() if k != "batch"})))
+        for layer in range(config.n_layer):
+            Block(config, layer)
 
 
 # Each of the three makes, of a model's shape, (model, loss of inputs x and targets y, optimizer)
 
 
 def our_model(variant: str, shape: dict, device: torch.device, compiled: bool) -> tuple:
-    pos, options = scheme_of(variant)
-    model = GPT(GPTConfig(pos=pos, pos_options=options, **shape)).to(device)
+    model = GPT(GPTConfig(**scheme_of(variant), **shape)).to(device)
     if compiled:
         model.compile_parts()
     return model, lambda x, y: model(x, y)[1], adamw(model)

@@ -1,0 +1,73 @@
+"""Other forms of the same model: plain rope with explicit frequencies, and frequencies scaled for longer contexts."""
+
+import dataclasses
+import math
+
+import torch
+
+from nanope.errors import nearest
+
+SCALINGS = ("pi", "ntk", "yarn")
+
+
+@torch.no_grad()
+def to_rope(model):
+    """The equivalent GPT that is plain `rope`, with explicit frequencies and dense weights. ValueError where a layer's
+    scheme has no such form."""
+    config = dataclasses.replace(model.config, pos="rope", pos_options={"explicit": True})
+    state = {k: v for k, v in model.state_dict().items() if ".attn." not in k or ".c_proj." in k}
+    for i, block in enumerate(model.transformer["h"]):
+        weight, bias, freqs = block.attn.pos.as_rope(block.attn.c_attn)
+        prefix = f"transformer.h.{i}.attn."
+        state |= {f"{prefix}c_attn.weight": weight, f"{prefix}pos.freqs": freqs}
+        if bias is not None:
+            state[f"{prefix}c_attn.bias"] = bias
+    weight = model.lm_head.weight
+    rope = type(model)(config).to(weight.device, weight.dtype)
+    rope.load_state_dict(state)
+    return rope.train(model.training)
+
+
+@torch.no_grad()
+def scaled(model, rule: str, factor: float):
+    """The plain rope GPT whose frequencies are scaled by `rule` (see scale_frequencies) for contexts of factor ×
+    block_size: evaluation beyond the training length. ValueError where to_rope has no such model."""
+    rope, length = to_rope(model), model.config.block_size
+    for before, block in zip(model.transformer["h"], rope.transformer["h"]):
+        old, new, c_attn = before.attn.pos, block.attn.pos, block.attn.c_attn
+        width = round(getattr(old, "fraction", 1.0) * old.head_width)
+        freqs, logits = scale_frequencies(new.frequencies(), rule, factor, length, width, old.base)
+        new.freqs.copy_(freqs)
+        for parameter in c_attn.parameters():  # the model's own copy: q carries the factor of the logits
+            parameter[: old.n_embd] *= logits
+    return rope
+
+
+def scale_frequencies(
+    freqs: torch.Tensor, rule: str, factor: float, length: int, width: int, base: float
+) -> tuple[torch.Tensor, float]:
+    """Frequencies for a context `factor` times the training length, and what all attention logits are multiplied by.
+
+    freqs: any shape, float64, radians per token, of a model trained at `length` tokens.
+    pi    position interpolation, ω/s (Chen 2306.15595)
+    ntk   NTK-aware: RoPE's base becomes base·s^(D/(D-2)), D = `width` turning channels. Of a frequency alone, that is
+          ω·s^(-log ω / log ω_last) with ω_last = base^(-(D-2)/D), RoPE's slowest: the fastest stays, the slowest is
+          interpolated. Trained frequencies follow the same curve, clamped at both ends.
+    yarn  ω/s where a wavelength exceeds the training length, ω where 32 or more fit into it, a ramp in their number
+          between; logits times (0.1 ln s + 1)² (Peng 2309.00071)
+    ValueError for another rule, factor < 1, or ntk with fewer than 4 turning channels.
+    """
+    if not 1 <= factor < math.inf:
+        raise ValueError(f"factor must be at least 1, not {factor}: it is the new context over the training length")
+    if rule == "pi":
+        return freqs / factor, 1.0
+    if rule == "ntk":
+        if width < 4 or base <= 1:
+            raise ValueError(f"ntk needs at least 4 turning channels a head and a base above 1, not {width} and {base}")
+        slowest = -(width - 2) / width * math.log(base)
+        share = (freqs.clamp_min(torch.finfo(freqs.dtype).tiny).log() / slowest).clamp(0, 1)
+        return freqs * factor**-share, 1.0
+    if rule == "yarn":
+        kept = ((length * freqs / (2 * math.pi) - 1) / (32 - 1)).clamp(0, 1)
+        return freqs * (kept + (1 - kept) / factor), (0.1 * math.log(factor) + 1) ** 2
+    raise ValueError(f"no frequency scaling {rule!r}{nearest(rule, SCALINGS)} There are: {', '.join(SCALINGS)}")

@@ -1,0 +1,265 @@
+"""What makes the model fast and exact, and is no part of GPT-2: dtypes, matrix products, the loss, rotation.
+
+Shapes: B batch, T positions, C model width, H heads, D head width, V vocabulary.
+"""
+
+import contextlib
+import functools
+import os
+import re
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+# ------------------------------------------------------------------------------------------------
+# Dtypes and devices
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that positions, softmax and sums use: float32, or the model's dtype if wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def double_device(device: torch.device) -> torch.device:
+    """Where float64 arithmetic for this device runs: MPS has no float64, so the CPU does it."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def no_autocast(device: torch.device):
+    """Context in which autocast leaves dtypes alone."""
+    return torch.autocast(device.type, enabled=False)
+
+
+acting_kind: str | None = None  # set by as_on alone
+
+
+@contextlib.contextmanager
+def as_on(kind: str):
+    """Within it, fast paths are chosen as on a device of this kind ("cuda", "cpu"), wherever the tensors are. An estimate
+    on fake tensors, which cannot be on a GPU that is not there, needs it (nanope/plan.py)."""
+    global acting_kind
+    before, acting_kind = acting_kind, kind
+    try:
+        yield
+    finally:
+        acting_kind = before
+
+
+def kind_of(device: torch.device) -> str:
+    """The kind of device that fast paths are chosen for: the device's own, but within `as_on`."""
+    return acting_kind or device.type
+
+
+# ------------------------------------------------------------------------------------------------
+# Matrix products
+
+
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Whether this is an AMD CPU of Zen 5 or later (family 26), whose AVX-512 is twice as wide as AVX2.
+
+    MKL, PyTorch's BLAS, stays with AVX2 there. oneDNN, which PyTorch has for other uses, takes 0.42 to 0.48 of its time
+    for x Wᵀ and 0.5 to 0.65 for a weight's gradient (measured on one core). Known on Linux only."""
+    cpuinfo = Path("/proc/cpuinfo")
+    family = re.search(r"AuthenticAMD\ncpu family\s*: (\d+)", cpuinfo.read_text()) if cpuinfo.is_file() else None
+    amd = family is not None and int(family[1]) >= 26 and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if not (amd and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
+    # oneDNN makes code for each shape. It and PyTorch keep 1,024 of these, 0.9 GB where lengths vary. Training needs 30
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read at the first product
+        os.environ.setdefault(cache, "128")
+    return True
+
+
+def by_onednn(x: torch.Tensor) -> bool:
+    """Whether products of the rows of x go through oneDNN: float32 on such a CPU in eager code, and rows enough to repay
+    its set-up."""
+    if x.dtype != torch.float32 or kind_of(x.device) != "cpu":
+        return False
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    if torch._C._are_functorch_transforms_active():  # torch.func knows F.linear, and not Product
+        return False
+    return x.numel() >= 32 * x.size(-1) and onednn_is_faster()
+
+
+class Product(torch.autograd.Function):
+    """a (m, k), b (n, k) → a bᵀ (m, n) by oneDNN. Its derivatives are such products too, to any order."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, g):
+        a, b = ctx.saved_tensors
+        grad_a = Product.apply(g, b.t()) if ctx.needs_input_grad[0] else None
+        grad_b = Product.apply(a.t(), g.t()).t() if ctx.needs_input_grad[1] else None
+        return grad_a, grad_b
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """torch.nn.functional.linear by the faster library: x (..., K), weight (N, K), bias (N,) → x Wᵀ + bias (..., N)."""
+    if not by_onednn(x):
+        return F.linear(x, weight, bias)
+    y = Product.apply(x.reshape(-1, x.size(-1)), weight).view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
+
+
+class Linear(nn.Linear):
+    """torch.nn.Linear by the faster library."""
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
+# ------------------------------------------------------------------------------------------------
+# The loss: linear head and cross-entropy in one, without (tokens × V) logits
+
+
+def chunk_rows(vocab_size: int, device: torch.device) -> int:
+    """Rows of logits that exist at a time: 2^23 elements (32 MB) on a CPU, where matrix products are at full speed
+    from about 160 rows on, and 2^28 on a GPU, where each chunk should be one large product."""
+    elements = 2**23 if kind_of(device) == "cpu" else 2**28
+    return max(16, elements // vocab_size // 16 * 16)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of `h @ weight.T`, chunked over rows, with the gradients formed in the forward pass.
+
+    While a chunk of logits is at hand, its softmax gives the gradients of h and of the weight at once:
+    two matrix products more, no second look at the logits. Stored gradients are those of the *sum*
+    (so float16 does not underflow), the weight's is accumulated in float32; backward divides by the
+    count and multiplies by grad_output, which carries any loss scale or accumulation factor.
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight, targets, compute_dtype):
+        # h (N, C), weight (V, C), targets (N,) int64 with -1 ignored
+        exact = wide(h.dtype)
+        need_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        head = weight.to(compute_dtype)
+        total = torch.zeros((), dtype=exact, device=h.device)
+        fast = compute_dtype == h.dtype and by_onednn(h)
+        if need_grad:
+            grad_h = torch.empty_like(h)  # (N, C), of the summed loss
+            shape = weight.shape[::-1] if fast else weight.shape  # (V, C); (C, V) by oneDNN, its faster order
+            grad_weight = torch.zeros(shape, dtype=wide(weight.dtype), device=weight.device)
+        rows = chunk_rows(weight.size(0), h.device)
+        if fast:  # at full speed with half the rows, and it holds a packed copy of p
+            rows = max(1, rows // 2)
+        if compute_dtype == torch.float16:  # p.t() @ x sums over the chunk, and float16 ends at 65,504
+            rows = min(rows, 2048)
+        # Fresh memory costs a CPU page faults, a tenth of the whole loss: one buffer serves all chunks
+        reuse = h.device.type == "cpu" and compute_dtype == exact and not torch.compiler.is_compiling()
+        buffer = h.new_empty(min(rows, h.size(0)), weight.size(0)) if reuse and not fast else None
+        for start in range(0, h.size(0), rows):
+            part = slice(start, start + rows)
+            x, target = h[part].to(compute_dtype), targets[part]
+            if fast:
+                logits = Product.apply(x, head)
+            else:
+                logits = torch.mm(x, head.t(), out=buffer[: x.size(0)] if reuse else None).to(exact)  # (n, V)
+            keep = target >= 0
+            index = target.clamp_min(0).unsqueeze(1)  # (n, 1)
+            target_logit = logits.gather(1, index)
+            peak = logits.amax(1, keepdim=True)
+            p = torch.softmax(logits, 1, out=logits if reuse else None)
+            # log-sum-exp from the largest probability, which never underflows
+            nll = peak - p.amax(1, keepdim=True).log() - target_logit
+            total = total + (nll.squeeze(1) * keep).sum()
+            if need_grad:
+                p.scatter_add_(1, index, torch.full_like(nll, -1.0))
+                p = p.to(compute_dtype)
+                keep = keep.unsqueeze(1).to(compute_dtype)
+                grad_h[part] = (Product.apply(p, head.t()) if fast else p @ head) * keep
+                if fast:
+                    grad_weight += Product.apply((x * keep).t(), p.t())
+                elif p.dtype == grad_weight.dtype:
+                    grad_weight.addmm_(p.t(), x * keep)
+                else:
+                    grad_weight += p.t() @ (x * keep)
+        count = (targets >= 0).sum()
+        if need_grad:
+            ctx.save_for_backward(grad_h, grad_weight.t() if fast else grad_weight, count)
+            ctx.dtypes = h.dtype, weight.dtype
+        return total / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        grad_h, grad_weight, count = ctx.saved_tensors
+        scale = grad_output / count
+        h_dtype, weight_dtype = ctx.dtypes
+        return (grad_h * scale).to(h_dtype), (grad_weight * scale).to(weight_dtype), None, None
+
+
+def head_dtype(h: torch.Tensor) -> torch.dtype:
+    """The dtype of the head's matrix products: autocast's where it is on, else that of h."""
+    device = h.device.type
+    if torch.is_autocast_enabled(device) and h.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return h.dtype
+
+
+def linear_cross_entropy(h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of a linear head over the targets that are not -1.
+
+    h (..., C), weight (V, C), targets (...) int64 → scalar, float32 (h's dtype if wider). No target left
+    gives nan, as in torch.nn.functional.cross_entropy.
+    """
+    if not torch.is_grad_enabled():  # within a Function's forward this cannot be seen
+        return linear_nll(h, weight, targets).sum() / (targets >= 0).sum()
+    dtype = head_dtype(h)
+    with no_autocast(h.device):
+        return LinearCrossEntropy.apply(h.reshape(-1, h.size(-1)), weight, targets.reshape(-1), dtype)
+
+
+@torch.no_grad()
+def linear_nll(h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of each target: h (..., C), weight (V, C), targets (...) → (...), 0 where
+    the target is -1. Chunked, without gradient; float32 (h's dtype if wider)."""
+    dtype, exact = head_dtype(h), wide(h.dtype)
+    nll = torch.zeros(targets.shape, dtype=exact, device=h.device)
+    with no_autocast(h.device):
+        # No logits for the rest; under torch.compile for all, since a graph's shapes are fixed
+        keep = ... if torch.compiler.is_compiling() else targets >= 0
+        scored, target = h[keep].reshape(-1, h.size(-1)).to(dtype), targets[keep].reshape(-1)  # (n, C), (n,)
+        head = weight.to(dtype)
+        rows = chunk_rows(weight.size(0), h.device)
+        parts = [
+            F.cross_entropy(linear(x, head).to(exact), y, ignore_index=-1, reduction="none")
+            for x, y in zip(scored.split(rows), target.split(rows))
+        ]
+        nll[keep] = torch.cat(parts).view(targets[keep].shape)
+    return nll
+
+
+# ------------------------------------------------------------------------------------------------
+# Rotation
+
+
+def rope_frequencies(width: int, base: float, device: torch.device | str = "cpu") -> torch.Tensor:
+    """θ_i = base^(-2i/width), i = 0 … width/2-1, in radians per token: (width/2,) float64. Made on `device`: a copy from
+    the host would make it wait for the GPU."""
+    return base ** (-torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn each channel pair (2i, 2i+1) of x by an angle: (x0 + i·x1)·(cos + i·sin).
+
+    x (..., D); cos, sin broadcastable to (..., D/2) in max(float32, model dtype) → (..., D) in x's dtype.
+    One complex product in eager mode, where it is the fastest way; real arithmetic under torch.compile,
+    whose inductor has no complex code.
+    """
+    pairs = x.to(cos.dtype).unflatten(-1, (-1, 2))  # (..., D/2, 2)
+    if torch.compiler.is_compiling():
+        x0, x1 = pairs.unbind(-1)
+        turned = torch.stack((x0 * cos - x1 * sin, x0 * sin + x1 * cos), -1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+    return turned.flatten(-2).to(x.dtype)

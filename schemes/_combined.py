@@ -1,0 +1,122 @@
+"""Several schemes in one layer, such as rope+alibi."""
+
+import dataclasses
+
+from schemes.base import Context, Scheme
+
+# Hooks with one answer; the others are asked in order, and their answers chain (encode) or add (bias, auxiliary)
+EXCLUSIVE = ("embedding", "projection", "positions", "project", "scores", "weights")
+
+
+class Combined(Scheme):
+    """`a+b`: encodings in order, biases and auxiliary losses add. Any other hook belongs to the one scheme that overrides
+    it. ValueError where two do."""
+
+    def __init__(self, config, layer: int, parts: dict[str, Scheme]):
+        super().__init__(config, layer)
+        self.owners = {}
+        for hook in EXCLUSIVE:
+            owners = [name for name, part in parts.items() if part.claims(hook)]
+            if len(owners) > 1:
+                raise ValueError(f"{' and '.join(owners)} cannot be combined: each has a {hook} of its own")
+            self.owners[hook] = owners[0] if owners else None
+        for name, part in parts.items():
+            self.add_module(name, part)
+        self.names = tuple(parts)
+        self.extends = all(part.extends for part in parts.values())
+        self.dense = any(part.dense for part in parts.values())
+
+    def of(self, name: str, ctx: Context) -> Context:
+        """What one part is told."""
+        constants = ctx.constants and ctx.constants[name]
+        prepared = ctx.prepared and ctx.prepared[name]
+        return dataclasses.replace(ctx, constants=constants, prepared=prepared, part=f"{name}.")
+
+    def part(self, name: str) -> Scheme:
+        return self._modules[name]
+
+    # ---- hooks that have one owner
+
+    def embedding(self, config):
+        owner = self.owners["embedding"]
+        return self.part(owner).embedding(config) if owner else None
+
+    def projection(self, config):
+        owner = self.owners["projection"]
+        return self.part(owner).projection(config) if owner else super().projection(config)
+
+    def positions(self, ctx):
+        owner = self.owners["positions"]
+        return self.part(owner).positions(self.of(owner, ctx)) if owner else ctx.positions
+
+    def project(self, c_attn, x, ctx):
+        owner = self.owners["project"]
+        return self.part(owner).project(c_attn, x, self.of(owner, ctx)) if owner else c_attn(x)
+
+    def scores(self, q, k, x, rows, ctx):
+        owner = self.owners["scores"]
+        if not owner:
+            return super().scores(q, k, x, rows, ctx)
+        return self.part(owner).scores(q, k, x, rows, self.of(owner, ctx))
+
+    def weights(self, scores, ctx):
+        owner = self.owners["weights"]
+        return self.part(owner).weights(scores, self.of(owner, ctx)) if owner else super().weights(scores, ctx)
+
+    # ---- hooks of all parts
+
+    @classmethod
+    def constants(cls, layers):
+        return each_part(layers, lambda name, kind, parts: kind.constants(parts))
+
+    @classmethod
+    def prepare(cls, layers, ctx):
+        def item(name, kind, parts):
+            constants = ctx.constants and [c[name] for c in ctx.constants]
+            return kind.prepare(parts, dataclasses.replace(ctx, constants=constants, part=f"{name}."))
+
+        return each_part(layers, item)
+
+    def encode(self, qk, x, ctx):
+        for name in self.names:
+            qk = self.part(name).encode(qk, x, self.of(name, ctx))
+        return qk
+
+    def bias(self, x, q, k, ctx):
+        found = [self.part(name).bias(x, q, k, self.of(name, ctx)) for name in self.names]
+        found = [bias for bias in found if bias is not None]
+        if len(found) < 2:
+            return found[0] if found else None
+        return lambda batch, head, m, n: sum(bias(batch, head, m, n) for bias in found)
+
+    def auxiliary(self):
+        found = [loss for name in self.names if (loss := self.part(name).auxiliary()) is not None]
+        return sum(found) if found else None
+
+    def initial(self, name, shape, normal):
+        part, _, own = name.partition(".")
+        return self.part(part).initial(own, shape, normal)
+
+    # ---- what is asked about it
+
+    @property
+    def name(self):
+        return "+".join(self.names)
+
+    def claims(self, hook):
+        return any(part.claims(hook) for part in self._modules.values())
+
+    def undecayed_names(self):
+        return {f"{name}.{own}" for name in self.names for own in self.part(name).undecayed_names()}
+
+    def plain_name(self, name):
+        return name.partition(".")[2]
+
+
+def each_part(layers: list[Combined], make) -> list[dict]:
+    """An item a layer, {part: what `make` gives for that layer}; make(name, class, that part of every layer)."""
+    columns = {}
+    for name in layers[0].names:
+        parts = [layer.part(name) for layer in layers]
+        columns[name] = make(name, type(parts[0]), parts) or [None] * len(layers)
+    return [{name: column[i] for name, column in columns.items()} for i in range(len(layers))]

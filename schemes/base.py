@@ -1,0 +1,160 @@
+"""What a positional scheme is: hooks, of which a scheme overrides the few it needs.
+
+Shapes: B batch, T positions of this forward pass, S = start + T positions so far, C model width, H heads, D = C/H head
+width. Channels of a head are paired as neighbours, (0, 1)(2, 3)…, each pair one complex number, in every scheme.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from nanope.ops import Linear
+
+
+@dataclass
+class Context:
+    """Where the tokens of this forward pass stand, as one layer sees it."""
+
+    positions: torch.Tensor  # (T,) float64, or (T, axes) where a token has several coordinates; on the CPU for MPS
+    start: int  # tokens before these: 0, or the length of the cache
+    dtype: torch.dtype  # of angles and biases: float32, or the model's if wider
+    device: torch.device
+    idx: torch.Tensor  # (B, T) int64, token ids
+    embedding: torch.Tensor  # (B, T, C) token embeddings
+    seed: int | None = None  # of what a scheme draws in this optimizer step; None outside of training
+    attend: Callable | None = None  # the attention function, see nanope/attention.py
+    block_mask: Any = None  # FlexAttention's mask, where this layer's attention goes through it
+    constants: Any = None  # this layer's item of what `constants` made
+    prepared: Any = None  # this layer's item of what `prepare` made
+    cache: dict | None = None  # what this layer keeps for later tokens; None where nothing follows, as in training
+    part: str = ""  # of a combination: the scheme that is asked, before its names in the cache
+
+    @property
+    def length(self) -> int:
+        """T."""
+        return self.idx.size(1)
+
+    def cos_sin(self, angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of float64 angles, in the dtype and on the device of this pass."""
+        return tuple(f(angles).to(device=self.device, dtype=self.dtype) for f in (torch.cos, torch.sin))
+
+    def joined(self, name: str, new: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """`new`, of these tokens, behind the same of all tokens before; without a cache `new` itself."""
+        if self.cache is None:
+            return new
+        key = self.part + name
+        self.cache[key] = torch.cat((self.cache[key], new), dim) if key in self.cache else new
+        return self.cache[key]
+
+    def generator(self) -> torch.Generator:
+        """A CPU generator that draws the same in every micro-batch and on every rank of an optimizer step."""
+        return torch.Generator().manual_seed(self.seed if self.seed is not None else torch.initial_seed())
+
+
+class Scheme(nn.Module):
+    """No positions but the causal mask (`none`: Haviv 2203.16634, Kazemnejad 2305.19466), and the base of every scheme.
+
+    One instance a layer. Keyword-only arguments of __init__ are the scheme's options, checked by their annotations.
+    docs/adding-a-scheme.md has an example, and what each hook costs.
+    """
+
+    extends = True  # whether lengths beyond block_size are possible
+    undecayed: tuple[str, ...] = ()  # own parameters without weight decay, with pos_lr_multiplier
+
+    def __init__(self, config, layer: int):
+        super().__init__()
+        self.layer, self.n_head, self.n_embd = layer, config.n_head, config.n_embd
+        self.head_width = config.n_embd // config.n_head
+        self.dense = self.claims("scores") or self.claims("weights")  # leaves the fused attention kernels
+
+    # ---- hooks
+
+    def embedding(self, config) -> nn.Module | None:
+        """A module that maps positions (T,) int64 to (T, C), to be added to the token embeddings. Asked of one layer."""
+        return None
+
+    def projection(self, config) -> nn.Module:
+        """The module `c_attn` that maps (B, T, C) to (B, T, 3C): q, k, v, each as H heads of D channels."""
+        return Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+
+    @classmethod
+    def constants(cls, layers: list["Scheme"]) -> list | None:
+        """An item a layer, ctx.constants, made of parameters alone, without gradient. Once a forward pass, or once an
+        optimizer step within GPT.parameters_fixed."""
+        return None
+
+    @classmethod
+    def prepare(cls, layers: list["Scheme"], ctx: Context) -> list | None:
+        """An item a layer, ctx.prepared. Once a forward pass, outside compiled blocks. A layer sees no other's item, so
+        that one compiled block serves all layers. ctx.constants is the list here."""
+        return None
+
+    def positions(self, ctx: Context) -> torch.Tensor:
+        """The positions that are seen in training, from ctx.positions and draws of ctx.generator(). Asked of one layer."""
+        return ctx.positions
+
+    def project(self, c_attn: nn.Module, x: torch.Tensor, ctx: Context) -> torch.Tensor:
+        """q, k, v of the block's normed input x (B, T, C): (B, T, 3C)."""
+        return c_attn(x)
+
+    def encode(self, qk: torch.Tensor, x: torch.Tensor, ctx: Context) -> torch.Tensor:
+        """Queries qk[:, :, 0] and keys qk[:, :, 1], (B, T, 2, H, D), with their positions: (B, T, 2, H, ≥ D). The result
+        may be wider than D, which adds a low-rank bias; scores are divided by √D all the same."""
+        return qk
+
+    def bias(self, x: torch.Tensor, q: torch.Tensor, k: torch.Tensor, ctx: Context) -> Callable | None:
+        """f(batch, head, m, n), elementwise on index tensors: what is added to the score of query m and key n, both
+        0 … S-1, after the division by √D. It may capture tensors of all S tokens. x (B, T, C), q (B, H, T, D),
+        k (B, H, S, D). The same function serves FlexAttention and dense chunks."""
+        return None
+
+    def scores(self, q: torch.Tensor, k: torch.Tensor, x: torch.Tensor, rows: slice, ctx: Context) -> torch.Tensor:
+        """Scores of the queries `rows` of this pass, before bias and mask: q (B, H, R, D) those queries, k (B, H, N, D)
+        the keys that they may see and those before, x (B, T, C) the whole input: (B, H, R, N). The last query is at
+        N - 1."""
+        return (q @ k.mT) / self.head_width**0.5
+
+    def weights(self, scores: torch.Tensor, ctx: Context) -> torch.Tensor:
+        """Attention weights (B, H, R, N) of scores (B, H, R, N), which are -inf where a query may not see a key. The
+        queries are the last R of the N positions."""
+        return torch.softmax(scores, -1)
+
+    def auxiliary(self) -> torch.Tensor | None:
+        """A loss of the scheme's own, a scalar, asked for after a forward pass in training. It is added to the loss."""
+        return None
+
+    def initial(self, name: str, shape: torch.Size, normal: Callable[[float], torch.Tensor]) -> torch.Tensor:
+        """The initial value of an own parameter; normal(std) draws one, keyed by seed and name."""
+        raise KeyError(f"{type(self).__name__} gives no initial value to its parameter {name}")
+
+    def as_rope(self, c_attn: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """(weight (3C, C), bias (3C,) or None, frequencies (H, D/2) float64) of the plain rope layer that is equal to
+        this one. ValueError where there is none."""
+        raise ValueError(f"{self.name} has no equivalent as plain rope; rope, crope and comrope have")
+
+    @classmethod
+    def complete_options(cls, options: dict, config) -> dict:
+        """Options with everything that depends on the config written out."""
+        return options
+
+    # ---- what is asked about a scheme
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__.lower()
+
+    def claims(self, hook: str) -> bool:
+        """Whether this scheme overrides a hook."""
+        own, base = getattr(type(self), hook), getattr(Scheme, hook)
+        return getattr(own, "__func__", own) is not getattr(base, "__func__", base)
+
+    def undecayed_names(self) -> set[str]:
+        """Names of own parameters that take no weight decay."""
+        return set(self.undecayed) & {name for name, _ in self.named_parameters()}
+
+    def plain_name(self, name: str) -> str:
+        """The name that an own parameter has where the scheme stands alone, which keys its initial value."""
+        return name
