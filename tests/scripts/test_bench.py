@@ -95,7 +95,7 @@ def test_train(tmp_path):
             ["--schemes", "alibi", "--n_embd", "18", "--n_head", "6"],
             "n_embd/n_head = 3 must be even",
         ),  # rope's, beside it
-        (["--schemes", "", "--no_peer"], "'' is no scheme"),
+        (["--schemes", "", "--no_peer"], "pos must be a scheme's name"),
         (["--rounds", "0"], "--rounds must be at least 1"),
         (["train", "--json", "x", "--shape", "all"], "--json takes one shape, not all"),
         (["--shape", "all"], "--n_layer changes one shape"),
