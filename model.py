@@ -1,7 +1,7 @@
 """GPT-2 in one file. What it does about positions is a scheme, a member of attention; schemes/ has one file each.
 
-Read it from top to bottom: config, attention, MLP, block, the model. nanope/ops.py has the matrix products and the fused
-loss, nanope/attention.py the kernels of attention.
+Read it from top to bottom: config, attention, MLP, block, the model. nanope/ops.py has the matrix products and the
+fused loss, nanope/attention.py the kernels of attention.
 
 Shapes: B batch, T positions, C model width, H heads, D = C/H head width, V vocabulary, L layers.
 
@@ -59,8 +59,8 @@ class Attention(nn.Module):
         pos = schemes.make(config, layer)
         windows = config.window if isinstance(config.window, list) else [config.window]
         self.n_head, self.dropout, self.window = config.n_head, config.dropout, windows[layer % len(windows)]
-        # Optimizer states and gradient norms know parameters by their order, which is that of earlier checkpoints: first
-        # the scheme's own, then q, k, v and output, last those of the scheme's modules
+        # Optimizer states and gradient norms know parameters by their order, which is that of earlier checkpoints:
+        # first the scheme's own, then q, k, v and output, last those of the scheme's modules
         if next(pos.parameters(recurse=False), None) is not None:
             self.pos = pos
         self.c_attn = pos.projection(config)
@@ -223,8 +223,8 @@ class GPT(nn.Module):
         return None, self.losses[reduction](x, self.lm_head.weight, targets)
 
     def hidden(self, idx: torch.Tensor, caches: list[dict] | None = None, offset: int = 0) -> torch.Tensor:
-        """Final hidden states (B, T, C) of tokens idx (B, T), which follow those in `caches` (a dict a layer). `offset` is
-        added to all positions, to which a relative scheme is indifferent."""
+        """Final hidden states (B, T, C) of tokens idx (B, T), which follow those in `caches` (a dict a layer).
+        `offset` is added to all positions, to which a relative scheme is indifferent."""
         if idx.dim() != 2:
             raise ValueError(f"idx must be (B, T), not of shape {tuple(idx.shape)}")
         start = caches[0]["k"].size(2) if caches and "k" in caches[0] else 0
@@ -237,7 +237,10 @@ class GPT(nn.Module):
             x = x + self.transformer["wpe"](positions).to(x.dtype)
         x = F.dropout(x, self.config.dropout, self.training)
         positions = positions.to(double_device(idx.device), torch.float64)  # exact for every length
-        ctx = Context(positions, start, wide(x.dtype), idx.device, idx, embedding, self.draws, self.attend)
+        # As a view, so that no compiled block depends on whether its input is the embedding itself
+        ctx = Context(
+            positions, start, wide(x.dtype), idx.device, idx, embedding.view_as(embedding), self.draws, self.attend
+        )
         for block, own in zip(self.transformer["h"], self.contexts(ctx, caches)):
             x = block(x, own)
         return self.transformer["ln_f"](x)
@@ -245,10 +248,11 @@ class GPT(nn.Module):
     def contexts(self, ctx: Context, caches: list[dict] | None) -> list[Context]:
         """What each layer is told: what its scheme makes for all layers at once, its cache, its mask."""
         layers, found = [block.attn for block in self.transformer["h"]], [ctx] * self.config.n_layer
+        members = [attn.pos for attn in layers]
         dropout = self.config.dropout if self.training else 0.0
         flexible = attention.flex_fits(ctx.device, ctx.start, dropout)
         for kind, constants in zip(self.kinds, self.constants() if self.fixed is None else self.fixed):
-            pos = [layers[i].pos for i in kind]
+            pos = [members[i] for i in kind]
             positions = pos[0].positions(ctx) if self.training else ctx.positions
             shared = dataclasses.replace(ctx, positions=positions, constants=constants)
             prepared = pos[0].prepare(pos, shared)
@@ -267,15 +271,16 @@ class GPT(nn.Module):
 
     def constants(self) -> list[list | None]:
         """What the schemes make of parameters alone, for each kind of layer."""
-        layers = [[self.transformer["h"][i].attn.pos for i in kind] for kind in self.kinds]
-        return [pos[0].constants(pos) for pos in layers]
+        members = [block.attn.pos for block in self.transformer["h"]]
+        return [members[kind[0]].constants([members[i] for i in kind]) for kind in self.kinds]
 
     @contextlib.contextmanager
     def parameters_fixed(self, seed: int | None = None):
-        """Within `with model.parameters_fixed():` the parameters do not change, as over the micro-batches of an optimizer
-        step. What depends on them alone and takes no gradient (comrope's frames and frequencies) is computed once, at the
-        entry. Values and gradients are those without it, bit for bit. Nothing is kept beyond it, or found by itself: an
-        optimizer's update need not show in a parameter's version. `seed`: of what schemes draw in this step."""
+        """Within `with model.parameters_fixed():` the parameters do not change, as over the micro-batches of an
+        optimizer step. What depends on them alone and takes no gradient (comrope's frames and frequencies) is
+        computed once, at the entry. Values and gradients are those without it, bit for bit. Nothing is kept beyond
+        it, or found by itself: an optimizer's update need not show in a parameter's version. `seed`: of what schemes
+        draw in this step."""
         before = self.fixed, self.draws
         self.fixed, self.draws = self.constants(), seed
         try:
@@ -284,14 +289,15 @@ class GPT(nn.Module):
             self.fixed, self.draws = before
 
     def auxiliary(self) -> torch.Tensor | None:
-        """The losses of the schemes' own after a forward pass in training, a scalar to be added to the loss; None where no
-        scheme has one."""
+        """The losses of the schemes' own after a forward pass in training, a scalar to be added to the loss; None
+        where no scheme has one."""
         found = [loss for block in self.transformer["h"] if (loss := block.attn.pos.auxiliary()) is not None]
         return sum(found) if found else None
 
     def compile_parts(self, **options) -> None:
-        """torch.compile in place, by parts: each block, with one graph for all layers of a kind, and the loss. `options` are
-        those of torch.compile; shapes are static, and a graph break is an error. The names in the state dict stay.
+        """torch.compile in place, by parts: each block, with one graph for all layers of a kind, and the loss.
+        `options` are those of torch.compile; shapes are static, and a graph break is an error. The names in the state
+        dict stay.
 
         Under DistributedDataParallel a block's gradients are there when its own backward ends, so that their reduction
         overlaps with the backward of the blocks before it; one graph of the whole model has them all at its end.
@@ -320,7 +326,8 @@ class GPT(nn.Module):
             return
         if not (lowest <= ids.min() and ids.max() < self.config.vocab_size):
             raise ValueError(
-                f"{what} holds ids {ids.min()} … {ids.max()}, outside {lowest} … vocab_size-1 = {self.config.vocab_size - 1}"
+                f"{what} holds ids {ids.min()} … {ids.max()}, "
+                f"outside {lowest} … vocab_size-1 = {self.config.vocab_size - 1}"
             )
 
     @torch.no_grad()
@@ -365,14 +372,14 @@ class GPT(nn.Module):
         return convert.to_rope(self)
 
     def scaled(self, rule: str, factor: float) -> "GPT":
-        """The plain rope model whose frequencies are scaled by `rule` (pi, ntk, yarn) for contexts of factor × block_size.
-        ValueError where to_rope() has none."""
+        """The plain rope model whose frequencies are scaled by `rule` (pi, ntk, yarn) for contexts of factor ×
+        block_size. ValueError where to_rope() has none."""
         return convert.scaled(self, rule, factor)
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> "GPT":
-        """GPT-2 in the transformers layout: a local folder, or a name on the Hugging Face hub such as "gpt2". A `learned`
-        model with biases. ValueError for another architecture, OSError where nothing is found."""
+        """GPT-2 in the transformers layout: a local folder, or a name on the Hugging Face hub such as "gpt2". A
+        `learned` model with biases. ValueError for another architecture, OSError where nothing is found."""
         return hf.load_gpt2(name, lambda **fields: cls(GPTConfig(**fields)))
 
 
@@ -385,7 +392,8 @@ def layers_of_a_kind(config: GPTConfig) -> list[list[int]]:
 
 
 def resolve(config: GPTConfig) -> GPTConfig:
-    """The config with every option of its scheme written out. ValueError, listing every problem, for what cannot be built."""
+    """The config with every option of its scheme written out. ValueError, listing every problem, for what cannot be
+    built."""
     problems = []
     for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
         value = getattr(config, name)

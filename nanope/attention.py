@@ -4,9 +4,11 @@
 
 What a scheme asks for decides the way:
     nothing, or `encode` alone   the fused causal kernel (flash attention)
-    `bias`, or a window          FlexAttention on CUDA in training; else the fused kernel for a chunk of queries at a time,
+    `bias`, or a window          FlexAttention on CUDA in training; else the fused kernel for a chunk of queries at a
+    time,
                                  with a dense mask of those queries and the keys that they may see
-    `scores`, `weights`          no fused kernel: dense scores of a chunk of queries, computed again in the backward pass
+    `scores`, `weights`          no fused kernel: dense scores of a chunk of queries, computed again in the backward
+    pass
 
 Shapes: B batch, H heads, T queries of this pass, S = start + T keys, D width of a head's values.
 """
@@ -23,37 +25,42 @@ from nanope.ops import no_autocast
 CHUNK = 2**24  # elements of a dense mask or of dense scores that exist at once: 64 MB in float32
 
 
-def attend(scheme, q, k, v, x, ctx, window: int = 0, dropout: float = 0.0) -> torch.Tensor:
+def attend(scheme, q, k, v, x, ctx, window: int = 0, dropout: float = 0.0, chunk: int = CHUNK) -> torch.Tensor:
     """Attention of one layer: q (B, H, T, ≥ D) at start … S-1, k (B, H, S, ≥ D), v (B, H, S, D) → (B, H, T, D).
 
-    scheme: the layer's; x (B, T, C): the block's normed input; ctx: schemes.base.Context; window: how many tokens a query
-    sees, itself among them, 0 for all; dropout: probability for attention weights.
+    scheme: the layer's; x (B, T, C): the block's normed input; ctx: schemes.base.Context; window: how many tokens a
+    query sees, itself among them, 0 for all; dropout: probability for attention weights; chunk: elements of a dense
+    mask or of dense scores that exist at once.
     """
     window = 0 if window >= k.size(2) else window
     if scheme.dense:
-        return attend_densely(scheme, q, k, v, x, ctx, window, dropout)
+        return attend_densely(scheme, q, k, v, x, ctx, window, dropout, chunk)
     bias = scheme.bias(x, q, k, ctx)
     width = v.size(-1)
     if q.size(-1) == width:
-        return attend_fused(q, k, v, bias, ctx, window, dropout)
+        return attend_fused(q, k, v, bias, ctx, window, dropout, chunk)
     # Kernels want equal widths, and scores are divided by the root of a head's own
     v = F.pad(v, (0, q.size(-1) - width))
-    return attend_fused(q, k, v, bias, ctx, window, dropout, width**-0.5)[..., :width]
+    return attend_fused(q, k, v, bias, ctx, window, dropout, chunk, width**-0.5)[..., :width]
 
 
-def attend_fused(q, k, v, bias, ctx, window: int, dropout: float, scale: float | None = None) -> torch.Tensor:
-    """Attention by a fused kernel; bias: as Scheme.bias gives it, or None; scale: of scores, 1/√(width of q) where None."""
+def attend_fused(
+    q, k, v, bias, ctx, window: int, dropout: float, chunk: int, scale: float | None = None
+) -> torch.Tensor:
+    """Attention by a fused kernel; bias: as Scheme.bias gives it, or None; scale: of scores, 1/√(width of q) where
+    None."""
     plain = bias is None and not window
     # MPS has let is_causal see future tokens (pytorch #195910): there the mask is explicit
     if plain and ctx.start == 0 and q.device.type != "mps":
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scale)
     if bias is None and ctx.length == 1:  # one new token sees every cached one, or the window's
-        k, v = k[:, :, -window:], v[:, :, -window:]  # of 0: all
+        if window:
+            k, v = k[:, :, -window:], v[:, :, -window:]
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
     if ctx.block_mask is not None:
         return flex_attend(q, k, v, bias, ctx.block_mask, scale)
     B, H, T, S = q.size(0), q.size(1), ctx.length, k.size(2)
-    rows, out = chunk_of_queries(B, H, T, S, bias, window, q.device), []
+    rows, out = queries_at_a_time(B, H, T, S, bias, window, chunk, q.device), []
     for i in range(0, T, rows):
         part = q[:, :, i : i + rows]
         end = ctx.start + i + part.size(2)
@@ -63,7 +70,7 @@ def attend_fused(q, k, v, bias, ctx, window: int, dropout: float, scale: float |
         parts = part, k[:, :, low:end], v[:, :, low:end]
         if bias is not None:
             # All four dimensions, so that a CPU's fused kernel takes it
-            mask = bias(batch, heads, m, n).masked_fill(~mask, -math.inf).expand(B, H, -1, -1)
+            mask = bias(batch, heads, m, n).to(ctx.dtype).masked_fill(~mask, -math.inf).expand(B, H, -1, -1)
             parts = [t.to(mask.dtype) for t in parts]  # autocast would round the bias, large at a distance, to bfloat16
         with no_autocast(q.device):
             y = F.scaled_dot_product_attention(*parts, attn_mask=mask, dropout_p=dropout, scale=scale)
@@ -71,12 +78,12 @@ def attend_fused(q, k, v, bias, ctx, window: int, dropout: float, scale: float |
     return torch.cat(out, 2)
 
 
-def attend_densely(scheme, q, k, v, x, ctx, window: int, dropout: float) -> torch.Tensor:
+def attend_densely(scheme, q, k, v, x, ctx, window: int, dropout: float, chunk: int) -> torch.Tensor:
     """Attention of a scheme that has scores or weights of its own: T × S scores, a chunk of queries at a time."""
     B, H, T, S = q.size(0), q.size(1), ctx.length, k.size(2)
     bias = scheme.bias(x, q, k, ctx)
 
-    def chunk(q, k, v, x, start: int, stop: int):
+    def part(q, k, v, x, start: int, stop: int):
         rows, end = slice(start, stop), ctx.start + stop
         scores = scheme.scores(q[:, :, rows], k[:, :, :end], x, rows, ctx).to(ctx.dtype)  # (B, H, R, N)
         batch, heads, m, n = indices(B, H, ctx.start + start, end, 0, q.device)
@@ -86,11 +93,11 @@ def attend_densely(scheme, q, k, v, x, ctx, window: int, dropout: float) -> torc
         weights = F.dropout(weights, dropout, dropout > 0)
         return weights.to(v.dtype) @ v[:, :, :end]
 
-    size = max(1, CHUNK // (B * H * S))
+    size = max(1, chunk // (B * H * S))
     edges = [(i, min(i + size, T)) for i in range(0, T, size)]
     if len(edges) > 1 and torch.is_grad_enabled():  # keep no scores: each chunk is computed again in the backward pass
-        return torch.cat([checkpoint(chunk, q, k, v, x, *edge, use_reentrant=False) for edge in edges], 2)
-    return torch.cat([chunk(q, k, v, x, *edge) for edge in edges], 2)
+        return torch.cat([checkpoint(part, q, k, v, x, *edge, use_reentrant=False) for edge in edges], 2)
+    return torch.cat([part(q, k, v, x, *edge) for edge in edges], 2)
 
 
 def indices(B: int, H: int, start: int, end: int, low: int, device: torch.device) -> tuple[torch.Tensor, ...]:
@@ -106,23 +113,24 @@ def visible(m, n, window: int):
     return (n <= m) & (m - n < window) if window else n <= m
 
 
-def chunk_of_queries(B: int, H: int, T: int, S: int, bias, window: int, device: torch.device) -> int:
-    """How many queries at a time, so that their dense mask has at most CHUNK elements. Within a window about as many as it
-    is long: then the masks of all chunks together are linear in T."""
+def queries_at_a_time(B: int, H: int, T: int, S: int, bias, window: int, chunk: int, device: torch.device) -> int:
+    """How many queries at a time, so that their dense mask has at most `chunk` elements. Within a window about as
+    many as it is long: then the masks of all chunks together are linear in T."""
     rows, span = (min(T, max(window, 128)), 2 * max(window, 128)) if window else (T, S)
-    if B * H * rows * span <= CHUNK:
+    if B * H * rows * span <= chunk:
         return rows
     one = torch.zeros(1, 1, dtype=torch.int64, device=device)
     batch, heads, *_ = indices(B, H, 0, 1, 0, device)
     share = 1 if bias is None else bias(batch, heads, one, one).size(0)  # B where the bias differs by sequence
-    return min(rows, max(1, CHUNK // (share * H * span)))
+    return min(rows, max(1, chunk // (share * H * span)))
 
 
 # ---- FlexAttention
 
 
 def flex_fits(device: torch.device, start: int, dropout: float) -> bool:
-    """Whether a bias or a window goes through FlexAttention. It compiles for each length, which is worth it in training."""
+    """Whether a bias or a window goes through FlexAttention. It compiles for each length, which is worth it in
+    training."""
     return device.type == "cuda" and start == 0 and dropout == 0 and torch.is_grad_enabled()
 
 
@@ -155,7 +163,8 @@ def flex_attend(q, k, v, bias, block_mask, scale: float | None) -> torch.Tensor:
 
 
 def kernel(model, dtype: torch.dtype, training: bool = True) -> str:
-    """The kernels that the attention of a GPT's layers takes at block_size, for records and reports; dtype: autocast's."""
+    """The kernels that the attention of a GPT's layers takes at block_size, for records and reports; dtype:
+    autocast's."""
     device, layers = model.lm_head.weight.device, [block.attn for block in model.transformer["h"]]
     return ", ".join(dict.fromkeys(kernel_of_layer(attn, model.config, device, dtype, training) for attn in layers))
 

@@ -1,4 +1,5 @@
-"""To and from the transformers library. Nothing here knows the class of a model: functions take models, or what builds one."""
+"""To and from the transformers library. Nothing here knows the class of a model: functions take models, or what
+builds one."""
 
 import hashlib
 import json
@@ -17,8 +18,9 @@ from data.tokenizer import load_tokenizer
 
 
 def load_gpt2(name: str | Path, build: Callable[..., nn.Module]) -> nn.Module:
-    """build(**fields of a GPTConfig) with the weights of a GPT-2 in the transformers layout (config.json and safetensors): a
-    local folder, or a name on the Hugging Face hub. ValueError for another architecture, OSError where nothing is found."""
+    """build(**fields of a GPTConfig) with the weights of a GPT-2 in the transformers layout (config.json and
+    safetensors): a local folder, or a name on the Hugging Face hub. ValueError for another architecture, OSError
+    where nothing is found."""
     folder = folder_of(name)
     c = gpt2_config(folder)
     shape = {"vocab_size": c["vocab_size"], "n_layer": c["n_layer"], "n_head": c["n_head"], "n_embd": c["n_embd"]}

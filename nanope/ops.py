@@ -38,8 +38,8 @@ acting_kind: str | None = None  # set by as_on alone
 
 @contextlib.contextmanager
 def as_on(kind: str):
-    """Within it, fast paths are chosen as on a device of this kind ("cuda", "cpu"), wherever the tensors are. An estimate
-    on fake tensors, which cannot be on a GPU that is not there, needs it (nanope/plan.py)."""
+    """Within it, fast paths are chosen as on a device of this kind ("cuda", "cpu"), wherever the tensors are. An
+    estimate on fake tensors, which cannot be on a GPU that is not there, needs it (nanope/plan.py)."""
     global acting_kind
     before, acting_kind = acting_kind, kind
     try:
@@ -75,8 +75,8 @@ def onednn_is_faster() -> bool:
 
 
 def by_onednn(x: torch.Tensor) -> bool:
-    """Whether products of the rows of x go through oneDNN: float32 on such a CPU in eager code, and rows enough to repay
-    its set-up."""
+    """Whether products of the rows of x go through oneDNN: float32 on such a CPU in eager code, and rows enough to
+    repay its set-up."""
     if x.dtype != torch.float32 or kind_of(x.device) != "cpu":
         return False
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
@@ -244,8 +244,8 @@ def linear_nll(h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> 
 
 
 def rope_frequencies(width: int, base: float, device: torch.device | str = "cpu") -> torch.Tensor:
-    """θ_i = base^(-2i/width), i = 0 … width/2-1, in radians per token: (width/2,) float64. Made on `device`: a copy from
-    the host would make it wait for the GPU."""
+    """θ_i = base^(-2i/width), i = 0 … width/2-1, in radians per token: (width/2,) float64. Made on `device`: a copy
+    from the host would make it wait for the GPU."""
     return base ** (-torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
 
 

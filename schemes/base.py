@@ -63,6 +63,7 @@ class Scheme(nn.Module):
 
     extends = True  # whether lengths beyond block_size are possible
     undecayed: tuple[str, ...] = ()  # own parameters without weight decay, with pos_lr_multiplier
+    sole: tuple[str, ...] = ()  # hooks that no other scheme of a combination may override
 
     def __init__(self, config, layer: int):
         super().__init__()
@@ -73,7 +74,8 @@ class Scheme(nn.Module):
     # ---- hooks
 
     def embedding(self, config) -> nn.Module | None:
-        """A module that maps positions (T,) int64 to (T, C), to be added to the token embeddings. Asked of one layer."""
+        """A module that maps positions (T,) int64 to (T, C), to be added to the token embeddings. Asked of one
+        layer."""
         return None
 
     def projection(self, config) -> nn.Module:
@@ -93,7 +95,8 @@ class Scheme(nn.Module):
         return None
 
     def positions(self, ctx: Context) -> torch.Tensor:
-        """The positions that are seen in training, from ctx.positions and draws of ctx.generator(). Asked of one layer."""
+        """The positions that are seen in training, from ctx.positions and draws of ctx.generator(). Asked of one
+        layer."""
         return ctx.positions
 
     def project(self, c_attn: nn.Module, x: torch.Tensor, ctx: Context) -> torch.Tensor:
@@ -101,8 +104,8 @@ class Scheme(nn.Module):
         return c_attn(x)
 
     def encode(self, qk: torch.Tensor, x: torch.Tensor, ctx: Context) -> torch.Tensor:
-        """Queries qk[:, :, 0] and keys qk[:, :, 1], (B, T, 2, H, D), with their positions: (B, T, 2, H, ≥ D). The result
-        may be wider than D, which adds a low-rank bias; scores are divided by √D all the same."""
+        """Queries qk[:, :, 0] and keys qk[:, :, 1], (B, T, 2, H, D), with their positions: (B, T, 2, H, ≥ D). The
+        result may be wider than D, which adds a low-rank bias; scores are divided by √D all the same."""
         return qk
 
     def bias(self, x: torch.Tensor, q: torch.Tensor, k: torch.Tensor, ctx: Context) -> Callable | None:
@@ -144,7 +147,11 @@ class Scheme(nn.Module):
 
     @property
     def name(self) -> str:
-        return type(self).__name__.lower()
+        """As in the registry; that of the class where it is from a file outside."""
+        kind = type(self)
+        if kind is Scheme:
+            return "none"
+        return kind.__module__.rpartition(".")[2] if kind.__module__.startswith("schemes.") else kind.__name__
 
     def claims(self, hook: str) -> bool:
         """Whether this scheme overrides a hook."""

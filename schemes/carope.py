@@ -21,9 +21,9 @@ def path_phases(log_f: torch.Tensor, pairs: int) -> torch.Tensor:
 class PathRotation(torch.autograd.Function):
     """Turn qk (B, T, 2, H, D) by the phases of log_f (B, T, H).
 
-    Backward computes the phases again from log_f, and takes their gradient from the turned q and k, which attention keeps
-    anyway: with y = x e^{iφ} and g = dL/dy, dL/dφ = Im(conj(y) g). Kept instead, phases, cosines, sines and q, k in
-    float32 made carope's activations 1.6 times rope's. This is faster too.
+    Backward computes the phases again from log_f, and takes their gradient from the turned q and k, which attention
+    keeps anyway: with y = x e^{iφ} and g = dL/dy, dL/dφ = Im(conj(y) g). Kept instead, phases, cosines, sines and q,
+    k in float32 made carope's activations 1.6 times rope's. This is faster too.
     """
 
     @staticmethod
@@ -51,8 +51,8 @@ class CARoPE(Scheme):
     """`carope`. W starts at 0 and b where f = base^(-2/D), so that step 0 is exactly rope. Options:
 
     base. source of x_t: `hidden`, the block's layer-normed input, as in the same authors' earlier code, or `embedding`.
-    init `rope`, or `paper`, without a bias: f starts at 0.59. content false leaves W out (W = 0 for good), the control that
-    the paper lacks: one trained constant f a head, which is RoPE with a trained base a head.
+    init `rope`, or `paper`, without a bias: f starts at 0.59. content false leaves W out (W = 0 for good), the
+    control that the paper lacks: one trained constant f a head, which is RoPE with a trained base a head.
     """
 
     undecayed = ("c_pos.bias",)

@@ -1,8 +1,8 @@
 """Yu et al., CVPR 2025, 2506.03737, on the one axis that text has: R(m) = exp((m/unit) A), A block-diagonal and
 skew-symmetric, trained per layer and head, the same for q and k.
 
-Every skew A is Q (⊕ ω_k J) Qᵀ, so this is RoPE with trained frequencies ω/unit in a trained orthonormal frame Q. The frame
-is folded into the Q and K projections, and the rest costs what RoPE costs.
+Every skew A is Q (⊕ ω_k J) Qᵀ, so this is RoPE with trained frequencies ω/unit in a trained orthonormal frame Q. The
+frame is folded into the Q and K projections, and the rest costs what RoPE costs.
 """
 
 import math
@@ -78,9 +78,10 @@ class SkewGradient(torch.autograd.Function):
     caller treats Q and ω as constants; here dL/dA comes from the derivative of the matrix exponential itself,
         Qᵀ dR(m) Q = rot(mω) X(m),  X(m) = ∫_0^m rot(-sω) (Qᵀ dA Q / unit) rot(sω) ds
     (Daleckii–Krein; the outer Q drops out, since scores are invariant to an orthogonal map of both q and k). With
-    g = dL/dy, dL = Σ_m <M_m, X(m)>, M_m = Σ_batch g yᵀ. Between channel pairs k and l, the part of M_m that is linear over
-    the complex numbers turns by s(ω_k - ω_l), the conjugate-linear part by s(ω_k + ω_l), and the integral of a turn is
-    W_m(δ) = ∫_0^m e^{isδ} ds = (2 sin(mδ/2)/δ) e^{imδ/2}, m where δ = 0: exact also where frequencies coincide or vanish.
+    g = dL/dy, dL = Σ_m <M_m, X(m)>, M_m = Σ_batch g yᵀ. Between channel pairs k and l, the part of M_m that is linear
+    over the complex numbers turns by s(ω_k - ω_l), the conjugate-linear part by s(ω_k + ω_l), and the integral of a
+    turn is W_m(δ) = ∫_0^m e^{isδ} ds = (2 sin(mδ/2)/δ) e^{imδ/2}, m where δ = 0: exact also where frequencies
+    coincide or vanish.
     """
 
     @staticmethod
@@ -133,6 +134,7 @@ class ComRoPE(Scheme):
     """
 
     undecayed = ("P", "theta")
+    sole = ("encode",)  # in the frame Q, another's rotation would be another rotation
 
     def __init__(
         self,

@@ -7,10 +7,10 @@ from schemes.rope import GroupedLinear, RoPE
 class ComplexLinear(GroupedLinear):
     """ỹ = (A + iB) x̃ over adjacent channel pairs: (..., C) → (..., 3C), A and B (3C/2, C/2).
 
-    The equivalent dense weight, real 2×2 blocks [[a, -b], [b, a]], is assembled and used in one matrix product. Measured
-    (one CPU thread, MKL, forward and backward, 4,096 tokens), this takes 0.92, 1.03 and 1.04 of a dense layer's time at
-    C = 128, 384 and 768. Three products with a quarter fewer multiplications (Gauss) take 1.73, 1.05 and 0.94, for their
-    additional passes over the activations.
+    The equivalent dense weight, real 2×2 blocks [[a, -b], [b, a]], is assembled and used in one matrix product.
+    Measured (one CPU thread, MKL, forward and backward, 4,096 tokens), this takes 0.92, 1.03 and 1.04 of a dense
+    layer's time at C = 128, 384 and 768. Three products with a quarter fewer multiplications (Gauss) take 1.73, 1.05
+    and 0.94, for their additional passes over the activations.
     """
 
     @property

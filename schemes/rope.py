@@ -13,9 +13,9 @@ from schemes.base import Scheme
 class GroupedLinear(nn.Module):
     """Even channels from even ones by A, odd from odd by B: (..., C) → (..., 3C), A and B (3C/2, C/2).
 
-    The control that CRoPE's paper lacks: its number of parameters and its initial values, half of a dense Q, K and V, but
-    no i² = -1. Each half of the residual stream feeds one channel of every pair of every head, so heads mix as in a dense
-    layer. Turned by 45° in each pair, this is A + jB with j² = +1: CRoPE's sharing of weights, with scalings and
+    The control that CRoPE's paper lacks: its number of parameters and its initial values, half of a dense Q, K and V,
+    but no i² = -1. Each half of the residual stream feeds one channel of every pair of every head, so heads mix as in a
+    dense layer. Turned by 45° in each pair, this is A + jB with j² = +1: CRoPE's sharing of weights, with scalings and
     reflections instead of scalings and rotations. Computed as one dense product.
     """
 
@@ -43,10 +43,10 @@ class GroupedLinear(nn.Module):
 class RoPE(Scheme):
     """`rope`. Options:
 
-    base, fraction: the leading part of a head's channels that turns. Its width replaces D in θ_i, as GPT-NeoX's rotary_pct
-    does; the rest has frequency 0. explicit: the frequencies are a buffer `freqs` (H, D/2), float64 radians per token,
-    saved with the weights (to_rope() makes it). qkv: the Q/K/V projection, `dense`, or `grouped`, which has crope's
-    number of parameters and is real (GroupedLinear).
+    base, fraction: the leading part of a head's channels that turns. Its width replaces D in θ_i, as GPT-NeoX's
+    rotary_pct does; the rest has frequency 0. explicit: the frequencies are a buffer `freqs` (H, D/2), float64
+    radians per token, saved with the weights (to_rope() makes it). qkv: the Q/K/V projection, `dense`, or `grouped`,
+    which has crope's number of parameters and is real (GroupedLinear).
     """
 
     def __init__(
@@ -68,12 +68,18 @@ class RoPE(Scheme):
             )
         if not 0 < fraction <= 1 or round(fraction * width) % 2 or not round(fraction * width):
             raise ValueError(
-                f"fraction {fraction} must lie in (0, 1] and leave an even number of the {width} channels of a head turning"
+                f"fraction {fraction} must lie in (0, 1] and "
+                f"leave an even number of the {width} channels of a head turning"
             )
         if base <= 0:
             raise ValueError(f"base must be positive, not {base}")
         if explicit:
             self.register_buffer("freqs", self.frequencies().expand(self.n_head, -1).clone())
+
+    def claims(self, hook):
+        if hook == "projection" and type(self).projection is RoPE.projection:
+            return self.qkv == "grouped"
+        return super().claims(hook)
 
     def projection(self, config):
         if self.qkv == "grouped":
@@ -81,8 +87,8 @@ class RoPE(Scheme):
         return super().projection(config)
 
     def _apply(self, fn, recurse=True):
-        """Explicit frequencies stay float64 (float32 on MPS) whatever the weights are cast to: a phase of 16k tokens needs
-        them."""
+        """Explicit frequencies stay float64 (float32 on MPS) whatever the weights are cast to: a phase of 16k tokens
+        needs them."""
         if not self.explicit:
             return super()._apply(fn, recurse)
         freqs = self.freqs
