@@ -189,7 +189,7 @@ class Pretrained(nn.Module):
 # ---- our models as those of transformers
 
 NOT_IN_TRANSFORMERS = {
-    "comrope": "GPT-NeoX has one set of frequencies for all heads and layers, and comrope trains them per head and layer",
+    "comrope": "GPT-NeoX has one set of frequencies for all heads and layers, and comrope trains them for each",
     "carope": "no architecture of transformers has content-dependent frequencies",
     "alibi": "the ALiBi models of transformers (BLOOM, MPT) differ elsewhere: an additional LayerNorm, another GELU",
     "sinusoidal": "no causal GPT-2-style model of transformers adds sinusoids to the token embeddings",
@@ -203,17 +203,19 @@ def as_transformers(model: nn.Module, eot: int):
     GPT2LMHeadModel for `learned`, GPTNeoXForCausalLM for `rope` and `crope`. eot: the id of the end-of-text token.
     ValueError, with the reason, for a model that transformers does not have.
     """
-    import transformers
-
-    pos = model.config.pos
+    pos, window = model.config.pos, model.config.window
+    if any(window) if isinstance(window, list) else window:
+        raise ValueError(f"a model with window {window} cannot be exported: GPT-2 and GPT-NeoX have full attention")
     if pos not in ("learned", "rope", "crope"):
-        reason = NOT_IN_TRANSFORMERS.get(pos, "no architecture of transformers has it")
+        reason = NOT_IN_TRANSFORMERS.get(str(pos), "no architecture of transformers has it")
         raise ValueError(f"{pos} cannot be exported: {reason}. learned, rope and crope can")
     if model.config.pos_options.get("explicit"):
         raise ValueError(
             "a rope model with explicit frequencies cannot be exported: GPT-NeoX computes its own from a base. "
             "Export the run it was made from"
         )
+    import transformers
+
     config, state = (as_gpt2 if pos == "learned" else as_gpt_neox)(model, eot)
     theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
     for name, parameter in theirs.named_parameters():  # bias=False here is a bias of zeros there
