@@ -76,22 +76,20 @@ class Plan:
 
 def plan(
     config: RunConfig,
-    world: int = 1,
-    gpus: int | None = None,
+    gpus: int = 1,
     mfu: float = MFU,
     price_per_hour: float | None = None,
     vocab_size: int | None = None,
     tokens_per_s: float | None = None,
     details: bool = True,
 ) -> Plan:
-    """The Plan of a run on `gpus` ranks (default: world). Starts nothing, writes nothing.
+    """The Plan of a run on `gpus` ranks. Starts nothing, writes nothing.
 
     mfu: FLOPs of flops_per_token over the GPU's peak, in (0, 1]. price_per_hour: of one GPU. vocab_size: of the
     tokenizer, assumed where there is no data folder (default: GPT-2's). tokens_per_s: a measured speed of all ranks.
     details: also exact FLOPs and memory, which take seconds. ValueError for what could not be run.
     """
     check(config)
-    gpus = world if gpus is None else gpus
     check_arguments(gpus, mfu, price_per_hour, tokens_per_s, vocab_size)
     data = open_data(config.data_dir, verify=False) if Path(config.data_dir).is_dir() else None
     tokenizer = data.vocab_size if data else vocab_size or GPT2_VOCABULARY

@@ -23,8 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data.corpora import CORPORA
-from data.prepare import cores, source_files
-from data.shards import open_data
+from data.shards import cores, open_data
+from data.sources import source_files
 from data.tokenizer import GPT2_PATTERN, load_tokenizer
 from nanope import REPO
 from nanope.bench.turns import Worker, command_line, heading, ratios, row, spread, take_turns, workers

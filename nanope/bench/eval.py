@@ -71,8 +71,8 @@ def score_by_peer(tokens: np.ndarray, scored: int, args: argparse.Namespace, dev
 
 def score_by_eval(tokens: np.ndarray, scored: int, args: argparse.Namespace, device: torch.device) -> Callable:
     """What eval.py does with tokens (windows, L+1)."""
-    from eval import score_tokens  # here, as the other process's memory should not hold it
-    from model import GPT, GPTConfig
+    from model import GPT, GPTConfig  # here, as the other process's memory should not hold them
+    from nanope.evaluation.scoring import score_tokens
 
     shape = {name: getattr(args, name) for name in SHAPE}
     config = GPTConfig(block_size=tokens.shape[1] - 1, pos="learned", bias=True, **shape)

@@ -156,7 +156,7 @@ def test_hours_and_cost_by_hand():
     assert p.cost(eight, 8) == pytest.approx(8 * 2.37 * 2.5, abs=0.1) and p.cost(one, 1) == pytest.approx(
         p.cost(eight, 8)
     )
-    assert plan(SMALL, world=8, mfu=0.2, details=False).hours["A100"][1] == pytest.approx(2 * eight)
+    assert plan(SMALL, gpus=8, mfu=0.2, details=False).hours["A100"][1] == pytest.approx(2 * eight)
 
 
 def test_measured_speed():
