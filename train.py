@@ -254,6 +254,9 @@ def modes(parser) -> None:
     """Arguments that are no fields of a run."""
     text = "Print parameters, FLOPs, memory and hours of the run; train nothing."
     parser.add_argument("--plan", action="store_true", help=text)
+    parser.add_argument(
+        "--schemes", action="store_true", help="With --plan: a table of all schemes at the run's shape."
+    )
     parser.add_argument("--gpus", type=int, help="With --plan: the number of GPUs (default: the ranks of this launch).")
     parser.add_argument("--mfu", type=float, default=0.4, help="With --plan: the model FLOPs utilisation to expect.")
     parser.add_argument("--price_per_hour", type=float, help="With --plan: price of an hour of one GPU.")
@@ -272,10 +275,10 @@ def main(arguments: list[str] | None = None, observe: Callable = unobserved) -> 
             print("\n".join(lines) or f"no difference from {Path(mode['diff'])}")
             sys.exit(int(bool(lines)))
         if mode["plan"]:
-            from nanope.plan import plan, show
+            from nanope.plan import plan_text
 
-            gpus = mode["gpus"] or int(os.environ.get("WORLD_SIZE", 1))
-            return print(show(plan(config, gpus=gpus, mfu=mode["mfu"], price_per_hour=mode["price_per_hour"])))
+            costs = {name: mode[name] for name in ("schemes", "gpus", "mfu", "price_per_hour")}
+            return print(plan_text(config, **costs))
         result = train(config, observe)
     except (ValueError, OSError) as error:
         if dist.is_initialized():  # by ranks_of, which leaves it so: NCCL could wait at exit for ranks that do not come

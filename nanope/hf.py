@@ -76,3 +76,108 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
         return {k.removeprefix("transformer."): v for file in files for k, v in load_file(file).items()}
     except SafetensorError as error:
         raise ValueError(f"{folder}: the weights are damaged: {error}") from error
+
+
+# ---- our models as those of transformers
+
+NOT_IN_TRANSFORMERS = {
+    "comrope": "GPT-NeoX has one set of frequencies for all heads and layers, and comrope trains them for each",
+    "carope": "no architecture of transformers has content-dependent frequencies",
+    "alibi": "the ALiBi models of transformers (BLOOM, MPT) differ elsewhere: an additional LayerNorm, another GELU",
+    "sinusoidal": "no causal GPT-2-style model of transformers adds sinusoids to the token embeddings",
+    "none": "no GPT-2-style model of transformers is without positions",
+}
+
+
+def as_transformers(model: nn.Module, eot: int):
+    """The model of transformers that computes the same as `model`, a GPT of any device, in eval mode on the CPU.
+
+    GPT2LMHeadModel for `learned`, GPTNeoXForCausalLM for `rope` and `crope`. eot: the id of the end-of-text token.
+    ValueError, with the reason, for a model that transformers does not have.
+    """
+    pos, window = model.config.pos, model.config.window
+    if any(window) if isinstance(window, list) else window:
+        raise ValueError(f"a model with window {window} cannot be exported: GPT-2 and GPT-NeoX have full attention")
+    if pos not in ("learned", "rope", "crope"):
+        reason = NOT_IN_TRANSFORMERS.get(str(pos), "no architecture of transformers has it")
+        raise ValueError(f"{pos} cannot be exported: {reason}. learned, rope and crope can")
+    if model.config.pos_options.get("explicit"):
+        raise ValueError(
+            "a rope model with explicit frequencies cannot be exported: GPT-NeoX computes its own from a base. "
+            "Export the run it was made from"
+        )
+    import transformers
+
+    config, state = (as_gpt2 if pos == "learned" else as_gpt_neox)(model, eot)
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in theirs.named_parameters():  # bias=False here is a bias of zeros there
+        if name not in state and name.endswith("bias"):
+            state[name] = torch.zeros_like(parameter)
+    theirs.load_state_dict(state, strict=True)
+    return theirs
+
+
+def as_gpt2(model: nn.Module, eot: int):
+    """(config, state) of the GPT2LMHeadModel that computes the same as a `learned` model."""
+    import transformers
+
+    c = model.config
+    config = transformers.GPT2Config(
+        vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+        activation_function="gelu_new", resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
+        layer_norm_epsilon=1e-5, bos_token_id=eot, eos_token_id=eot,
+    )  # fmt: skip
+    linear = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Conv1D holds (in, out)
+    state = {
+        name: value.t().contiguous() if name.endswith(linear) else value for name, value in model.state_dict().items()
+    }
+    return config, state
+
+
+# GPT-NeoX's names of the parts of a block
+NEOX_NAMES = {
+    "ln_1": "input_layernorm",
+    "ln_2": "post_attention_layernorm",
+    "attn.c_attn": "attention.query_key_value",
+    "attn.c_proj": "attention.dense",
+    "mlp.c_fc": "mlp.dense_h_to_4h",
+    "mlp.c_proj": "mlp.dense_4h_to_h",
+}
+
+
+def as_gpt_neox(model: nn.Module, eot: int):
+    """(config, state) of the GPTNeoXForCausalLM that computes the same as a `rope` or `crope` model.
+
+    GPT-NeoX holds q, k, v as (H, 3, D) and pairs the turning channels i and i + width/2; here they are neighbours.
+    """
+    import transformers
+
+    c, ours = model.config, model.to_rope().state_dict()
+    D = c.n_embd // c.n_head
+    width = round(c.pos_options["fraction"] * D)  # channels of a head that turn
+    config = transformers.GPTNeoXConfig(
+        vocab_size=c.vocab_size, hidden_size=c.n_embd, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
+        intermediate_size=4 * c.n_embd, hidden_act="gelu_new", attention_dropout=c.dropout, hidden_dropout=c.dropout,
+        max_position_embeddings=c.block_size, layer_norm_eps=1e-5, bos_token_id=eot, eos_token_id=eot,
+        tie_word_embeddings=True, use_parallel_residual=False, attention_bias=True,
+        rope_parameters={
+            "rope_type": "default", "rope_theta": c.pos_options["base"], "partial_rotary_factor": width / D
+        },
+    )  # fmt: skip
+    halves = [*range(0, width, 2), *range(1, width, 2), *range(width, D)]
+
+    def qkv(value: torch.Tensor) -> torch.Tensor:
+        """(3C, …) as (3, H, D) → (H, 3, D), q and k with their channels in halves."""
+        q, k, v = value.unflatten(0, (3, c.n_head, D)).unbind(0)
+        return torch.stack((q[:, halves], k[:, halves], v), 1).flatten(0, 2)
+
+    wte = ours["transformer.wte.weight"]
+    names = {"transformer.ln_f": "gpt_neox.final_layer_norm"}
+    for i in range(c.n_layer):
+        names |= {f"transformer.h.{i}.{name}": f"gpt_neox.layers.{i}.{theirs}" for name, theirs in NEOX_NAMES.items()}
+    state = {"gpt_neox.embed_in.weight": wte, "lm_head.weight": wte}
+    for name, theirs in names.items():
+        for kind in ("weight", "bias"):
+            if (value := ours.get(f"{name}.{kind}")) is not None:
+                state[f"{theirs}.{kind}"] = qkv(value) if name.endswith("attn.c_attn") else value
+    return config, state

@@ -7,7 +7,6 @@ import _root
 import torch
 
 from data.tokenizer import load_tokenizer
-from model import SCHEMES
 from nanope import checkpoint
 from nanope.distributed import pick_device
 
@@ -31,11 +30,11 @@ def main() -> None:
         prompt = tokenizer.encode(args.prompt).astype("int64")
         if not len(prompt):
             raise ValueError("the prompt is empty: give at least one character")
-        c = model.config
-        if not SCHEMES[c.pos].extends and len(prompt) + args.tokens - 1 > c.block_size:
-            raise ValueError(
-                f"{c.pos} positions end at {c.block_size}, and the prompt has {len(prompt)} tokens: use --tokens {max(0, c.block_size + 1 - len(prompt))} or fewer"
-            )
+        try:
+            model.check_length(len(prompt) + args.tokens - 1)
+        except ValueError as error:
+            most = max(0, model.config.block_size + 1 - len(prompt))
+            raise ValueError(f"{error}; the prompt has {len(prompt)} tokens: use --tokens {most} or fewer") from None
         generator = torch.Generator(device).manual_seed(args.seed)
         idx = torch.from_numpy(prompt)[None].to(device)  # (1, T)
         out = model.generate(idx, args.tokens, args.temperature, args.top_k or None, generator)

@@ -22,6 +22,7 @@ ALLOWED = {
     "model": ("nanope.ops", "nanope.attention", "nanope.convert", "nanope.hf", "schemes"),
     "data": ("data",),
     "train": ("nanope", "model", "schemes", "data.shards", "data.tokenizer"),
+    "plan": (),  # says what took its place
     "eval": ("nanope", "model", "schemes", "data.shards", "data.tokenizer"),
     "scripts": ("nanope", "model", "schemes", "data"),
 }

@@ -1,46 +1,32 @@
-"""plan.py: its figures against formulas worked out by hand, and against real passes of real models."""
+"""nanope/plan.py: its figures against formulas worked out by hand, and against real steps of real models."""
 
 import dataclasses
 import math
 import random
-import resource
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-from training import one_thread  # noqa: F401
 
 from data.prepare import prepare
 from data.shards import open_data
-from model import GPT, SCHEMES, GPTConfig, chunk_rows
+from model import GPT, SCHEMES, GPTConfig
 from nanope import checkpoint
 from nanope.config import RunConfig
-from nanope.distributed import autocast
-from nanope.plan import main, memory, plan, scheme_table, show, simulate
+from nanope.costs import memory, simulate
+from nanope.ops import chunk_rows
+from nanope.plan import plan, plan_text, scheme_table, show
 from train import make_optimizer
 
-CPU = torch.device("cpu")
-# Shape of the small models. The vocabulary is large enough for the loss head to work in chunks: 2^23 / 20,032 = 418 rows
-ROWS, LENGTH, LAYERS, HEADS, WIDTH, VOCAB = 5, 96, 3, 2, 64, 20032
-SHAPE = GPTConfig(block_size=LENGTH, vocab_size=VOCAB, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH)
+# Small models. The vocabulary is large enough for the loss head to work in chunks: 2^23 / 20,032 = 418 rows
+ROWS, LENGTH, VOCAB = 5, 96, 20032
+SHAPE = dict(block_size=LENGTH, vocab_size=VOCAB, n_layer=3, n_head=2, n_embd=64)
 SMALL = RunConfig(block_size=1024, data_dir="nowhere")  # GPT-2 small, 19,000 steps of 524,288 tokens
-schemes = pytest.mark.parametrize("pos", SCHEMES)
 
 
 def run(**fields):
     """The RunConfig of a small run on the CPU: 4 × 5 windows a step."""
-    shape = {f: getattr(SHAPE, f) for f in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")}
-    return RunConfig(
-        **{
-            **shape,
-            "data_dir": "nowhere",
-            "batch_tokens": 4 * ROWS * LENGTH,
-            "micro_batch_size": ROWS,
-            "device": "cpu",
-            **fields,
-        }
-    )
+    batch = dict(batch_tokens=4 * ROWS * LENGTH, micro_batch_size=ROWS, device="cpu", data_dir="nowhere")
+    return RunConfig(**{**SHAPE, **batch, **fields})
 
 
 def ids():
@@ -50,7 +36,7 @@ def ids():
 # ---- parameters
 
 
-@schemes
+@pytest.mark.parametrize("pos", SCHEMES)
 def test_parameters_add_up(pos):
     p = plan(run(pos=pos, bias=True), details=False)
     model = GPT(p.config.model_config())
@@ -80,79 +66,11 @@ def test_gpt2_small_parameters_by_part():
     assert p.parameters["total"] == 124_439_808  # the figure everyone knows
 
 
-# ---- FLOPs
-
-
-@schemes
-def test_flops_of_a_real_pass(pos):
-    """All matrix products, attention aside, as torch's own counter sees them in a real model; and attention: the flash
-    kernel's seven products of T² scores (two forward, one recomputed, four backward) where the plain one has six."""
-    count = simulate(dataclasses.replace(SHAPE, pos=pos), ROWS, torch.bfloat16, gpu=True)
-    model = GPT(dataclasses.replace(SHAPE, pos=pos))
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        with autocast(
-            CPU, torch.bfloat16
-        ):  # in float32 on a CPU the head's accumulation is an operation that the counter does not know
-            loss = model(ids(), ids())[1]
-        loss.backward()
-    assert count.attention == 14 * LAYERS * WIDTH * LENGTH * ROWS * LENGTH
-    assert counter.get_total_flops() == count.products - count.attention // 7
-
-
-@pytest.mark.parametrize("dtype, gpu", [("float32", False), ("bfloat16", True)])
-@schemes
-def test_flops_by_hand(pos, dtype, gpu):
-    """6 FLOPs per weight of a product and token, and what schemes add, worked out from their definitions."""
-    tokens, C, L = ROWS * LENGTH, WIDTH, LAYERS
-    count = simulate(dataclasses.replace(SHAPE, pos=pos), ROWS, getattr(torch, dtype), gpu)
-    added = 0
-    if pos == "carope":  # one Linear, C → H
-        added = 6 * L * C * HEADS * tokens
-    if pos == "comrope":
-        b = 8
-        frame = 8 * b * C**2  # Qᵀ W_q and Qᵀ W_k, and the same for the weights' gradient
-        moments = 4 * b * C * tokens  # M_m = Σ g yᵀ of q and k
-        tridiagonal = (
-            12 * b**2 * (b - 2) + b**3
-        )  # b - 2 reflections of A from both sides and of Q from one; Q V and Q U
-        gradient = 4 * b**3  # Q E Qᵀ
-        added = L * (frame + moments + C // b * (tridiagonal + gradient))
-    attention = count.attention or 12 * L * C * LENGTH * tokens  # alibi's dense scores on a CPU are plain products
-    assert count.products == tokens * (6 * L * 12 * C**2 + 6 * VOCAB * C) + attention + added
-    if gpu or pos != "alibi":
-        assert count.attention == 14 * L * C * LENGTH * tokens
-
-
-def test_rotation_is_elementwise_work():
-    """rope turns q and k, and their gradients back: C complex products of six operations a token and layer each way."""
-    plain, rope = (
-        simulate(dataclasses.replace(SHAPE, pos=pos), ROWS, torch.float32, gpu=False) for pos in ("none", "rope")
-    )
-    rotation = 12 * LAYERS * WIDTH * ROWS * LENGTH
-    assert rotation <= rope.elementwise - plain.elementwise <= 1.02 * rotation  # and a table of T angles
-
-
 # ---- memory
 
 
-def saved_by_a_real_pass(model, dtype=torch.float32):
-    """Bytes of the storages that autograd keeps, parameters and token ids aside: of real tensors, by its hooks."""
-    storages, idx = {}, ids()
-    not_counted = {t.untyped_storage().data_ptr() for t in [idx, *model.parameters()]}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in not_counted:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(CPU, dtype):
-        loss = model(idx, idx)[1]
-    return sum(storages.values()) + 4 * bool(loss.dim() == 0)  # the loss itself lives too
-
-
 def allocated_by_a_real_step(config, micro_batches):
-    """The most bytes that the CPU's allocator handed out at once in one step of training, beside parameters and moments."""
+    """The most bytes that the CPU's allocator hands out at once in a step of training, beside parameters, moments."""
     model, idx = GPT(config.model_config()), ids()
     optimizer = make_optimizer(model, config)
 
@@ -175,17 +93,10 @@ def allocated_by_a_real_step(config, micro_batches):
     return peak
 
 
-CASES = [*SCHEMES, "learned with dropout", "rope in bfloat16", "alibi in bfloat16"]
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_saved_for_backward_is_what_a_real_model_saves(case):
-    config = dataclasses.replace(SHAPE, pos=case.split()[0], dropout=0.1 if "dropout" in case else 0.0)
-    dtype = torch.bfloat16 if "bfloat16" in case else torch.float32
-    assert sum(simulate(config, ROWS, dtype, gpu=False).saved.values()) == saved_by_a_real_pass(GPT(config), dtype)
-
-
-@pytest.mark.parametrize("pos, accumulation", [*((pos, 1) for pos in SCHEMES), ("rope", 4), ("comrope", 4)])
+@pytest.mark.parametrize(
+    "pos, accumulation",
+    [("rope", 1), *(pytest.param(pos, n, marks=pytest.mark.slow) for n in (1, 4) for pos in SCHEMES)],
+)
 def test_peak_is_what_the_allocator_hands_out(pos, accumulation):
     """All of a step's memory; with accumulation the gradients lie there during the next forward pass. Kernels' own
     buffers, some kB, are not in the estimate."""
@@ -199,26 +110,7 @@ def test_peak_is_what_the_allocator_hands_out(pos, accumulation):
     assert parts["gradients"] == parts["parameters"] == parts["AdamW's moments"] / 2 == 4 * p.parameters["total"]
 
 
-def test_memory_on_a_gpu_by_hand():
-    """GPT-2 in bfloat16 with a flash kernel, every saved byte of a token: L blocks of C channels, H heads."""
-    C, L, H = 768, 2, 12
-    saved = simulate(GPTConfig(pos="none", n_layer=L), 4, torch.bfloat16, gpu=True).saved
-    tokens = 4 * 1024
-    assert (
-        saved["attention"] == tokens * L * (2 * C + 2 * 3 * C + 2 * C + 4 * H) + 24 * L
-    )  # input, q k v, output; log-sum-exp in float32; random state
-    assert saved["MLP"] == tokens * L * (2 * C + 2 * 4 * C + 2 * 4 * C)  # input, before and after GELU
-    assert saved["norms"] == tokens * (2 * L + 1) * 2 * 4  # mean and 1/σ
-    assert saved["residual stream"] == tokens * (2 * L + 1) * 4 * C  # float32
-    assert saved["autocast's weights"] == L * 12 * C**2 * 2
-    gradients = 4 * 50304 * C + 4 * tokens * C + 4  # of the head's weight and its input, and the loss
-    assert saved["loss head"] == gradients + 8  # and the count of targets
-    rope = simulate(GPTConfig(pos="rope", n_layer=L), 4, torch.bfloat16, gpu=True).saved["attention"]
-    assert rope - saved["attention"] == L * (tokens * 2 * 2 * C + 1024 * 64 // 2 * 8)  # q and k turned; a complex table
-    alibi = simulate(GPTConfig(pos="alibi", n_layer=L), 4, torch.bfloat16, gpu=True).saved["attention"]
-    assert 0 <= alibi - saved["attention"] <= L * H * 8  # FlexAttention: slopes, and no (T, T) matrix
-
-
+@pytest.mark.slow
 def test_memory_of_the_loss_head_on_a_gpu():
     """Its chunks of logits are larger than on a CPU: at least float32 logits and probabilities at once."""
     p = plan(dataclasses.replace(SMALL, device="cuda", n_layer=2))
@@ -226,6 +118,7 @@ def test_memory_of_the_loss_head_on_a_gpu():
     assert p.memory["cuda"]["temporary"] > 2 * 4 * chunk_rows(50304, torch.device("cuda")) * 50304
 
 
+@pytest.mark.slow
 def test_largest_micro_batch_fits_and_the_next_does_not():
     p = plan(dataclasses.replace(SMALL, n_layer=3, n_embd=1536, n_head=12, device="cuda"))
     n = p.largest_micro_batch
@@ -234,16 +127,6 @@ def test_largest_micro_batch_fits_and_the_next_does_not():
         return memory(simulate(p.config.model_config(), micro, torch.bfloat16, True, True), micro)["total"]
 
     assert 512 % n == 0 and n < 512 and total(n) <= 80e9 < total(2 * n)
-
-
-def test_a_large_model_is_planned_without_its_memory():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    p = plan(dataclasses.replace(SMALL, n_layer=48, n_head=25, n_embd=1600), gpus=8, details=False)
-    assert p.parameters["total"] == 1_555_201_600
-    assert simulate(p.config.model_config(), 16, torch.bfloat16, True).peak > 50e9
-    assert (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
-    )  # kB; the parameters alone would be 6 GB
 
 
 def test_checkpoint_size(tmp_path):
@@ -273,7 +156,7 @@ def test_hours_and_cost_by_hand():
     assert p.cost(eight, 8) == pytest.approx(8 * 2.37 * 2.5, abs=0.1) and p.cost(one, 1) == pytest.approx(
         p.cost(eight, 8)
     )
-    assert plan(SMALL, world=8, mfu=0.2, details=False).hours["A100"][1] == pytest.approx(2 * eight)
+    assert plan(SMALL, gpus=8, mfu=0.2, details=False).hours["A100"][1] == pytest.approx(2 * eight)
 
 
 def test_measured_speed():
@@ -349,6 +232,7 @@ def test_config_out_of_range():
         plan(run(device="gpu"))
 
 
+@pytest.mark.slow
 def test_dtypes_of_a_gpu_that_is_not_here():
     """tf32 is float32 in memory, and of GPUs alone; `auto` is bfloat16 on a GPU."""
     tiny = dict(n_layer=1, n_head=1, n_embd=16, block_size=32, vocab_size=64, batch_tokens=64, micro_batch_size=2)
@@ -368,53 +252,59 @@ def test_dtypes_of_a_gpu_that_is_not_here():
 # ---- text
 
 
-def test_command_line(capsys, tmp_path):
-    fields = "--n_layer 2 --n_head 2 --n_embd 64 --vocab_size 50304 --device cuda --data_dir".split() + [
-        str(tmp_path / "none")
-    ]
-    main([*fields, "--gpus", "8", "--mfu", "0.5", "--price_per_hour", "3"])
-    text = capsys.readouterr().out
-    p = plan(
-        RunConfig(n_layer=2, n_head=2, n_embd=64, vocab_size=50304, device="cuda", data_dir=str(tmp_path / "none")),
-        gpus=8,
-        mfu=0.5,
-        price_per_hour=3.0,
-    )
-    assert text.rstrip("\n") == show(p)
-    one, eight = p.hours["A100"]
-    numbers = [
+@pytest.mark.slow
+def test_text_of_a_plan(tmp_path):
+    fields = dict(n_layer=2, n_head=2, n_embd=64, vocab_size=50304, device="cuda", data_dir=str(tmp_path / "none"))
+    config = RunConfig(**fields)
+    text = plan_text(config, gpus=8, mfu=0.5, price_per_hour=3.0)
+    p = plan(config, gpus=8, mfu=0.5, price_per_hour=3.0)
+    assert text == show(p)
+    one = p.hours["A100"][0]
+    for expected in (
         f"{p.parameters['total']:,}",
         f"{p.flops_per_token:,}",
         f"{p.tokens:,}",
         "8 rank(s) × 4 × micro_batch_size 16",
+        "all T² scores; without those that causality masks",
         "MFU of 0.5",
         f"cost {3 * one:,.2f}",
-    ]
-    for expected in [*numbers, f"{p.memory['cuda']['total'] / 1e9:.2f} GB", "8 × H100", "80 GB: yes"]:
+        f"{p.memory['cuda']['total'] / 1e9:.2f} GB",
+        "8 × H100",
+        "80 GB: yes",
+    ):
         assert expected in text, expected
-    for bad, message in ((["--mfu", "2"], "mfu must lie in"), (["--gpus", "3"], "do not divide over 3 ranks")):
-        with pytest.raises(SystemExit, match=message):
-            main([*fields, *bad])
 
 
-def test_scheme_table(capsys):
-    main("--schemes --n_layer 2 --n_head 2 --n_embd 64 --vocab_size 320 --block_size 128".split())
-    rows = {
-        line.split(" | ")[0][2:]: line.split(" | ")[1:]
-        for line in capsys.readouterr().out.splitlines()
-        if line.startswith("| ")
-    }
+def test_ranks_of_the_text_are_those_of_the_launch(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert "= 4 rank(s) × 1 ×" in plan_text(run(n_layer=1)) and "= 2 rank(s) × 2 ×" in plan_text(run(n_layer=1), gpus=2)
+
+
+def test_text_of_several_schemes_and_windows():
+    shape = dict(n_layer=2, block_size=192, batch_tokens=4 * ROWS * 192)
+    text = plan_text(run(**shape, pos=["rope+alibi", "none"], window=[16, 0]))
+    assert text.startswith("rope+alibi, none: 2 layers × 64, 2 heads, length 192, window [16, 0], vocabulary 20,032")
+    assert "the scores are those of a window" in text
+
+
+def test_text_with_dropout():
+    """A CPU's attention is plain products then, whose number a plan knows all the same."""
+    assert "all T² scores; without" in plan_text(run(n_layer=1, dropout=0.1))
+
+
+def test_scheme_table():
+    config = RunConfig(n_layer=2, n_head=2, n_embd=64, vocab_size=320, block_size=128)
+    lines = plan_text(config, schemes=True).splitlines()
+    rows = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in lines if line.startswith("| ")}
     assert list(rows)[1:] == list(SCHEMES)
+    rope = GPT(GPTConfig(128, 320, 2, 2, 64)).parameter_count()
     for pos in SCHEMES:
         count = GPT(GPTConfig(128, 320, 2, 2, 64, pos=pos)).parameter_count()
-        assert (
-            rows[pos][0] == f"{count:,}"
-            and rows[pos][2] == f"{count - GPT(GPTConfig(128, 320, 2, 2, 64)).parameter_count():+,}"
-        )
+        assert rows[pos][0] == f"{count:,}" and rows[pos][2] == f"{count - rope:+,}"
     assert rows["carope"][4] == f"{6 * 2 * 64 * 2:,}" and rows["crope"][4] == "0"
     assert rows["rope"][-1] == "1.000 |"
-    with pytest.raises(SystemExit):
-        main(["--schemes", "--gpus", "8"])
-    assert "takes no --gpus" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="no scheme 'alibbi'.*alibi"):
-        scheme_table(RunConfig(), ["alibbi"])
+    assert "| rope+alibi |" in scheme_table(config, ["rope+alibi"])
+    with pytest.raises(ValueError, match="'alibbi' is no scheme; did you mean alibi"):
+        scheme_table(config, ["alibbi"])
+    with pytest.raises(ValueError, match="takes no --gpus"):
+        plan_text(config, schemes=True, gpus=8)

@@ -6,8 +6,10 @@ import re
 import sys
 
 import pytest
+import torch
 
-from nanope import REPO
+from model import GPT, GPTConfig
+from nanope.trace import add_ranges
 
 FIELDS = {
     "n_layer": 2,
@@ -23,7 +25,6 @@ FIELDS = {
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(REPO / "scripts"))
     script = importlib.import_module("trace")
 
     def run(*arguments):
@@ -41,7 +42,21 @@ def options(**fields):
     return [a for k, v in (FIELDS | fields).items() for a in (f"--{k}", v)]
 
 
-@pytest.mark.parametrize("pos", ["rope", "comrope"])
+def test_ranges_change_nothing():
+    """Loss and gradients of a model whose parts are in ranges, for a combination in a pattern."""
+    config = GPTConfig(16, 64, 3, 2, 16, pos=["rope+alibi", "comrope"], window=[8, 0])
+    plain, ranged = GPT(config), GPT(config)
+    add_ranges(ranged)
+    idx = torch.randint(64, (2, 17), generator=torch.Generator().manual_seed(0))
+    losses = [model(idx[:, :-1], idx[:, 1:])[1] for model in (plain, ranged)]
+    for loss in losses:
+        loss.backward()
+    assert torch.equal(*losses)
+    parameters = list(zip(plain.parameters(), ranged.parameters(), strict=True))
+    assert all(torch.equal(ours.grad, theirs.grad) for ours, theirs in parameters)
+
+
+@pytest.mark.parametrize("pos", [pytest.param("rope", marks=pytest.mark.slow), "comrope"])
 def test_trace(pos, run, tmp_path):
     """The table's parts sum to the step, the work lies where it must, and the trace holds the steps' events."""
     out = tmp_path / "trace.json"

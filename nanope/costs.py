@@ -1,0 +1,253 @@
+"""What one forward and backward pass of a model costs: FLOPs and memory, without doing it.
+
+The pass goes through the real model on fake tensors, which have shapes and storages but no contents. Every storage and
+every matrix product is counted. nanope/plan.py makes a plan of it.
+"""
+
+import weakref
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from model import GPT, MLP, Attention, GPTConfig, LayerNorm
+from nanope import ops
+from nanope.attention import attend
+from nanope.distributed import autocast
+
+
+class Unfilled(GPT):
+    """A GPT of fake tensors: no initial values are drawn, no token ids looked at."""
+
+    def initialise(self, *_):
+        pass
+
+    def check_tokens(self, *_):
+        pass
+
+
+@dataclass
+class Pass:
+    """Forward and backward of one micro-batch."""
+
+    model: GPT  # without contents
+    saved: dict[str, int]  # {part: bytes} held from forward to backward
+    peak: int  # the most bytes at once beside parameters and moments
+    products: int  # FLOPs of all matrix products
+    attention: int  # and of those inside attention: all T² scores, or T times a window, as if nothing were masked
+    elementwise: int  # operations
+
+
+# ---- what is counted
+
+
+class Meter(TorchDispatchMode):
+    """Bytes of all storages that operations make, while they live, by the part of the model that made them. Parameters,
+    buffers and idx are not counted. And elementwise work.
+
+    peak: the most bytes at once. live: {part: bytes} now. elementwise: elements of results of pointwise operations; a
+    complex product counts as its 6 real operations.
+    """
+
+    def __init__(self, model: GPT, idx: torch.Tensor):
+        super().__init__()
+        self.parameters = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
+        self.known = self.parameters | {idx.untyped_storage()._cdata}
+        self.live, self.total, self.peak, self.elementwise = Counter(), 0, 0, 0
+        self.parts = ["residual stream"]
+        for kind, part in ((Attention, "attention"), (MLP, "MLP"), (LayerNorm, "norms")):
+            for module in (m for m in model.modules() if isinstance(m, kind)):
+                module.register_forward_pre_hook(lambda *_, part=part: self.parts.append(part))
+                module.register_forward_hook(lambda *_: self.parts.pop() and None)
+        model.transformer["ln_f"].register_forward_hook(lambda *_: self.parts.append("loss head"))  # comes after it
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        cast = func is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self.parameters
+        for tensor in (t for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
+            self.see(tensor, "autocast's weights" if cast else self.parts[-1])
+            if torch.Tag.pointwise in func.tags:
+                complex_product = tensor.is_complex() and func is torch.ops.aten.mul.Tensor
+                self.elementwise += tensor.numel() * (6 if complex_product else 1)
+        return out
+
+    def see(self, tensor: torch.Tensor, part: str) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            weakref.finalize(storage, self.drop, key, size, part)
+            self.live[part] += size
+            self.total += size
+            self.peak = max(self.peak, self.total)
+
+    def drop(self, key: int, size: int, part: str) -> None:
+        self.known.discard(key)
+        self.live[part] -= size
+        self.total -= size
+
+
+# What torch's counter does not know: oneDNN's products, the product that accumulates in place, the CPU's attention
+aten = torch.ops.aten
+MORE_PRODUCTS = {
+    torch.ops.mkldnn._linear_pointwise: lambda a, b, *_, **__: 2 * a[0] * a[1] * b[0],
+    aten.addmm_: lambda self, a, b, **_: 2 * a[0] * a[1] * b[1],
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(
+        *shapes[:4]
+    ),
+}
+
+
+class Products(FlopCounterMode):
+    """FLOPs of all matrix products, and `attention`, of those within `attend`, which is nanope.attention.attend or
+    stands for it."""
+
+    def __init__(self, attend):
+        super().__init__(display=False, custom_mapping=MORE_PRODUCTS)
+        self.inner, self.attention, self.since = attend, 0, 0
+
+    def attend(self, scheme, q, k, v, *others):
+        self.begin()
+        y = self.inner(scheme, q, k, v, *others)
+        self.end()
+        # The backward pass reaches y first, and q, k and v when it is through
+        y.register_hook(lambda _: self.begin())
+        for tensor in (q, k, v):
+            tensor.register_hook(lambda _: self.end())
+        return y
+
+    def begin(self) -> None:
+        self.since = self.get_total_flops()
+
+    def end(self) -> None:
+        self.attention += self.get_total_flops() - self.since
+        self.begin()
+
+
+# ---- the pass
+
+
+def measure(model: GPT, rows: int, dtype: torch.dtype, keep_gradients: bool) -> Pass:
+    """One pass over `rows` windows on the model's own (fake or real) CPU tensors; the model is of no use afterwards.
+    keep_gradients: gradients are there already, as from the second micro-batch of a step on."""
+    idx = torch.zeros(rows, model.config.block_size, dtype=torch.int64)
+    meter, products = Meter(model, idx), Products(model.attend)
+    model.attend = products.attend
+    with meter, products:
+        if keep_gradients:
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            meter.live.clear()
+        with autocast(torch.device("cpu"), dtype):
+            _, loss = model(idx, idx)
+        saved = {part: size for part, size in meter.live.items() if size}
+        loss.backward()
+    return Pass(model, saved, meter.peak, products.get_total_flops(), products.attention, meter.elementwise)
+
+
+def simulate(config: GPTConfig, rows: int, dtype: torch.dtype, gpu: bool, keep_gradients: bool = False) -> Pass:
+    """The pass that a CPU, or with `gpu` a CUDA GPU, would do in eager mode, on fake tensors: no memory, no arithmetic.
+
+    Fake tensors cannot be on a GPU that is not there. They are on the CPU, where autocast casts the same operations of
+    this model. What a GPU does otherwise is put in: attention by the flash kernel, and the loss head's larger chunks.
+    What is left: in float32 the head reuses two buffers, as on a CPU, where a GPU has a third of up to 1 GiB.
+    """
+    with FakeTensorMode(), ops.as_on("cuda" if gpu else "cpu"):
+        model = Unfilled(config)
+        if gpu:
+            model.attend = GPUAttention(dtype)
+        return measure(model, rows, dtype, keep_gradients)
+
+
+class GPUAttention:
+    """nanope.attention.attend as on a GPU, for fake tensors: the flash kernel, or the efficient one in float32.
+
+    FlexAttention, which takes biases and windows, saves the same: q, k, v, the output and a log-sum-exp.
+    """
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype, self.held = dtype, []
+
+    def __call__(self, scheme, q, k, v, x, ctx, window: int, dropout: float) -> torch.Tensor:
+        if scheme.dense:
+            return attend(scheme, q, k, v, x, ctx, window, dropout)
+        window = 0 if window >= k.size(2) else window
+        bias = scheme.bias(x, q, k, ctx)
+        if (bias is not None or window) and dropout:  # FlexAttention has no dropout
+            return attend(scheme, q, k, v, x, ctx, window, dropout)
+        self.held.append(bias)  # FlexAttention saves the tensors that it captured
+        width = v.size(-1)
+        if q.size(-1) > width:  # kernels want equal widths
+            v = F.pad(v, (0, q.size(-1) - width))
+        q, k, v = (t.to(self.dtype) for t in (q, k, v))
+        if window:  # as many keys a query as it sees, for the count of products
+            k, v = k[:, :, :window], v[:, :, :window]
+        if self.dtype == torch.float32:
+            y = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, dropout, True)[0]
+        else:
+            y = aten._scaled_dot_product_flash_attention(q, k, v, dropout, True)[0]
+        return y[..., :width]
+
+
+# ---- by part
+
+
+def parameters(model: GPT) -> dict[str, int]:
+    """{part: parameters}, with their total."""
+    parts = dict.fromkeys(
+        ("token embedding (tied)", "positional table", "attention projections", "positional scheme", "MLP", "norms"), 0
+    )
+    for name, p in model.named_parameters():
+        if ".attn.pos." in name:
+            part = "positional scheme"
+        elif ".attn." in name:
+            part = "attention projections"
+        elif ".mlp." in name:
+            part = "MLP"
+        else:
+            part = {"wte": "token embedding (tied)", "wpe": "positional table"}.get(name.split(".")[1], "norms")
+        parts[part] += p.numel()
+    return {**{part: n for part, n in parts.items() if n}, "total": sum(parts.values())}
+
+
+def memory(run: Pass, rows: int) -> dict[str, int]:
+    """{part: bytes} of one rank, with their total, the peak.
+
+    `temporary` is what the peak has beside the others: logits, gradients of activations; less than nothing where the
+    others are not held at once. The total is what torch's allocator hands out: on a CPU in float32, 1.000 of it was
+    measured. The process is larger, by Python and torch and what malloc holds back: its growth was 1.11 to 1.44 times
+    the total, and 1.01 times with MALLOC_MMAP_THRESHOLD_=65536. In bfloat16 a CPU's kernels also copy weights: 1.08 at
+    6 layers × 512, vocabulary 50,304.
+    """
+    size = sum(4 * p.numel() for p in run.model.parameters())
+    buffers = sum(b.numel() * b.element_size() for b in run.model.buffers())
+    windows = 2 * 8 * rows * run.model.config.block_size
+    parts = {"parameters": size + buffers, "gradients": size, "AdamW's moments": 2 * size, "input": windows}
+    for part in ("autocast's weights", "attention", "MLP", "norms", "residual stream", "loss head"):
+        name = part if part in ("autocast's weights", "loss head") else f"activations: {part}"
+        if part in run.saved:
+            parts[name] = run.saved[part]
+    total = parts["parameters"] + parts["AdamW's moments"] + parts["input"] + run.peak
+    return {**parts, "temporary": total - sum(parts.values()), "total": total}
+
+
+def products(run: Pass, tokens: int) -> dict[str, float]:
+    """{part: FLOPs of matrix products a token}: forward and backward, as many as are executed, with their total. The
+    scheme's are what is left when those that every GPT-2 has are taken off."""
+    c = run.model.config
+    parts = {
+        "attention projections": 6 * c.n_layer * 4 * c.n_embd**2,
+        "attention scores": run.attention / tokens,
+        "positional scheme": 0.0,
+        "MLP": 6 * c.n_layer * 8 * c.n_embd**2,
+        "head and loss": 6 * c.vocab_size * c.n_embd,
+    }
+    everywhere = sum(parts[part] for part in ("attention projections", "MLP", "head and loss"))
+    parts["positional scheme"] = (run.products - run.attention) / tokens - everywhere
+    return {**{part: n for part, n in parts.items() if n}, "total": run.products / tokens}

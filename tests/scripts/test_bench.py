@@ -1,0 +1,158 @@
+"""scripts/bench.py, as the command line calls it, and what its kinds share."""
+
+import importlib
+import json
+import subprocess
+import sys
+
+import pytest
+
+from nanope import REPO
+from nanope.bench.data import CUT, documents, memory_of, table
+from nanope.bench.turns import Worker, heading, ratios, row, spread, take_turns, workers
+
+SHAPE = "--n_layer 1 --n_head 2 --n_embd 16 --vocab_size 64 --block_size 16 --batch 2".split()
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, str(REPO / "scripts" / "bench.py"), *map(str, arguments)], capture_output=True, text=True
+    )
+
+
+# ---- what the kinds share
+
+
+def adder(base):
+    def add(number):
+        if number == 13:
+            raise RuntimeError("thirteen")
+        return base + number
+
+    return add
+
+
+def test_workers_answer_and_a_dead_one_ends_the_program(capfd):
+    with workers(Worker(name, adder, base) for name, base in (("ten", 10), ("twenty", 20))) as (ten, twenty):
+        ten.send(1)
+        assert twenty.ask(2) == 22 and ten.receive() == 11
+        processes = [ten.process, twenty.process]
+    assert [process.exitcode for process in processes] == [0, 0]
+    worker = Worker("ten", adder, 10)
+    with pytest.raises(SystemExit, match="error: ten failed; its message is above"):
+        worker.ask(13)
+    worker.process.join()
+    assert "RuntimeError: thirteen" in capfd.readouterr().err
+
+
+def test_take_turns():
+    """Each way once a round, in order; the warm-up is round 0, and its answers are there too."""
+    calls = []
+    ways = {name: lambda number, name=name: calls.append((number, name)) or number for name in "ab"}
+    assert take_turns(ways, 2) == {"a": [0, 1, 2], "b": [0, 1, 2]}
+    assert calls == [(0, "a"), (0, "b"), (1, "a"), (1, "b"), (2, "a"), (2, "b")]
+
+
+def test_text():
+    assert ratios([4.0, 9.0], [2.0, 3.0]) == [2.0, 3.0]
+    assert spread([1.0, 4.0, 2.5], 1) == "2.5 (1.0 … 4.0)"
+    assert spread([1.0, 4.0, 2.5], 2, " ×", " over 3") == "2.50 × (1.00 … 4.00 over 3)"
+    assert row("a", "", 3) == "| a | | 3 |"
+    assert heading(1, "a", "b") == "| a | b |\n|---|--:|"
+
+
+# ---- train
+
+
+@pytest.mark.slow
+def test_train(tmp_path):
+    """A row for each variant, once, and every round's seconds in the file."""
+    options = ["--rounds", 2, "--steps", 1, "--no_peer", "--device", "cpu", "--json", tmp_path / "b.json"]
+    done = command("train", *SHAPE, *options, "--schemes", "comrope block=2", "comrope block=2")
+    assert done.returncode == 0, done.stderr
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in done.stdout.splitlines()
+        if line.startswith("| n_layer 1")
+    ]
+    assert [row[1] for row in rows] == ["rope", "comrope block=2"] and rows[0][3] == "1.000 (1.000 … 1.000)"
+    record = json.loads((tmp_path / "b.json").read_text())
+    assert {variant: len(seconds) for variant, seconds in record["seconds"].items()} == {
+        "rope": 2,
+        "comrope block=2": 2,
+    }
+    assert record["tokens_a_step"] == 32 and record["memory"]["rope"] > 1e7
+    assert record["device"].startswith("cpu (") and record["threads"] == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--schemes", "rop"], "did you mean rope?"),
+        (["--schemes", "comrope block=3"], "block of comrope cannot be 3"),
+        (["--schemes", "comrope block"], "'block' is no option=value"),
+        (
+            ["--schemes", "alibi", "--n_embd", "18", "--n_head", "6"],
+            "n_embd/n_head = 3 must be even",
+        ),  # rope's, beside it
+        (["--schemes", "", "--no_peer"], "pos must be a scheme's name"),
+        (["--rounds", "0"], "--rounds must be at least 1"),
+        (["train", "--json", "x", "--shape", "all"], "--json takes one shape, not all"),
+        (["--shape", "all"], "--n_layer changes one shape"),
+        (["--nanogpt", "nowhere"], "--nanogpt nowhere: no model.py there"),
+        (["evl"], "unrecognized arguments: evl"),
+        (["data"], "required: --source"),
+        (["feed", "--data_dir", "nowhere"], "no data folder nowhere"),
+    ],
+)
+def test_refuses_before_anything_starts(arguments, words, monkeypatch, capsys):
+    kind = arguments[:1] if arguments[0] in ("train", "data", "feed") else []
+    shape = SHAPE if kind in ([], ["train"]) else []
+    monkeypatch.setattr(sys, "argv", ["bench.py", *kind, *shape, *arguments[len(kind) :]])
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module("bench").main()
+    assert words in capsys.readouterr().err + str(stopped.value)
+
+
+# ---- data and feed
+
+
+def test_copies_of_the_corpus_differ():
+    novels = ["".join(chr(200 + i) for i in range(5 * CUT // 2))]
+    for texts in documents(novels, 3).values():
+        assert len(texts) == len(set(texts)) and all(text.strip() for text in texts)
+    assert "".join(documents(novels, 1)["documents of 4 kB"]) == "".join(novels)
+
+
+def test_table_of_data():
+    """100 tokens, prepare in 2 s of which 1 is its start-up, everything else in half a second."""
+    ways = ("threads", "processes", "arrays", "loop")
+    lines = table("novels", {"prepare": [2.0, 2.0], "start-up": [1.0, 1.0], **dict.fromkeys(ways, [0.5, 0.5])}, 100)
+    assert lines[0] == "| novels | prepare | 50 | | |"
+    assert lines[3] == "| novels | tiktoken, the better | 200 | 0.25 (0.25 … 0.25) | 0.50 |"
+
+
+def test_memory_of_a_process_and_its_children():
+    child = "x = bytearray(10**8); print(1, flush=True); input()"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "1\n"
+    assert 1e8 < memory_of(process.pid) < 2e8
+    process.communicate("\n")
+    assert memory_of(process.pid) == 0
+
+
+@pytest.mark.slow
+def test_data_and_feed(tmp_path):
+    text = "the light and the darkness upon the deep "
+    lines = [json.dumps({"id": f"novel_{i}", "text": f"{i} {text * 600}"}) for i in range(4)]
+    (tmp_path / "novels.jsonl").write_text("\n".join(lines))
+    done = command("data", "--source", tmp_path / "novels.jsonl", "--rounds", 1, "--workers", 1)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| documents of 4 kB |") == done.stdout.count("| whole novels |") == 6
+    assert "4 documents, 0.1 MB" in done.stdout
+    prepare = [sys.executable, str(REPO / "data" / "prepare.py"), "files", "--source", str(tmp_path / "novels.jsonl")]
+    made = [*prepare, "--tokenizer", "byte", "--out", str(tmp_path / "data"), "--val_tokens", "1000"]
+    subprocess.run(made, check=True, capture_output=True)
+    done = command("feed", "--data_dir", tmp_path / "data", "--block_size", 64, "--batch_tokens", 4096)
+    assert done.returncode == 0 and "M tokens/s (" in done.stdout, done.stderr
