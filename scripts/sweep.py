@@ -38,7 +38,7 @@ import yaml
 from grid import ELSEWHERE, Grid, Run, bench_variants, command_of, local, model_cost
 from tqdm import tqdm
 
-from data.prepare import cores
+from data.shards import cores
 from nanope import REPO
 from nanope.checkpoint import write_atomically
 from nanope.config import RunConfig

@@ -12,14 +12,12 @@ import pytest
 import quickstart
 import report
 import reproduce
-import shift
 import sweep
-import torch
 import yaml
 from grid import Grid, bench_variants, model_cost
 from report import Study
 
-from model import GPT, GPTConfig
+from model import GPT
 from nanope import REPO
 from nanope.config import RunConfig
 
@@ -308,28 +306,6 @@ def test_the_panel_of_speed_shows_ratios_within_a_round_and_their_intervals(stud
         and interval[1] > 0.85
     )
     plot.plt.close(axes.figure)
-
-
-def test_shifted_positions():
-    """Rotations are relative, so losses stay; a scheme whose angles are not linear in the position would show."""
-    idx = torch.randint(64, (2, 17), generator=torch.Generator().manual_seed(0))
-    model = GPT(GPTConfig(16, 64, 2, 2, 32, pos="comrope"), seed=1).double().eval()
-    with torch.no_grad():
-        for block in model.transformer["h"]:
-            block.attn.c_attn.weight *= 20
-    plain = shift.losses(model, idx[:, :-1], idx[:, 1:], 0)
-    assert torch.equal(plain, model(idx[:, :-1], idx[:, 1:], reduction="none")[1].double())
-    assert (shift.losses(model, idx[:, :-1], idx[:, 1:], 5000) - plain).abs().max() < 1e-9
-    original = torch.arange
-
-    def bent(*args, **kwargs):  # positions on a curve
-        values = original(*args, **kwargs)
-        return values if values.dtype != torch.float64 else values.sqrt()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "arange", bent)
-        bent_plain = model(idx[:, :-1], idx[:, 1:], reduction="none")[1].double()
-    assert (bent_plain - plain).abs().max() > 1e-6  # the positions do matter
 
 
 def test_quickstart_is_a_sweep_of_the_schemes_asked_for(monkeypatch, capsys):
