@@ -3,12 +3,10 @@
     softmax(q kᵀ / √D + bias) v,  query m sees key n where n ≤ m, and within a window of w where m - w < n
 
 What a scheme asks for decides the way:
-    nothing, or `encode` alone   the fused causal kernel (flash attention)
-    `bias`, or a window          FlexAttention on CUDA in training; else the fused kernel for a chunk of queries at a
-    time,
-                                 with a dense mask of those queries and the keys that they may see
-    `scores`, `weights`          no fused kernel: dense scores of a chunk of queries, computed again in the backward
-    pass
+    nothing, or `encode`   the fused causal kernel (flash attention)
+    `bias`, or a window    on CUDA, in training: FlexAttention. Else the fused kernel for a chunk of queries at a time, with
+                           a dense mask of those queries and the keys that they may see
+    `scores`, `weights`    no fused kernel: dense scores of a chunk of queries, computed again in the backward pass
 
 Shapes: B batch, H heads, T queries of this pass, S = start + T keys, D width of a head's values.
 """

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from models import Largest
 
 import schemes
 from model import GPT, GPTConfig
@@ -191,18 +190,6 @@ def test_a_window_is_the_mask_by_its_definition(pos):
     assert torch.equal(
         wide(TOKENS)[0], build(pos)(TOKENS)[0]
     )  # as long as the input: full attention, by the same kernel
-
-
-class Largest(TorchDispatchMode):
-    """The most elements of any tensor that an operation makes."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        sizes = [t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-        self.elements = max([self.elements, *sizes])
-        return out
 
 
 @pytest.mark.parametrize("pos", ["rope", "alibi"])
