@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 .PHONY: quickstart test clean-venv
 
 quickstart: $(VENV)/ready
-	$(BIN)/python scripts/quickstart.py $(ARGS)
+	$(BIN)/python scripts/sweep.py quickstart $(ARGS)
 
 test: $(VENV)/ready-dev
 	$(BIN)/python -m pytest

@@ -151,7 +151,7 @@ def draw_position(axes, study, setting, styles) -> bool:
 
 
 def draw_parameters(axes, study, setting, styles) -> bool:
-    from grid import model_cost
+    from nanope.study.costs import model_cost
 
     x = {arm: (model_cost(c)[0] / 1e6, None) for arm in study.grid.arms if (c := study.config(setting, arm))}
     if not scatter(axes, study, setting, styles, x):
@@ -163,8 +163,9 @@ def draw_parameters(axes, study, setting, styles) -> bool:
 def draw_speed(axes, study, setting, styles) -> bool:
     """Where the grid asks for a benchmark of its arms: speeds as the runs went tell more about the machine's other work, and
     so do tokens a second beside ratios within a round."""
-    from grid import bench_variants
-    from report import speed_ratios, throughput
+    from nanope.study.grid import bench_variants
+    from nanope.study.results import throughput
+    from nanope.study.statistics import speed_ratios
 
     if not (bench := throughput(study)):
         return False
@@ -298,7 +299,7 @@ def write(figure, out: Path) -> None:
 
 
 def main() -> None:
-    from report import Study
+    from nanope.study.results import Study
 
     parser = argparse.ArgumentParser(
         prog="scripts/plot.py",

