@@ -119,7 +119,7 @@ def ranks_of(device_name: str, timeout: float = 600.0, tf32: bool = False):
 def fresh_store(ranks: Ranks, timeout: datetime.timedelta) -> dist.Store:
     """Where the ranks find one another. torchrun keeps one store over its restarts, in which a restarted rank finds the dead ones'
     addresses (pytorch #135712, #167288): each restart gets its own part of it. Over several nodes the restarts are not counted
-    alike, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun does the same (scripts/train.sbatch)."""
+    alike, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun does the same (configs/slurm/train.sbatch)."""
     store, *_ = next(iter(dist.rendezvous("env://", ranks.rank, ranks.world, timeout=timeout)))
     one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(ranks.world)
     return dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store) if one_node else store

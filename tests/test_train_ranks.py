@@ -205,7 +205,7 @@ runpy.run_path({str(REPO / "train.py")!r}, run_name="__main__")
 
 @pytest.mark.parametrize("ends", ["interrupted", "finished", "failed"])
 def test_the_job_script_requeues_what_was_interrupted(make, tmp_path, ends):
-    """scripts/train.sbatch with stand-ins: srun runs the command and, like Slurm's, answers SIGTERM with SIGKILL for it; scancel
+    """configs/slurm/train.sbatch with stand-ins: srun runs the command and, like Slurm's, answers SIGTERM with SIGKILL for it; scancel
     signals the command; scontrol notes its arguments."""
     tools, submitted = tmp_path / "tools", tmp_path / "submitted"
     tools.mkdir(), submitted.mkdir()
@@ -237,7 +237,7 @@ def test_the_job_script_requeues_what_was_interrupted(make, tmp_path, ends):
     environment |= {"SLURM_SUBMIT_DIR": str(submitted), "SLURM_GPUS_ON_NODE": "1", "TASK": str(tmp_path / "task")}
     given = [a for a in arguments(config)]
     process = subprocess.Popen(
-        ["bash", REPO / "scripts" / "train.sbatch", *given],
+        ["bash", REPO / "configs" / "slurm" / "train.sbatch", *given],
         env=environment,
         cwd=REPO,
         stdout=subprocess.PIPE,
