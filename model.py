@@ -248,10 +248,11 @@ class GPT(nn.Module):
     def contexts(self, ctx: Context, caches: list[dict] | None) -> list[Context]:
         """What each layer is told: what its scheme makes for all layers at once, its cache, its mask."""
         layers, found = [block.attn for block in self.transformer["h"]], [ctx] * self.config.n_layer
+        members = [attn.pos for attn in layers]
         dropout = self.config.dropout if self.training else 0.0
         flexible = attention.flex_fits(ctx.device, ctx.start, dropout)
         for kind, constants in zip(self.kinds, self.constants() if self.fixed is None else self.fixed):
-            pos = [layers[i].pos for i in kind]
+            pos = [members[i] for i in kind]
             positions = pos[0].positions(ctx) if self.training else ctx.positions
             shared = dataclasses.replace(ctx, positions=positions, constants=constants)
             prepared = pos[0].prepare(pos, shared)
@@ -270,8 +271,8 @@ class GPT(nn.Module):
 
     def constants(self) -> list[list | None]:
         """What the schemes make of parameters alone, for each kind of layer."""
-        layers = [[self.transformer["h"][i].attn.pos for i in kind] for kind in self.kinds]
-        return [pos[0].constants(pos) for pos in layers]
+        members = [block.attn.pos for block in self.transformer["h"]]
+        return [members[kind[0]].constants([members[i] for i in kind]) for kind in self.kinds]
 
     @contextlib.contextmanager
     def parameters_fixed(self, seed: int | None = None):
@@ -325,7 +326,8 @@ class GPT(nn.Module):
             return
         if not (lowest <= ids.min() and ids.max() < self.config.vocab_size):
             raise ValueError(
-                f"{what} holds ids {ids.min()} … {ids.max()}, outside {lowest} … vocab_size-1 = {self.config.vocab_size - 1}"
+                f"{what} holds ids {ids.min()} … {ids.max()}, "
+                f"outside {lowest} … vocab_size-1 = {self.config.vocab_size - 1}"
             )
 
     @torch.no_grad()

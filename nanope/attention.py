@@ -54,7 +54,8 @@ def attend_fused(
     if plain and ctx.start == 0 and q.device.type != "mps":
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scale)
     if bias is None and ctx.length == 1:  # one new token sees every cached one, or the window's
-        k, v = k[:, :, -window:], v[:, :, -window:]  # of 0: all
+        if window:
+            k, v = k[:, :, -window:], v[:, :, -window:]
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
     if ctx.block_mask is not None:
         return flex_attend(q, k, v, bias, ctx.block_mask, scale)
@@ -69,7 +70,7 @@ def attend_fused(
         parts = part, k[:, :, low:end], v[:, :, low:end]
         if bias is not None:
             # All four dimensions, so that a CPU's fused kernel takes it
-            mask = bias(batch, heads, m, n).masked_fill(~mask, -math.inf).expand(B, H, -1, -1)
+            mask = bias(batch, heads, m, n).to(ctx.dtype).masked_fill(~mask, -math.inf).expand(B, H, -1, -1)
             parts = [t.to(mask.dtype) for t in parts]  # autocast would round the bias, large at a distance, to bfloat16
         with no_autocast(q.device):
             y = F.scaled_dot_product_attention(*parts, attn_mask=mask, dropout_p=dropout, scale=scale)

@@ -18,9 +18,14 @@ class Combined(Scheme):
         for hook in EXCLUSIVE:
             owners = [name for name, part in parts.items() if part.claims(hook)]
             if len(owners) > 1:
-                raise ValueError(f"{' and '.join(owners)} cannot be combined: each has a {hook} of its own")
+                raise ValueError(f"{' and '.join(owners)} cannot be combined: each has its own {hook}")
             self.owners[hook] = owners[0] if owners else None
         for name, part in parts.items():
+            others = [other for other, p in parts.items() if p is not part and any(map(p.claims, part.sole))]
+            if others:
+                raise ValueError(
+                    f"{name} cannot be combined with {others[0]}: it needs {', '.join(part.sole)} for itself"
+                )
             self.add_module(name, part)
         self.names = tuple(parts)
         self.extends = all(part.extends for part in parts.values())

@@ -63,6 +63,7 @@ class Scheme(nn.Module):
 
     extends = True  # whether lengths beyond block_size are possible
     undecayed: tuple[str, ...] = ()  # own parameters without weight decay, with pos_lr_multiplier
+    sole: tuple[str, ...] = ()  # hooks that no other scheme of a combination may override
 
     def __init__(self, config, layer: int):
         super().__init__()
@@ -146,7 +147,11 @@ class Scheme(nn.Module):
 
     @property
     def name(self) -> str:
-        return type(self).__name__.lower()
+        """As in the registry; that of the class where it is from a file outside."""
+        kind = type(self)
+        if kind is Scheme:
+            return "none"
+        return kind.__module__.rpartition(".")[2] if kind.__module__.startswith("schemes.") else kind.__name__
 
     def claims(self, hook: str) -> bool:
         """Whether this scheme overrides a hook."""

@@ -134,6 +134,7 @@ class ComRoPE(Scheme):
     """
 
     undecayed = ("P", "theta")
+    sole = ("encode",)  # in the frame Q, another's rotation would be another rotation
 
     def __init__(
         self,

@@ -68,12 +68,18 @@ class RoPE(Scheme):
             )
         if not 0 < fraction <= 1 or round(fraction * width) % 2 or not round(fraction * width):
             raise ValueError(
-                f"fraction {fraction} must lie in (0, 1] and leave an even number of the {width} channels of a head turning"
+                f"fraction {fraction} must lie in (0, 1] and "
+                f"leave an even number of the {width} channels of a head turning"
             )
         if base <= 0:
             raise ValueError(f"base must be positive, not {base}")
         if explicit:
             self.register_buffer("freqs", self.frequencies().expand(self.n_head, -1).clone())
+
+    def claims(self, hook):
+        if hook == "projection" and type(self).projection is RoPE.projection:
+            return self.qkv == "grouped"
+        return super().claims(hook)
 
     def projection(self, config):
         if self.qkv == "grouped":

@@ -1,0 +1,84 @@
+"""nanope/conformance.py: every scheme passes every check, and each check finds what is wrong."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanope import REPO
+from nanope.conformance import CHECKS, Case, run
+from schemes import SCHEMES
+
+TOYS = Path(__file__).with_name("toys.py")
+GOOD = ("Slope", "WideSlope", "DenseSlope", "Forget", "Sigmoid", "Jitter", "Stretch", "Penalty", "Halved")
+WRONG = {
+    "SeesTheFuture": "causality",
+    "ForgetsTheCache": "cached_decoding",
+    "MixesRows": "separate_rows",
+    "Draws": "determinism",
+    "NoInitialValue": "initial_values",
+    "Unused": "gradients",
+    "WrongGradient": "gradients",
+    "ChunksAlone": "chunks",
+    "ByLayer": "compilation",
+    "Breaks": "compilation",
+    "Untyped": "options_are_announced",
+    "KeepsATensor": "saving",
+}
+CASES = {name: Case(name) for name in SCHEMES}
+CASES |= {name: Case(f"{TOYS}:{name}") for name in GOOD}
+CASES |= {
+    "comrope ld": Case("comrope", {"kind": "ld", "block": 4}),
+    "carope embedding": Case("carope", {"source": "embedding"}),
+    "rope+alibi": Case("rope+alibi"),
+    "comrope+Forget": Case(f"comrope+{TOYS}:Forget"),
+    "WideSlope+Forget+Sigmoid": Case(f"{TOYS}:WideSlope+{TOYS}:Forget+{TOYS}:Sigmoid"),
+    "learned+carope": Case("learned+carope"),
+    "rope, rope, none": Case(["rope", "rope", "none"]),
+    "rope+Forget, none in windows": Case([f"rope+{TOYS}:Forget", "none"], {}, {"window": [5, 0]}),
+    "rope in a window": Case("rope", {}, {"window": 7}),
+    "DenseSlope in a window": Case(f"{TOYS}:DenseSlope", {}, {"window": 7}),
+}
+FAST = [name for name in CHECKS if name != "compilation"]
+
+
+@pytest.mark.parametrize("check", FAST)
+@pytest.mark.parametrize("name", CASES)
+def test_every_scheme(name, check):
+    CHECKS[check](CASES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_every_scheme_compiles(name):
+    CHECKS["compilation"](CASES[name])
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_found(name):
+    with pytest.raises(AssertionError):
+        CHECKS[WRONG[name]](Case(f"{TOYS}:{name}"))
+
+
+def test_a_scheme_that_raises_is_reported_by_the_checks(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from schemes import Scheme\n"
+        "class Mine(Scheme):\n"
+        "    def encode(self, qk, x, ctx):\n"
+        "        return qk + ctx.position\n"
+    )
+    found = run(Case(f"{file}:Mine"))
+    assert "has no attribute 'position'" in found["causality"] and found["options_are_announced"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("pos", "status", "text"), [
+    (f"{TOYS}:Forget", 0, "13 of 13 checks passed"),
+    (f"{TOYS}:SeesTheFuture", 1, "FAIL  causality: token"),
+    ("rop", 1, "did you mean rope?"),
+])  # fmt: skip
+def test_the_command(pos, status, text):
+    done = subprocess.run([sys.executable, "scripts/check_scheme.py", pos], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == status and text in done.stdout + done.stderr
