@@ -107,7 +107,7 @@ def work(grid: Grid, files: RunFolders, args: argparse.Namespace) -> int:
         failed["speed"] = error
     if grid.throughput or any(run and run.done() for run in grid.main_runs(files)):
         print("\n" + report.write(out))
-        made = [out / name for name in ("table.md", "table.tex", "figure.png")]
+        made = [out / name for name in ("table.md", "table.tex", "figure.png", "figure.pdf")]
         print("Written: " + ", ".join(str(path) for path in made if path.is_file()))
     return told(grid, files, failed)
 
