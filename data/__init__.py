@@ -1,1 +1,1 @@
-"""Text to tokens to windows: the corpora, the tokenizers, the shards on disk and the order in which training reads them."""
+"""From text to token shards: corpora, tokenizers, and the data folders that training and evaluation read."""

@@ -1,18 +1,12 @@
 """To and from the transformers library. Nothing here knows the class of a model: functions take models, or what
 builds one."""
 
-import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
-
-from data.shards import Data
-from data.tokenizer import load_tokenizer
 
 # ---- GPT-2's weights in the layout of transformers
 
@@ -82,105 +76,3 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
         return {k.removeprefix("transformer."): v for file in files for k, v in load_file(file).items()}
     except SafetensorError as error:
         raise ValueError(f"{folder}: the weights are damaged: {error}") from error
-
-
-# ---- models of the transformers library, to evaluate
-
-
-@dataclass
-class Shape:
-    block_size: int
-    pos: str
-    pos_options: dict
-
-
-class Pretrained(nn.Module):
-    """A transformers causal LM from a local folder or a hub name, as transformers loads it, in float32.
-
-    hidden(idx) (B, T) → (B, T, C) and lm_head.weight (V, C) give its logits, which is checked on a few tokens.
-    OSError where nothing is found, ValueError for a model whose logits are made otherwise, or without transformers.
-    """
-
-    def __init__(self, name: str):
-        super().__init__()
-        try:
-            import transformers
-        except ImportError:
-            raise ValueError("--model needs the transformers library: pip install -r requirements-dev.txt") from None
-        transformers.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        if not Path(name).is_dir() and (Path(name).exists() or name.count("/") > 1 or name.startswith(("/", "."))):
-            raise OSError(f"no model folder {name}")
-        try:
-            self.net = transformers.AutoModelForCausalLM.from_pretrained(
-                name, dtype=torch.float32, attn_implementation="sdpa"
-            )
-        except Exception as error:  # of many kinds, most with advice of several lines
-            raise OSError(
-                f"{name} cannot be loaded as a causal language model of transformers: {str(error).strip().splitlines()[0]}"
-            ) from error
-        self.net.eval().requires_grad_(False)
-        self.name, self.lm_head = name, self.net.get_output_embeddings()
-        c = self.net.config
-        length = getattr(c, "max_position_embeddings", None) or getattr(c, "n_positions", None)
-        if not length:
-            raise ValueError(f"{name} does not say its training length (max_position_embeddings)")
-        self.config = Shape(length, c.model_type, {})
-        tables = [
-            m.num_embeddings
-            for path, m in self.net.named_modules()
-            if isinstance(m, nn.Embedding) and ("wpe" in path or "position" in path)
-        ]
-        self.table = length if tables else None
-        idx = torch.arange(8)[None] % c.vocab_size
-        with torch.no_grad():
-            if not torch.allclose(
-                self.hidden(idx) @ self.lm_head.weight.t(), self.net(input_ids=idx, use_cache=False).logits, atol=1e-4
-            ):
-                raise ValueError(
-                    f"{name}: the logits of {c.model_type} are not its output layer times its last hidden state; such models cannot be evaluated here"
-                )
-
-    def hidden(self, idx: torch.Tensor) -> torch.Tensor:
-        return self.net.base_model(input_ids=idx, use_cache=False).last_hidden_state
-
-    def check_length(self, length: int) -> None:
-        if self.table and length > self.table:
-            raise ValueError(
-                f"the position table of {self.config.pos} ends at {self.table}: a length of {length} is not possible"
-            )
-
-    def scaled(self, rule: str, factor: float):
-        raise ValueError("frequency scaling is there for runs of train.py, not for models of transformers")
-
-    def parameter_count(self) -> int:
-        return sum(p.numel() for p in self.parameters())
-
-    def sha256(self) -> str:
-        """Identity of the weights."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.net.state_dict().items()):
-            digest.update(name.encode() + value.contiguous().cpu().numpy().tobytes())
-        return digest.hexdigest()
-
-    def check_tokenizer(self, data: Data, split: str) -> None:
-        """ValueError unless the model's own tokenizer makes the data's ids of the data's text."""
-        import transformers
-
-        stream, ours = data.split(split), load_tokenizer(data.manifest["tokenizer"]["name"])
-        start, size = max(stream.documents().tolist(), key=lambda d: d[1])
-        ids = stream.read(start, start + min(size, 4096))
-        try:
-            theirs = transformers.AutoTokenizer.from_pretrained(self.name)(ours.decode(ids), add_special_tokens=False)[
-                "input_ids"
-            ]
-        except Exception as error:
-            raise ValueError(
-                f"{self.name} has no tokenizer that could be compared with the data's ({ours.name}); save it there: {str(error).strip().splitlines()[0]}"
-            ) from error
-        if not np.array_equal(
-            theirs[: len(ids) - 16], ids[:-16]
-        ):  # where the text is cut, the last word may encode otherwise
-            raise ValueError(
-                f"the tokenizer of {self.name} is not that of {data.folder} ({ours.name}): prepare the data with the model's own"
-            )

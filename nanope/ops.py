@@ -262,4 +262,6 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
         turned = torch.stack((x0 * cos - x1 * sin, x0 * sin + x1 * cos), -1)
     else:
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
-    return turned.flatten(-2).to(x.dtype)
+    turned = turned.flatten(-2)
+    # Not an idle .to(): compiled by torch 2.11, it would lose the gradients of an autograd.Function that saves its result
+    return turned if turned.dtype == x.dtype else turned.to(x.dtype)

@@ -160,8 +160,8 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
 
     from data.corpora import CORPORA
-    from data.prepare import cores, source_files
-    from data.shards import open_data
+    from data.shards import cores, open_data
+    from data.sources import source_files
 
     workers = args.workers or cores()
     corpus = CORPORA["novels"]

@@ -50,7 +50,7 @@ def work(variant: str, length: int, scored: int, args: argparse.Namespace, pipe)
             for x, y in zip(batch, labels):
                 model(input_ids=x[None], labels=y[None]).loss.item()
     else:
-        from eval import score_tokens
+        from nanope.evaluation.scoring import score_tokens
         from model import GPT, GPTConfig
 
         model = GPT(GPTConfig(block_size=length, pos="learned", bias=True, **shape)).to(device).eval()

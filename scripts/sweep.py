@@ -13,7 +13,7 @@
 
 Interrupt or kill it and start it again: finished runs are kept, the others continue from their checkpoints, and what
 still runs is left alone and waited for. A run that fails does not stop the others. The runs lie under runs/NAME/, a
-folder each, with logs/, table.md, table.tex and figure.png. wandb's own sweeps need none of this: see
+folder each, with logs/, table.md, table.tex, figure.png and .pdf. wandb's own sweeps need none of this: see
 configs/sweeps/wandb.yaml.
 """
 

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 
-# The suite runs in two processes (pytest.ini), and more threads than cores slow both down
+# The suite runs in two processes (pyproject.toml), and more threads than cores slow both down
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A shell starts background jobs with Ctrl-C ignored, which would pass on to the programs that the tests interrupt
@@ -12,7 +12,7 @@ if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-SLOWEST = ("test_train_ranks.py", "test_model.py", "test_sweep.py", "test_train_faults.py")
+SLOWEST = ("test_train_ranks.py", "test_compile.py", "test_sweep.py", "test_train_faults.py")
 
 
 def pytest_collection_modifyitems(items):

@@ -1,7 +1,7 @@
-"""A second GPT-2 with every positional scheme, for the tests: slow, differentiable, and written from the papers' formulas
-(spec of the schemes), not from model.py. It shares nothing with it but the names of the parameters and options.
+"""A second GPT-2 with every positional scheme, for the tests: slow, differentiable, written from the papers' formulas.
 
-Every rotation is a dense (D, D) matrix for each position, comrope's by torch.matrix_exp; the scores and the softmax are written out.
+It shares nothing with model.py and schemes/ but the names of parameters and options. Every rotation is a dense (D, D)
+matrix for each position, comrope's by torch.matrix_exp; the scores and the softmax are written out.
 B batch, T positions, H heads, D head width, C = H·D. Everything has the dtype of the parameters: use float64.
 """
 
@@ -39,7 +39,10 @@ def rope_angles(T, D, base, fraction=1.0, start=0):
 
 
 def carope_phases(source, weight, bias, D):
-    """(B, T, H, D/2): φ_i(m) = Σ_{t≤m} f(x_t)^i, f = 1/(1 + softplus(x W + b)), added up one token at a time. No W: W = 0."""
+    """(B, T, H, D/2): φ_i(m) = Σ_{t≤m} f(x_t)^i, f = 1/(1 + softplus(x W + b)), added up one token at a time.
+
+    No weight: W = 0.
+    """
     weight = torch.zeros(bias.numel(), source.size(-1), dtype=source.dtype) if weight is None else weight
     z = source @ weight.T + (0 if bias is None else bias)  # (B, T, H)
     f = 1 / (torch.log(1 + torch.exp(z)) + 1)
@@ -119,10 +122,10 @@ def attention(x, embedding, config, p, name):
     if pos in ("rope", "crope"):
         R = rotations(rope_angles(T, D, options["base"], options["fraction"])).view(1, T, 1, D, D)
     elif pos == "comrope":
-        R = comrope_rotations(p[name + ".P"], p.get(name + ".theta"), options["unit"], T).unsqueeze(0)
+        R = comrope_rotations(p[name + ".pos.P"], p.get(name + ".pos.theta"), options["unit"], T).unsqueeze(0)
     elif pos == "carope":
         source = x if options["source"] == "hidden" else embedding
-        R = rotations(carope_phases(source, p.get(name + ".c_pos.weight"), p.get(name + ".c_pos.bias"), D))
+        R = rotations(carope_phases(source, p.get(name + ".pos.c_pos.weight"), p.get(name + ".pos.c_pos.bias"), D))
     else:
         R = torch.eye(D, dtype=x.dtype)
     R = R.expand(B, T, H, D, D)

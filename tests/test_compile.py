@@ -1,4 +1,4 @@
-"""GPT.compile_parts and GPT.parameters_fixed, in the loop that training has: micro-batches, validation, optimizer steps."""
+"""torch.compile of a whole model, GPT.compile_parts, and GPT.parameters_fixed, in the loop that training has."""
 
 import copy
 import pickle
@@ -6,12 +6,27 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-from test_model import BLOCK, COMPILED, build, close, gradients, loss_and_gradients, tokens
+from models import BLOCK, build, cases_of, close, gradients, loss_and_gradients, relative_error, rows_of_logits, tokens
 from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 
-import model as model_module
-from model import GPT
+from model import GPT, SCHEMES
+from nanope import attention
+from schemes import comrope
+
+COMPILED = [
+    "learned",
+    "sinusoidal",
+    "none",
+    "rope",
+    "rope explicit",
+    "crope",
+    "comrope",
+    "comrope 4 ld",
+    "carope",
+    "carope embedding",
+    "alibi",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -26,13 +41,73 @@ def dynamo():
 @pytest.fixture
 def decompositions(monkeypatch):
     """The generators that were decomposed, an item a call."""
-    calls, decompose = [], model_module.skew_canonical_form
-    monkeypatch.setattr(model_module, "skew_canonical_form", lambda A: calls.append(A) or decompose(A))
+    calls, decompose = [], comrope.skew_canonical_form
+    monkeypatch.setattr(comrope, "skew_canonical_form", lambda A: calls.append(A) or decompose(A))
     return calls
 
 
+def test_every_scheme_is_compiled():
+    assert {case.split()[0] for case in COMPILED} == set(SCHEMES)
+
+
+# ------------------------------------------------------------------------------------------------
+# The whole model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", COMPILED)
+def test_compiled_without_graph_breaks(case, monkeypatch):
+    """fullgraph, forward and backward, several chunks of the loss: equal to eager, whose rotation is complex."""
+    rows_of_logits(monkeypatch, 9)
+    model, idx, targets = build(case), tokens(BLOCK), tokens(BLOCK, seed=1)
+    expected = loss_and_gradients(model, model, idx, targets)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
+    found = loss_and_gradients(model, compiled, idx, targets)
+    close(found[0], expected[0])
+    for name in expected[1]:
+        close(found[1][name], expected[1][name], msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["comrope", "carope"])
+def test_compiled_under_autocast(case):
+    model, idx, targets = build(case, torch.float32), tokens(BLOCK), tokens(BLOCK, seed=1)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = loss_and_gradients(model, model, idx, targets)
+        found = loss_and_gradients(model, compiled, idx, targets)
+    close(found[0], expected[0], rtol=1e-2)
+    for name in expected[1]:
+        assert relative_error(found[1][name], expected[1][name]) < 0.1, name
+
+
+@pytest.mark.slow
+def test_compiled_evaluation_equals_eager():
+    model, idx, targets = build("rope"), tokens(BLOCK), tokens(BLOCK, seed=1)
+    targets[0, :5] = -1
+    compiled = torch.compile(model, backend="aot_eager", dynamic=False)
+    with torch.no_grad():
+        close(compiled(idx, targets, reduction="none")[1], model(idx, targets, reduction="none")[1])
+        close(compiled(idx)[0], model(idx)[0])
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor():
+    model, idx, targets = build("rope", torch.float32), tokens(BLOCK), tokens(BLOCK, seed=1)
+    expected = loss_and_gradients(model, model, idx, targets)
+    found = loss_and_gradients(model, torch.compile(model, fullgraph=True, dynamic=False), idx, targets)
+    close(found[0], expected[0], atol=1e-5)
+    for name in expected[1]:
+        close(found[1][name], expected[1][name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+# ------------------------------------------------------------------------------------------------
+# GPT.compile_parts
+
+
 def train(model, steps=3, lr=1e-3):
-    """Steps of two micro-batches and clipped AdamW, a validation in the first; yields the graphs compiled so far and the gradients."""
+    """Steps of two micro-batches and clipped AdamW, with a validation before the first. Yields the number of graphs
+    compiled so far, and the gradients."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
     for step in range(steps):
         if step == 0:
@@ -64,17 +139,18 @@ def graphs_of_training(case, backend, tolerance, layers=3):
     return first
 
 
-@pytest.mark.parametrize("case", COMPILED)
+@cases_of(COMPILED, fast=["comrope"])
 def test_blocks_compile_once(case):
-    """Training and validation of the block, whichever of 3, and of the loss: 4 graphs. Of carope with the embedding as source the first block
-    is told of one tensor twice, as its input and as the embedding, which dynamo takes for another graph."""
-    assert graphs_of_training(case, "aot_eager", 1e-4) == 4 + 2 * (case == "carope embedding")
+    """4 graphs: the block's for training and validation, which serve all 3 blocks, and the loss's for both."""
+    assert graphs_of_training(case, "aot_eager", 1e-4) == 4
 
 
+@pytest.mark.slow
 def test_blocks_compile_once_by_inductor():
     assert graphs_of_training("comrope", "inductor", 1e-3) == 4
 
 
+@pytest.mark.slow
 def test_compiled_parts_with_dropout_and_autocast():
     """Dropout draws other numbers in a graph; its share is the same. Under autocast the loss stays float32."""
     model = build("rope", torch.float32, dropout=0.5)
@@ -101,6 +177,7 @@ def test_compiled_parts_ignore_targets_and_generate():
     assert torch.equal(model.generate(idx, 3, temperature=0), expected[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["comrope", "rope"])
 def test_compiled_parts_under_ddp(case):
     """DDP around compiled blocks: the same gradients, and no graph cut at DDP's buckets."""
@@ -133,25 +210,25 @@ def test_copies_are_eager_and_hold_no_constants(duplicate):
     graphs = counters["stats"]["unique_graphs"]
     close(twin(idx, targets)[1], expected, atol=1e-5)
     for block in twin.transformer["h"]:
-        block.attn.P.data.mul_(1.5)
+        block.attn.pos.P.data.mul_(1.5)
     fresh = GPT(twin.config)
     fresh.load_state_dict(twin.state_dict())
     assert torch.equal(twin(idx)[0], fresh(idx)[0]) and counters["stats"]["unique_graphs"] == graphs
 
 
 def test_flex_attention_in_compiled_blocks(monkeypatch):
-    """A score bias through FlexAttention, its block mask made outside; on a CPU that is possible without gradient only."""
+    """A bias through FlexAttention, its block mask made outside; on a CPU that is possible without gradient only."""
     model, idx = build("alibi", torch.float32, n_embd=96), tokens(40)
     with torch.no_grad():
         expected = model(idx)[0]
-        monkeypatch.setattr(model_module, "flex_fits", lambda ctx, dropout: True)
+        monkeypatch.setattr(attention, "flex_fits", lambda device, start, dropout: True)
         model.compile_parts(backend="aot_eager")
         close(model(idx)[0], expected, atol=1e-4)
     assert counters["stats"]["unique_graphs"] == 1
 
 
 # ------------------------------------------------------------------------------------------------
-# parameters_fixed
+# GPT.parameters_fixed
 
 
 @pytest.mark.parametrize("case", ["comrope", "comrope 4 ld", "comrope 2 unit"])
@@ -184,7 +261,7 @@ def test_nothing_is_kept_beyond_fixed_parameters(decompositions):
     with pytest.raises(KeyError), model.parameters_fixed():
         raise KeyError
     for block in model.transformer["h"]:
-        block.attn.P.data.mul_(1.5)
+        block.attn.pos.P.data.mul_(1.5)
     after = model(idx)[0]
     assert not torch.allclose(after, before, atol=1e-3)
     with model.parameters_fixed():

@@ -1,19 +1,29 @@
 """A retrieval probe: does the model use a key–value pair far back in its context? Perplexity hardly notices.
 
-A trial splices `key value` into a filler, a passage of a document, at a random depth, and ends with `key` again; what follows
-is scored: NLL of the value's tokens. Its control has another key in front of the same value, so the value's tokens are in
-both contexts and only their being bound to the key differs. Recall is control less trial, in nats per token of the
-value: 0 for a model that cannot look back that far, whatever its size, and with teacher forcing it needs no generation.
-Key, other key and value are spans from other documents than the filler; no token is used that the corpus lacks.
+A trial splices `key value` into a filler, a passage of a document, at a random depth, and ends with `key` again. What
+follows is scored: the NLL of the value's tokens. Its control has another key in front of the same value. So both
+contexts hold the value's tokens, and only the key that they follow differs. Recall is the NLL of the control less that
+of the trial, in nats per token of the value. It is 0 for a model that cannot look back that far, whatever its size.
+Teacher forcing is enough: no text is generated. Key, other key and value are spans from other documents than the
+filler, so that the corpus has every token.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
+from tqdm import tqdm
 
-from data.shards import Split
+from data.shards import Data, Split
+from nanope.evaluation.models import Model, Variant
+from nanope.evaluation.options import Options
+from nanope.evaluation.parts import Parts
+from nanope.evaluation.protocols import spans_of
+from nanope.evaluation.scoring import Compute, score_tokens, sum_over_ranks
+from nanope.evaluation.statistics import document_interval
 
 KEY, VALUE = 16, 16  # tokens of a key and of a value
+MULTIPLES = (1, 2, 4, 8)  # of the training length, at which it is asked
+FIGURES = ("recall", "interval", "with_key", "without_key", "accuracy", "trials")
 
 
 @dataclass
@@ -59,3 +69,61 @@ def make_trials(split: Split, documents: np.ndarray, longest: int, count: int, s
         key, other, value = (passage(spans[spans != home], n) for n in (KEY, KEY, VALUE))
         trials.append(Trial(key, other, value, filler, generator.random()))
     return trials
+
+
+def evaluate_probe(
+    variant: Variant, data: Data, block_size: int, options: Options, compute: Compute, parts: Parts
+) -> list[dict]:
+    """A row for each multiple of the training length, of options.probe trials: see measure_recall. Null figures and a
+    reason where the model, or the data, cannot do the length."""
+    reasons = variant.reach([n * block_size for n in MULTIPLES])
+    for length, reason in reasons.items():
+        if reason is None and filler_tokens(length) < 1:
+            reasons[length] = f"two times {KEY} + {VALUE} tokens do not fit into a length of {length}"
+    tokens, _, documents = spans_of(data, options.split, False, 0)
+    # The trials are those of the longest length that has documents, the same for all
+    for length in sorted((n for n, reason in reasons.items() if reason is None), reverse=True):
+        try:
+            trials = make_trials(tokens, documents, length, options.probe, options.seed)
+            break
+        except ValueError as error:
+            reasons[length] = str(error)
+    rows = []
+    for length, reason in reasons.items():
+        row = {"length": length, **variant.label}
+        if reason:
+            rows.append(row | dict.fromkeys(FIGURES) | {"reason": reason})
+            continue
+        key = row | {"probe": options.probe, "split": options.split, "longest": len(trials[0].filler)}
+        key |= {"seed": options.seed, "resamples": options.resamples}
+        found = parts.get(key)
+        if found is None:
+            found = parts.keep(key, measure_recall(variant.model, trials, length, options, compute))
+        rows.append(row | found)
+    return rows
+
+
+def measure_recall(model: Model, trials: list[Trial], length: int, options: Options, compute: Compute) -> dict:
+    """The figures of one length: recall in nats per token with its 95 % bootstrap interval over trials, the value's
+    NLL with and without its key in context, the share of its tokens that were the likeliest, and the number of
+    trials."""
+    size, ranks = max(1, compute.batch_tokens // length), compute.ranks
+    nll, hits = np.zeros((2, len(trials))), np.zeros((2, len(trials)))  # of trials, of controls: means over the value
+    jobs = [(control, i) for control in (0, 1) for i in range(0, len(trials), size)]
+    for number, (control, i) in enumerate(tqdm(jobs, desc=f"probe {length}", unit="batch", disable=compute.silent)):
+        if number % ranks.world == ranks.rank:
+            batch = np.stack([trial.tokens(length, not control) for trial in trials[i : i + size]])
+            found = score_tokens(model, batch, np.full(len(batch), VALUE), compute.dtype)
+            nll[control, i : i + size], hits[control, i : i + size] = (f.reshape(-1, VALUE).mean(1) for f in found)
+    nll, hits = sum_over_ranks(np.stack((nll, hits)), model, ranks)
+    recall = nll[1] - nll[0]
+    return {
+        "recall": float(recall.mean()),
+        "interval": document_interval(recall, np.ones(len(trials)), options.resamples, options.seed),
+        "with_key": float(nll[0].mean()),
+        "without_key": float(nll[1].mean()),
+        "accuracy": float(hits[0].mean()),
+        "trials": len(trials),
+        "key_tokens": KEY,
+        "value_tokens": VALUE,
+    }

@@ -1,10 +1,22 @@
-"""How sure a figure is: bootstrap intervals over documents, and paired comparisons of runs over seeds and documents."""
+"""How sure a figure is: bootstrap intervals over documents, and paired comparisons of runs over seeds and
+documents."""
 
 import math
 
 import numpy as np
 import scipy.stats
 
+# Of one row of results, in the order of a report
+FIGURES = (
+    "nats_per_token",
+    "perplexity",
+    "bits_per_byte",
+    "accuracy",
+    "tokens",
+    "documents",
+    "interval",
+    "per_document",
+)
 BINS_PER_DOUBLING = 4  # of a per-position curve
 
 
@@ -13,17 +25,26 @@ def document_interval(sums: np.ndarray, counts: np.ndarray, resamples: int, seed
     if len(sums) < 2:
         return None
     drawn = scipy.stats.bootstrap(
-        (sums, counts), lambda s, c, axis: s.sum(axis) / c.sum(axis),
-        paired=True, vectorized=True, n_resamples=resamples, confidence_level=0.95, method="percentile", rng=np.random.default_rng(seed),
-    )  # fmt: skip
+        (sums, counts),
+        lambda s, c, axis: s.sum(axis) / c.sum(axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=resamples,
+        confidence_level=0.95,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
     return [float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)]
 
 
 def row_figures(
     nll: np.ndarray, hits: np.ndarray, n_bytes: np.ndarray, document: np.ndarray, resamples: int, seed: int
 ) -> dict:
-    """Figures of one row from its scored tokens, (n,) each: nll in nats, hits (the likeliest token was right), n_bytes of text,
-    document indices. Means are over tokens; bits per byte divide by the text's bytes, of which an end-of-text token has none."""
+    """Figures of one row from its scored tokens.
+
+    nll in nats, hits (the likeliest token was right), n_bytes of text, document indices: (n,) each. Means are over
+    tokens. Bits per byte divide by the bytes of the text, of which an end-of-text token has none.
+    """
     mean = nll.sum() / len(nll)
     present = np.flatnonzero(np.bincount(document))
     sums, counts = np.bincount(document, nll)[present], np.bincount(document)[present]
@@ -40,7 +61,8 @@ def row_figures(
 
 
 def position_curve(nll: np.ndarray, document: np.ndarray, length: int, resamples: int, seed: int) -> dict:
-    """NLL by position, in bins whose width grows with the position: nll (windows·length,) in nats, document the same shape.
+    """NLL by position, in bins whose width grows with the position: nll (windows·length,) in nats, document the same
+    shape.
 
     Lists, one entry a bin: first and last, the tokens of context that its targets have (1 … length); nats, the mean
     over tokens; low and high, its 95 % bootstrap interval over documents (null for a single one); tokens.
@@ -50,36 +72,33 @@ def position_curve(nll: np.ndarray, document: np.ndarray, length: int, resamples
     if len(edges) > 2 and (edges[-1] - edges[-2]) < (edges[-2] - edges[-3]) / 2:  # a last bin too thin to be read
         edges = np.delete(edges, -2)
     nll, document = nll.reshape(-1, length), document.reshape(-1, length)[:, 0]
-    curve = {
-        "first": edges[:-1].tolist(),
-        "last": (edges[1:] - 1).tolist(),
-        "nats": [],
-        "low": [],
-        "high": [],
-        "tokens": [],
-    }
-    for low, high in zip(edges[:-1] - 1, edges[1:] - 1):
-        present = np.flatnonzero(np.bincount(document))
-        sums = np.bincount(document, nll[:, low:high].sum(1))[present]
-        counts = np.bincount(document)[present] * (high - low)
-        interval = document_interval(sums, counts, resamples, seed) or [None, None]
-        for name, value in zip(
-            ("nats", "low", "high", "tokens"), (float(sums.sum() / counts.sum()), *interval, int(counts.sum()))
-        ):
-            curve[name].append(value)
+    curve = {"first": edges[:-1].tolist(), "last": (edges[1:] - 1).tolist()}
+    curve |= {"nats": [], "low": [], "high": [], "tokens": []}
+    present = np.flatnonzero(np.bincount(document))
+    for first, end in zip(edges[:-1] - 1, edges[1:] - 1):
+        sums = np.bincount(document, nll[:, first:end].sum(1))[present]
+        counts = np.bincount(document)[present] * (end - first)
+        low, high = document_interval(sums, counts, resamples, seed) or (None, None)
+        curve["nats"].append(float(sums.sum() / counts.sum()))
+        curve["low"].append(low)
+        curve["high"].append(high)
+        curve["tokens"].append(int(counts.sum()))
     return curve
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray, tokens: np.ndarray, paired: bool) -> dict:
-    """Mean of b less a in nats per token, with 95 % interval and two-sided p-value, from two levels: seeds, then documents.
+    """Mean of b less a in nats per token, with 95 % interval and two-sided p-value, from two levels: seeds, then
+    documents.
 
-    a (seeds of A, n), b (seeds of B, n): NLL sums of each document, the same documents and tokens (n,) for all; `paired`:
-    seed i of A belongs to seed i of B. The variance of the difference is that between seeds over their number, plus that
-    between documents of the seeds' mean (linearised ratio of sums); as the sum of the two contains the interaction twice,
-    it errs on the safe side (Owen 2007, "The pigeonhole bootstrap", for such crossed levels). The t quantile has
-    Satterthwaite's degrees of freedom, which is what a percentile bootstrap lacks for three seeds: there its 95 % interval
-    covered the truth in three cases of four (measured). With one seed in an arm the seeds' part is unknown, and with one document the
-    documents' part; `levels` says which are in.
+    a (seeds of A, n), b (seeds of B, n): NLL sums of each document, the same documents and tokens (n,) for all.
+    `paired`: seed i of A belongs to seed i of B. `levels` of the result says which levels are in: one seed in an arm
+    tells nothing of the variance between seeds, and one document nothing of that between documents.
+
+    The variance of the difference is a sum: that between seeds over their number, and that between documents of the
+    seeds' mean (linearised ratio of sums). Both contain the interaction of the two, so the sum errs on the safe side
+    (Owen 2007, "The pigeonhole bootstrap", for such crossed levels). The t quantile has Satterthwaite's degrees of
+    freedom. A percentile bootstrap does not account for them: with three seeds its 95 % interval covered the truth in
+    three cases of four (measured).
     """
     total, n = tokens.sum(), a.shape[1]
     means = [x.sum(1) / total for x in (a, b)]  # (seeds,) nats per token

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from data.prepare import cores
+from data.shards import cores
 from model import GPTConfig
 from nanope.config import RunConfig
 from nanope.distributed import PEAK_FLOPS, peak_flops

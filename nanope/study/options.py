@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from data.prepare import cores
+from data.shards import cores
 from nanope.distributed import PEAK_FLOPS
 from nanope.errors import nearest
 from nanope.study.grid import Grid

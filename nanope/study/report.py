@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from nanope.config import RunConfig
+from nanope.study.figures import write_figures
 from nanope.study.grid import Grid, as_list
 from nanope.study.markup import NOISE
 from nanope.study.results import Study, scored_rows, throughput
@@ -21,8 +22,9 @@ README = """\
 
 
 def write(folder: Path) -> str:
-    """Make the tables and the figure of a folder: table.md, table.tex, figure.png. Where there is a README.md, the part
-    of it between two marks is made in the place of table.md, and the rest is left alone. Returns the Markdown."""
+    """Make the tables and the figure of a folder: table.md, table.tex, figure.png, figure.pdf. Where there is a
+    README.md, the part of it between two marks is made instead of table.md, and the rest is left alone. Returns the
+    Markdown."""
     study = Study.read(folder)
     text, readme = markdown(study), study.folder / "README.md"
     if readme.is_file():
@@ -31,10 +33,7 @@ def write(folder: Path) -> str:
     else:
         (study.folder / "table.md").write_text(text)
     (study.folder / "table.tex").write_text(latex_text(study))
-    if any(study.runs.values()):
-        import plot  # matplotlib takes a moment
-
-        plot.draw(study, study.folder / "figure.png")
+    write_figures(study, study.folder)
     return text
 
 

@@ -1,0 +1,127 @@
+"""Turns finished units into a finished data folder: final names, manifest, figure of lengths, verification."""
+
+import collections
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from data.corpora import SPLITS, Corpus
+from data.plan import RECORD
+from data.progress import note
+from data.shard_writer import OCTAVE
+from data.shards import DataError, Split, open_data, write_atomically, write_manifest
+from data.summary import lengths_figure
+from data.units import finished_units, record_of
+
+
+def join_units(folder: Path, plan: dict, corpus: Corpus) -> None:
+    """Give every shard its final name, and write the figure, the manifest and COMPLETE.
+
+    Reads only the units' records and the val shards. DataError where units are missing or a split is empty.
+    """
+    units = _all_units(folder, plan["groups"])
+    splits, lengths = _rename_shards(folder, [(split, record) for unit in units for split, record in _shards_of(unit)])
+    counts = {key: sum(unit[key] for unit in units) for key in ("documents", "empty")}
+    for split in ("train", "val"):
+        if not splits[split]:
+            raise DataError(
+                f"there is no {split} document: the source has {counts['documents']:,} documents and "
+                f"{counts['empty']:,} empty ones"
+                + (f"; validation is {', '.join(corpus.val)}" if corpus.val else "; give another --val_tokens")
+            )
+    counts["bytes"] = sum(record["bytes"] for records in splits.values() for record in records)
+    digests = [unit["sha256"] for unit in units]
+    sha256 = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    revision = _revision(plan, corpus, counts["documents"], sha256)
+    bad = collections.Counter()
+    for unit in units:
+        bad.update(unit["bad"])
+    for message in [message for unit in units for message in unit["messages"]][:10]:
+        note(f"skipped: {message}")
+    long, val_long = _long_documents(folder, plan, splits["val"])
+    write_atomically(folder / "lengths.png", lengths_figure(lengths))
+    write_manifest(
+        folder,
+        plan
+        | {
+            "revision": revision,
+            "source": plan["source"] | counts | {"sha256": sha256, "bad": dict(bad)},
+            "splits": {split: records for split, records in splits.items() if records},
+            "lengths": lengths,
+            "bins_per_doubling": OCTAVE,
+            "val_long_tokens": long,
+            "val_long": val_long,
+        },
+    )
+
+
+def publish(folder: Path, out: Path) -> None:
+    """Verify the complete folder, delete the records of its units, and rename it to `out`."""
+    open_data(folder)
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == "plan.json"):  # that one last
+        if path.name.startswith("downloads") and path.is_dir():
+            shutil.rmtree(path)
+        elif RECORD.fullmatch(path.name):
+            path.unlink()
+    os.replace(folder, out)
+
+
+def _all_units(folder: Path, groups: int) -> list[dict]:
+    """The records of all units, in order. DataError where some are missing."""
+    found = collections.defaultdict(list)
+    for unit in finished_units(folder):
+        found[unit.group].append(unit)
+    missing = [f"{group:05d}" for group in range(groups) if not found[group] or len(found[group]) < found[group][0].of]
+    if missing:
+        raise DataError(
+            f"{folder} is not finished: of {groups} groups of source files {len(missing)} are not, "
+            f"{', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}; "
+            f"run the other parts, or the command without --part"
+        )
+    return [json.loads(record_of(folder, unit).read_text()) for group in sorted(found) for unit in found[group]]
+
+
+def _shards_of(unit: dict) -> list[tuple[str, dict]]:
+    """Split and record of every shard of a unit."""
+    return [(split, record) for split, records in unit["shards"].items() for record in records]
+
+
+def _rename_shards(folder: Path, shards: list[tuple[str, dict]]) -> tuple[dict[str, list[dict]], dict[str, dict]]:
+    """Give shards, in order, their final names. Returns the manifest's records of each split, and its histograms.
+
+    A shard that is not there has its final name already, from an interrupted run.
+    """
+    splits, lengths = {split: [] for split in SPLITS}, {}
+    for split, record in shards:
+        name = f"{split}_{len(splits[split]):05d}.bin"
+        if (folder / record["file"]).exists():
+            os.replace(folder / record["file"], folder / name)
+        kept = {key: record[key] for key in ("tokens", "documents", "bytes", "sha256", "fingerprint")}
+        splits[split].append({"file": name} | kept)
+        histogram = lengths.setdefault(split, collections.Counter())
+        histogram.update({int(b): count for b, count in record["lengths"].items()})
+    return splits, {split: dict(sorted(histogram.items())) for split, histogram in lengths.items()}
+
+
+def _revision(plan: dict, corpus: Corpus, documents: int, sha256: str) -> str | None:
+    """The plan's revision. None where the documents are not those that the corpus has at it."""
+    if corpus.sha256 in (None, sha256):
+        return plan["revision"]
+    note(
+        f"the source's {documents} documents are not exactly those of {corpus.repo}@{corpus.revision}; "
+        f"no revision is recorded"
+    )
+    return None
+
+
+def _long_documents(folder: Path, plan: dict, val: list[dict]) -> tuple[int, list[dict]]:
+    """The validation documents of at least --long_tokens, which is halved until there is one. Returns it, and them."""
+    documents = Split(folder, val, plan["dtype"], plan["vocab_size"], plan["tokenizer"]["eot"]).documents()
+    long = plan["long_tokens"]
+    while long > documents[:, 1].max():
+        long //= 2
+    if long < plan["long_tokens"]:
+        note(f"no validation document has {plan['long_tokens']:,} tokens; val_long lists those of at least {long:,}")
+    return long, [{"start": int(start), "tokens": int(tokens)} for start, tokens in documents if tokens >= long]

@@ -1,0 +1,64 @@
+"""Finds the files that a corpus is read from: on this machine, on the hub, or in a package."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from pathlib import Path
+
+from data.corpora import SPLITS, Corpus, Subset
+from data.documents import king_james_file
+from data.hub import hub_files
+from data.readers import File, find_files
+from data.shards import DataError
+
+
+def source_files(
+    corpus: Corpus, subset: Subset | None, source: Path | str | None, revision: str | None
+) -> tuple[str | None, list[File]]:
+    """Revision and files of what is to be read. `revision` is of the hub.
+
+    The revision that is returned is a commit, or None where it is not known, as for a --source.
+    """
+    if source is not None and corpus.reader:
+        source, listed = Path(source), local_files(corpus, source)
+        identity = _sha256([[file.name, file.identity] for file in listed])
+        return corpus.revision, [File(source.name, sum(file.bytes for file in listed), identity, path=str(source))]
+    if source is not None:
+        return None, local_files(corpus, source)
+    if corpus.archive:
+        return corpus.revision, [File(f"{corpus.repo.split('/')[1]}.zip", 0, corpus.revision)]
+    if corpus.repo:
+        return hub_files(corpus, subset, revision)
+    return corpus.revision, [king_james_file()]
+
+
+def local_files(corpus: Corpus, source: Path | str) -> list[File]:
+    """The files of a --source. For a corpus with its own splits, a file belongs to the split that its path names."""
+    files = find_files(source)
+    if not corpus.own_splits:
+        return files
+    files = [dataclasses.replace(file, split=_split_of(file.name)) for file in files]
+    missing = [split for split in ("train", "val") if split not in {file.split for file in files}]
+    if missing:
+        raise DataError(
+            f"--source {source}: no file for the split {missing[0]} among {', '.join(file.name for file in files)}; "
+            f"this corpus has its own splits, and each path must name one: train, validation or test"
+        )
+    return sorted(files, key=lambda file: (SPLITS.index(file.split), file.name))
+
+
+def identity_of(files: list[File]) -> str:
+    """Hex sha256 that changes with the name, the size, the content or the split of a file."""
+    return _sha256([[file.name, file.bytes, file.identity, file.split] for file in files])
+
+
+def _split_of(name: str) -> str:
+    found = [split for split in SPLITS if re.search(rf"(^|[^a-z]){split}", name)]
+    if len(found) != 1:
+        raise DataError(f"{name}: its path should name one split, train, validation or test")
+    return found[0]
+
+
+def _sha256(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

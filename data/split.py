@@ -1,0 +1,126 @@
+"""Decides which document goes to which split.
+
+A corpus may have its own splits, or name its validation documents. Otherwise the sha256 of a document's text decides:
+equal texts are never on two sides, and the rule does not depend on the order of documents.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from data.corpora import Corpus
+from data.progress import note
+from data.readers import Bad, Documents, File
+from data.shards import DataError
+from data.tokenizer import Tokenizer
+from data.units import cut_group, group_files, read_unit
+
+VAL_FRACTION = 0.05  # unless the corpus has its own validation, or --val_tokens is given
+
+Assigned = Iterator[tuple[str, str, str, bytes]]  # split, name, text, sha256 of the document's text
+
+
+@dataclass
+class Survey:
+    """What a first reading of a small source finds."""
+
+    documents: int = 0
+    bytes: int = 0
+    low: float = 1.0  # extremes of `fraction` over the documents
+    high: float = 0.0
+
+
+def text_sha256(text: str) -> bytes:
+    """sha256 of a text in UTF-8: 32 bytes."""
+    return hashlib.sha256(text.encode()).digest()
+
+
+def fraction(digest: bytes) -> float:
+    """A sha256 as a float in [0, 1): its first 53 bits, so that the float is exact."""
+    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
+
+
+def survey(corpus: Corpus, files: list[File], bad: Bad, unit_bytes: int) -> Survey:
+    """Read the documents of a small source once."""
+    seen = Survey()
+    for number, group in enumerate(group_files(files, corpus, unit_bytes)):
+        for unit in cut_group(number, group, corpus, unit_bytes):
+            for _, text in read_unit(unit, corpus, bad):
+                if text and not text.isspace():
+                    place = fraction(text_sha256(text))
+                    seen.documents, seen.bytes = seen.documents + 1, seen.bytes + len(text.encode())
+                    seen.low, seen.high = min(seen.low, place), max(seen.high, place)
+    if not seen.documents:
+        raise DataError("there is no text in the source: every document is empty")
+    return seen
+
+
+def validation_rule(
+    corpus: Corpus,
+    files: list[File],
+    tokenizer: Tokenizer,
+    asked: int | None,
+    text_bytes: int,
+    expected: int | None,
+    skip_bad: bool,
+    survey_bytes: int,
+) -> dict:
+    """The rule that sends a document to validation, as the manifest records it. Its `kind` is own, names, hash or cut.
+
+    asked: --val_tokens. text_bytes: of the whole corpus, about. expected: its tokens, where the table of corpora has
+    them. Where it has not, a source of at most `survey_bytes` is read, so that each side gets a document.
+    """
+    if corpus.own_splits or corpus.val:
+        if asked is not None:
+            why = "names its validation documents" if corpus.val else "has a validation split of its own"
+            raise DataError(f"--val_tokens does not apply: this corpus {why}")
+        return {"kind": "names", "documents": list(corpus.val)} if corpus.val else {"kind": "own"}
+    seen = None
+    if expected is None:
+        if text_bytes <= survey_bytes:
+            seen = survey(corpus, files, Bad(skip_bad), survey_bytes)
+            text_bytes = seen.bytes
+        expected = max(1, round(text_bytes / tokenizer.bytes_per_token))
+    if asked is None:
+        asked = max(1, min(corpus.val_tokens or expected, round(VAL_FRACTION * expected)))
+    counts, share = {"val_tokens": asked, "expected_tokens": expected}, asked / expected
+    if seen and seen.documents == 1:
+        note("there is a single document: its end, from a line break on, is the validation document")
+        return {"kind": "cut"} | counts | {"share": min(share, 0.5)}
+    return {"kind": "hash"} | counts | {"sha256_fraction_below": _threshold(share, asked, expected, seen)}
+
+
+def _threshold(share: float, asked: int, expected: int, seen: Survey | None) -> float:
+    """Texts whose `fraction` is below this go to validation. It is `share`, unless a side would be empty."""
+    if seen and seen.low == seen.high:
+        raise DataError(f"all {seen.documents} documents are the same, so none can be kept for validation")
+    if seen and share <= seen.low:
+        note(f"{asked:,} validation tokens would take no document; the one with the smallest hash is taken")
+        return math.nextafter(seen.low, 1)
+    if seen and share > seen.high:
+        note(
+            f"{asked:,} validation tokens would take every document; the one with the largest hash is left for training"
+        )
+        return seen.high
+    if share >= 1:
+        raise DataError(f"--val_tokens {asked:,} is the whole corpus, which has about {expected:,} tokens")
+    return share
+
+
+def assigned(documents: Documents, rule: dict, own_split: str | None) -> Assigned:
+    """Send each document to its split, in order. `own_split`: of the corpus's own, that of the file it is from."""
+    for name, text in documents:
+        digest, split = text_sha256(text), own_split
+        if rule["kind"] == "names":
+            split = "val" if name in rule["documents"] else "train"
+        elif rule["kind"] == "hash":
+            split = "val" if fraction(digest) < rule["sha256_fraction_below"] else "train"
+        elif rule["kind"] == "cut":
+            middle = round(len(text) * (1 - rule["share"]))
+            cut = text.rfind("\n", 0, middle) + 1 or middle
+            if not text[:cut].strip() or not text[cut:].strip():
+                raise DataError(f"{name} is too little text for training and validation")
+            yield "train", name, text[:cut], digest
+            split, text = "val", text[cut:]
+        yield split, name, text, digest

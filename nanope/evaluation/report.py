@@ -1,0 +1,155 @@
+"""Reports of evaluations: their names, their tables, the files, and their figures for wandb."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from nanope import checkpoint
+from nanope.config import RunConfig
+from nanope.errors import first_line
+from nanope.evaluation.parts import write_json
+from nanope.log import start_wandb
+
+# What a report's name tells where it is not the default
+NAMED = (
+    "stride",
+    "data",
+    "split",
+    "stream",
+    "max_targets",
+    "probe",
+    "offsets",
+    "windows",
+    "resamples",
+    "seed",
+    "dtype",
+)
+
+
+def report_name(args: argparse.Namespace, default: Callable[[str], object], step: int) -> str:
+    """The file name of a report of a checkpoint's step. `default` gives an option's default by its name."""
+    parts = [f"step_{step}", "+".join(args.protocol)]
+    if args.lengths:
+        parts.append(joined(args.lengths))
+    if args.scaling != ["none"]:
+        parts.append(f"{'+'.join(args.scaling)}-{args.factor:g}")
+    for name in NAMED:
+        value = getattr(args, name)
+        if value != default(name):
+            text = Path(value).name if name == "data" else joined(value) if name == "offsets" else value
+            parts.append(name if value is True else f"{name}-{text}")
+    return "_".join(parts) + ".json"
+
+
+def joined(numbers: list[int]) -> str:
+    return "-".join(map(str, numbers))
+
+
+def write_report(report: dict, path: Path) -> None:
+    """The report as JSON, and its table beside it as .md."""
+    write_json(path, report)
+    checkpoint.write_atomically(path.with_suffix(".md"), lambda file: file.write((table(report) + "\n").encode()))
+
+
+# ---- tables
+
+
+def table(report: dict) -> str:
+    """The report's rows as Markdown tables, and the reasons for what is missing."""
+    reasons = []
+    shifts = [row for row in report["results"] if row["protocol"] == "shift"]
+    scored = [row for row in report["results"] if row["protocol"] != "shift"]
+    tables = [score_table(scored, reasons)] if scored else []
+    if report.get("probe"):
+        tables.append(probe_table(report["probe"], reasons))
+    if shifts:
+        tables.append(shift_table(shifts, reasons))
+    return "\n".join(["\n\n".join(tables), *reasons])
+
+
+def score_table(rows: list[dict], reasons: list[str]) -> str:
+    lines = [
+        "| protocol | length | nats/token | 95 % interval | perplexity | bits/byte | top-1 | tokens |",
+        "|---|--:|--:|:-:|--:|--:|--:|--:|",
+    ]
+    for r in rows:
+        head = f"| {r['protocol']} | {length_of(r)}{' (cropping baseline)' if r['cropping_baseline'] else ''} |"
+        if r["nats_per_token"] is None:
+            lines.append(f"{head} n/a | | | | | |")
+            reasons.append(f"n/a at {length_of(r)}: {r['reason']}")
+        else:
+            lines.append(
+                f"{head} {r['nats_per_token']:.4f} | {interval_of(r, 'one document')} | {r['perplexity']:.3f} "
+                f"| {r['bits_per_byte']:.4f} | {r['accuracy']:.1%} | {r['tokens']:,} |"
+            )
+    return "\n".join(lines)
+
+
+def probe_table(rows: list[dict], reasons: list[str]) -> str:
+    lines = [
+        "| probe length | recall, nats/token | 95 % interval | NLL with key | without | top-1 with key |",
+        "|--:|--:|:-:|--:|--:|--:|",
+    ]
+    for r in rows:
+        if r["recall"] is None:
+            lines.append(f"| {length_of(r)} | n/a | | | | |")
+            reasons.append(f"probe n/a at {length_of(r)}: {r['reason']}")
+        else:
+            lines.append(
+                f"| {length_of(r)} | {r['recall']:.4f} | {interval_of(r, 'one trial')} | {r['with_key']:.4f} "
+                f"| {r['without_key']:.4f} | {r['accuracy']:.1%} |"
+            )
+    return "\n".join(lines)
+
+
+def shift_table(rows: list[dict], reasons: list[str]) -> str:
+    lines = [
+        "| positions shifted by | length | nats/token | largest change of a token | tokens |",
+        "|--:|--:|--:|--:|--:|",
+    ]
+    for r in rows:
+        head = f"| {r['offset']:,} | {r['length']} |"
+        if r["nats_per_token"] is None:
+            lines.append(f"{head} n/a | | |")
+        else:
+            lines.append(f"{head} {r['nats_per_token']:.6f} | {r['largest_change']:.1e} | {r['tokens']:,} |")
+    reasons += dict.fromkeys(f"shift n/a: {r['reason']}" for r in rows if "reason" in r)
+    return "\n".join(lines)
+
+
+def length_of(row: dict) -> str:
+    return f"{row['length']}" + (f" {row['scaling']} ×{row['factor']:g}" if row["scaling"] != "none" else "")
+
+
+def interval_of(row: dict, alone: str) -> str:
+    return f"{row['interval'][0]:.4f} … {row['interval'][1]:.4f}" if row["interval"] else alone
+
+
+# ---- wandb
+
+
+def flat_figures(report: dict) -> dict[str, float]:
+    """The report's figures by name, for wandb: eval/PROTOCOL/LENGTH[/SCALING][/OFFSET]/FIGURE."""
+    figures = ("nats_per_token", "perplexity", "bits_per_byte", "accuracy", "recall", "largest_change")
+    found = {}
+    for r in [*report["results"], *({"protocol": "probe", **p} for p in report.get("probe", ()))]:
+        name = f"eval/{r['protocol']}/{r['length']}" + (f"/{r['scaling']}" if r["scaling"] != "none" else "")
+        name += f"/{r['offset']}" if "offset" in r else ""
+        found |= {f"{name}/{f}": r[f] for f in figures if r.get(f) is not None}
+    return found
+
+
+def log_to_wandb(report: dict) -> None:
+    """Add the report's figures to the summary of the wandb run that training made, where it made one."""
+    config, run = report["config"], Path(report["run"])
+    if config.get("wandb", "off") == "off" or not run.is_dir():
+        return
+    known = {field.name for field in dataclasses.fields(RunConfig)}
+    try:
+        logged = start_wandb(RunConfig(**{k: v for k, v in config.items() if k in known}), run, resumed=True)
+        logged.summary.update(flat_figures(report))
+        logged.finish()
+    except Exception as error:  # the report is written; whatever wandb has is no reason to fail
+        print(f"warning: the figures are not in wandb: {first_line(error)}", file=sys.stderr)

@@ -1,0 +1,124 @@
+"""What a model makes of given tokens: negative log-likelihoods in nats, and whether the likeliest token was right.
+
+No logits of a whole window exist at any time. Every figure is the same for any number of ranks.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data.shards import Split
+from model import GPT
+from nanope.attention import kernel
+from nanope.distributed import Ranks, autocast
+from nanope.evaluation.models import Model
+from nanope.evaluation.protocols import Windows
+from nanope.ops import by_onednn, chunk_rows, head_dtype, linear, no_autocast, wide
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How forward passes run: `batch_tokens` input tokens each or one window, with autocast to `dtype`, shared by
+    ranks."""
+
+    batch_tokens: int = 4096
+    dtype: torch.dtype = torch.float32
+    device: torch.device = torch.device("cpu")
+    ranks: Ranks = field(default_factory=Ranks)
+
+    @property
+    def silent(self) -> bool | None:
+        """tqdm's `disable`: other ranks show no progress, nor does the first where there is no terminal."""
+        return None if self.ranks.main else True
+
+    def conditions(self, model: Model) -> dict:
+        """What figures may depend on beyond the model and the tokens, for a report."""
+        library = "transformers, scaled_dot_product_attention"
+        return {
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(model.lm_head.weight.device),
+            "backend": kernel(model, self.dtype, training=False) if isinstance(model, GPT) else library,
+            "batch_tokens": self.batch_tokens,
+            "ranks": self.ranks.world,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+
+
+@torch.no_grad()
+def score_head(h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """NLL in nats and whether the likeliest token is the target: h (n, C), weight (V, C), targets (n,) → (n,) float32
+    (h's dtype if wider) and (n,) bool. Logits exist for a chunk of rows at a time."""
+    dtype, exact = head_dtype(h), wide(h.dtype)
+    rows = chunk_rows(weight.size(0), h.device)
+    nll = torch.empty(len(h), dtype=exact, device=h.device)
+    hits = torch.empty(len(h), dtype=torch.bool, device=h.device)
+    with no_autocast(h.device):
+        head = weight.to(dtype)
+        fast = dtype == h.dtype and by_onednn(h)
+        if fast:  # at full speed with half of the rows, and it holds packed copies
+            rows = max(1, rows // 2)
+        else:  # one buffer for all chunks: new memory is slow
+            buffer = torch.empty(min(rows, len(h)), len(head), dtype=dtype, device=h.device)
+        for i in range(0, len(h), rows):
+            part = slice(i, i + rows)
+            target = targets[part]
+            if fast:
+                logits = linear(h[part], head)  # (rows, V)
+            else:
+                logits = torch.mm(h[part].to(dtype), head.t(), out=buffer[: len(target)]).to(exact)
+            peak, ours = logits.amax(1), logits.gather(1, target[:, None]).squeeze(1)
+            hits[part] = ours == peak
+            # Right, or one of several that are equally likely: then the first of them counts
+            level = hits[part].nonzero().squeeze(1)
+            hits[i + level] = logits[level].argmax(1) == target[level]
+            nll[part] = logits.sub_(peak[:, None]).exp_().sum(1).log() + (peak - ours)
+    return nll, hits
+
+
+@torch.no_grad()
+def score_tokens(
+    model: Model, tokens: np.ndarray, scored: np.ndarray, dtype: torch.dtype = torch.float32
+) -> tuple[np.ndarray, np.ndarray]:
+    """NLL and hits of the last `scored` (B,) tokens of each row of tokens (B, L+1), row by row: (Σ scored,) float64
+    and bool."""
+    device = model.lm_head.weight.device
+    tokens = torch.from_numpy(tokens)
+    keep = torch.arange(tokens.size(1) - 1) >= tokens.size(1) - 1 - torch.from_numpy(scored)[:, None]  # (B, L)
+    with autocast(device, dtype):
+        h = model.hidden(tokens[:, :-1].to(device))  # (B, L, C)
+        nll, hits = score_head(h[keep.to(device)], model.lm_head.weight, tokens[:, 1:][keep].to(device))
+    return nll.cpu().double().numpy(), hits.cpu().numpy()
+
+
+def score(
+    model: Model, split: Split, windows: Windows, compute: Compute, label: str = ""
+) -> tuple[np.ndarray, np.ndarray]:
+    """NLL in nats and hits of every scored token, in the order of `windows.targets()`: (tokens,) float64 and bool, on
+    every rank. The batches are the same for any number of ranks, and so is each figure."""
+    edges = np.concatenate(([0], np.cumsum(windows.scored)))
+    found = np.zeros((2, edges[-1]))
+    total, ranks = int(windows.size.sum()), compute.ranks
+    with tqdm(total=total, desc=label, unit="token", unit_scale=True, disable=compute.silent) as progress:
+        for number, part in enumerate(windows.batches(compute.batch_tokens)):
+            if number % ranks.world == ranks.rank:
+                tokens = read_windows(split, windows.start[part], int(windows.size[part[0]]))
+                where = np.concatenate([np.arange(edges[i], edges[i + 1]) for i in part])
+                found[:, where] = score_tokens(model, tokens, windows.scored[part], compute.dtype)
+            progress.update(int(windows.size[part].sum()))
+    nll, hits = sum_over_ranks(found, model, ranks)
+    return nll, hits > 0
+
+
+def read_windows(split: Split, starts: np.ndarray, size: int) -> np.ndarray:
+    """Inputs and the last target of windows of one size: (B, size + 1) int64."""
+    return np.stack([split.read(start, start + size + 1) for start in starts.tolist()])
+
+
+def sum_over_ranks(values: np.ndarray, model: Model, ranks: Ranks) -> np.ndarray:
+    """The sum of each rank's values, on every rank."""
+    if ranks.world == 1:
+        return values
+    return ranks.sum(torch.from_numpy(values).to(model.lm_head.weight.device)).cpu().numpy()

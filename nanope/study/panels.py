@@ -1,0 +1,339 @@
+"""What the panels of a figure show, as plain numbers: of a study, or of evaluation reports. drawing.py draws them.
+
+Means, intervals and differences are those of the tables, by the same functions. A panel is a function of (study,
+setting, looks) that returns Lines, Forest or Points, or None where the study has nothing for it.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from nanope.study.costs import model_cost
+from nanope.study.drawing import Curve, Forest, Lines, Points
+from nanope.study.grid import bench_variants
+from nanope.study.results import Study, throughput
+from nanope.study.statistics import difference_of_losses, difference_of_rows, seed_interval, speed_ratios
+from schemes import label
+
+# Of known schemes. The colours stay apart under simulated protanopia, deuteranopia and tritanopia (OKLab distance of at
+# least 0.09 for each pair), and are dark enough for labels on white (contrast of at least 3).
+COLOURS = {
+    "learned": "#222222", "sinusoidal": "#d07c12", "none": "#969696", "rope": "#0b4f8a",
+    "crope": "#3a99ee", "comrope": "#027f63", "carope": "#d03024", "alibi": "#9049c4",
+}  # fmt: skip
+SPARE = ("#871a46", "#dd55b0", "#3a24b8", "#8a9a1c", "#13a9bd", "#6b4410")
+DASHES = ("-", "--", ":", "-.")  # the first, second, … arm of one scheme
+SCALINGS = {"none": "-", "pi": ":", "ntk": "--", "yarn": "-."}
+BANDS = 3  # curves with a band: more cover each other
+
+
+def looks_of(schemes: dict[str, str]) -> dict[str, dict]:
+    """Colour and line style of each arm (arm → its scheme, as schemes.label names it). The first arm of a known scheme
+    has the scheme's colour, all others a spare one. The arms of one scheme differ in their line style too."""
+    spare = iter([*SPARE, *(colour for scheme, colour in COLOURS.items() if scheme not in schemes.values())])
+    found, seen = {}, {}
+    for arm, scheme in schemes.items():
+        n = seen[scheme] = seen.get(scheme, -1) + 1
+        colour = COLOURS[scheme] if n == 0 and scheme in COLOURS else next(spare, "#555555")
+        found[arm] = {"color": colour, "linestyle": DASHES[n % len(DASHES)]}
+    return found
+
+
+# ---- by context length
+
+
+def length(study: Study, setting: str, looks: dict) -> Lines | None:
+    """Nats or perplexity against context length. None where there are fewer than two lengths."""
+    protocol, rows = rows_by_length(study, setting)
+    lengths = sorted({n for by_length in rows.values() for n in by_length})
+    if len(lengths) < 2:
+        return None
+    perplexity, unit, baseline = study.grid.figure == "perplexity", study.unit, study.grid.baseline
+    show = math.exp if perplexity else float
+    block, ticks, xlabel = scale_of_lengths(study, setting, lengths)
+    curves = [curve for arm, by in rows.items() if (curve := curve_of(arm, by, show, looks[arm])).x]
+    if not curves:
+        return None
+    with_bands(curves, baseline, {arm: difference_at(rows, arm, baseline, lengths[-1]) for arm in rows})
+    trained = values_of(rows.get(baseline, {}).get(block, {})) if protocol == "same-targets" else []
+    level = trained and (
+        show(np.mean(trained)),
+        f"{baseline}, cropped to its training length",
+        looks[baseline]["color"],
+    )
+    return Lines(
+        f"Same {unit}s scored, longer context" if protocol == "same-targets" else f"Longer context, {protocol}",
+        note_of(study, setting, curves),
+        xlabel,
+        f"{'perplexity' if perplexity else 'nats'} per {unit}",
+        curves,
+        baseline,
+        ticks,
+        log_x=True,
+        log_y=perplexity,
+        level=level or None,
+    )
+
+
+def rows_by_length(study: Study, setting: str) -> tuple[str, dict]:
+    """The protocol that tells most about context length, and its rows without scaling: arm → length → seed → row.
+    Several lengths come before a single one, then the same targets before others, then the grid's order. ("", {}) where
+    there is no report."""
+    found = {}
+    for name in study.grid.eval or {}:
+        for (protocol, arm, scaling), by_length in study.rows(setting, name).items():
+            if protocol != "per-position" and scaling == "none":
+                found.setdefault((name, protocol), {})[arm] = by_length
+    if not found:
+        return "", {}
+    several = {key: len({n for by in rows.values() for n in by}) > 1 for key, rows in found.items()}
+    best = max(found, key=lambda key: (several[key], key[1] == "same-targets"))
+    return best[1], found[best]
+
+
+def scale_of_lengths(study: Study, setting: str, lengths: list[int]) -> tuple[int, dict[float, str], str]:
+    """(the baseline's training length, tick labels, axis label), in training lengths where all arms have the same."""
+    configs = {arm: c for arm in study.grid.arms if (c := study.config(setting, arm))}
+    block = configs.get(study.grid.baseline, next(iter(configs.values()))).block_size
+    if len({c.block_size for c in configs.values()}) > 1:
+        return block, {n: f"{n:,}" for n in lengths}, f"context length ({study.unit}s)"
+    ticks = {n: f"{n / block:.3g}×" for n in lengths}
+    return block, ticks, f"context, in training lengths ({block:,} {study.unit}s)"
+
+
+def values_of(by_seed: dict[int, dict]) -> list[float]:
+    """Nats of each seed; empty where a seed has none."""
+    values = [row["nats_per_token"] for row in by_seed.values()]
+    return [] if None in values or not np.isfinite(values).all() else values
+
+
+def curve_of(arm: str, by_length: dict, show: Callable, look: dict) -> Curve:
+    """Means over seeds with intervals over seeds, or over documents where there is one seed."""
+    able = {n: values for n in sorted(by_length) if (values := values_of(by_length[n]))}
+    intervals = []
+    for n, values in able.items():
+        interval = seed_interval(values) or next(iter(by_length[n].values()))["interval"]
+        intervals.append(interval and [show(bound) for bound in interval])
+    ends = any(row["nats_per_token"] is None for by_seed in by_length.values() for row in by_seed.values())
+    return Curve(arm, look, list(able), [show(np.mean(v)) for v in able.values()], intervals, ends=ends)
+
+
+def with_bands(curves: list[Curve], baseline: str, ends: dict[str, dict | None]) -> None:
+    """Give a band to the baseline and to the lowest of the arms that end below it beyond noise, BANDS in all. `ends`:
+    arm → its paired difference at the end. Bands of arms that tie would cover each other; differences say more."""
+    better = {arm: d["difference"] for arm, d in ends.items() if d and d["interval"] and d["interval"][1] < 0}
+    chosen = [baseline, *sorted(better, key=better.get)][:BANDS]
+    for curve in curves:
+        curve.band = curve.name in chosen and any(curve.intervals)
+
+
+def note_of(study: Study, setting: str, curves: list[Curve]) -> str:
+    """How many seeds, and what a band is, where a curve has one."""
+    seeds = max(len(study.runs[setting, arm]) for arm in study.grid.arms)
+    note = f"mean of {seeds} seeds" if seeds > 1 else "one seed"
+    band = f"; band: 95 % interval over {'seeds' if seeds > 1 else 'documents'}"
+    return note + band * any(curve.band for curve in curves)
+
+
+def difference(study: Study, setting: str, looks: dict) -> Forest | None:
+    """Paired differences from the baseline at up to three lengths, or of validation losses where there is no report.
+    The arm that is lowest at the longest length comes first."""
+    baseline, unit = study.grid.baseline, study.unit
+    arms = [arm for arm in study.grid.arms if arm != baseline and study.runs[setting, arm]]
+    _, rows = rows_by_length(study, setting)
+    if rows:
+        lengths = sorted({n for by_length in rows.values() for n in by_length})
+        _, ticks, _ = scale_of_lengths(study, setting, lengths)
+        shown = three_of(lengths, [n for n in lengths if ticks[n] in ("1×", "4×", "16×")])
+        marks = [ticks[n] for n in shown]
+        found = {arm: [difference_at(rows, arm, baseline, n) for n in shown] for arm in arms}
+        what = f"nats per {unit}"
+    else:
+        losses = study.losses(setting, baseline)
+        marks, what = ["at the last step"], f"validation loss, nats per {unit},"
+        found = {arm: [difference_of_losses(study.losses(setting, arm), losses)] for arm in arms}
+    found = {arm: each for arm, each in found.items() if any(each)}
+    if not found:
+        return None
+    seeds = max(d["seeds"] for each in found.values() for d in each if d)
+    known = lambda arm: [d["difference"] for d in found[arm] if d]  # noqa: E731
+    order = sorted(found, key=lambda arm: (found[arm][-1] is None, known(arm)[-1]))
+    return Forest(
+        f"Paired difference from {baseline}" + ("" if seeds > 1 else ", one seed"),
+        "filled: 95 % interval excludes 0",
+        f"← better      {what} minus {baseline}’s",
+        marks,
+        [(arm, looks[arm], found[arm]) for arm in order],
+    )
+
+
+def difference_at(rows: dict, arm: str, baseline: str, length: int) -> dict | None:
+    """Paired difference of two arms' rows (arm → length → seed → row) at a length; None where one of them has none."""
+    return difference_of_rows(rows.get(arm, {}).get(length, {}), rows.get(baseline, {}).get(length, {}))
+
+
+def three_of(lengths: list[int], wanted: list[int]) -> list[int]:
+    """The wanted ones where there are three, else the first, the middle and the last."""
+    if len(wanted) == 3:
+        return wanted
+    return sorted({lengths[0], lengths[len(lengths) // 2], lengths[-1]})
+
+
+# ---- the other panels
+
+
+def loss(study: Study, setting: str, looks: dict) -> Lines | None:
+    """Validation loss against tokens, or training loss where it was validated at the ends only."""
+    curves = {}
+    for name in ("val/loss", "train/loss"):
+        curves[name] = [
+            c for a in study.grid.arms if (c := training_curve(study, setting, a, name, looks[a])) is not None
+        ]
+        if any(len(c.x) > 2 for c in curves[name]):
+            break
+    else:
+        name = "val/loss" if curves["val/loss"] else "train/loss"
+    if not curves[name]:
+        return None
+    base = study.losses(setting, study.grid.baseline)
+    ends = {arm: difference_of_losses(study.losses(setting, arm), base) for arm in study.grid.arms}
+    with_bands(curves[name], study.grid.baseline, ends)
+    return Lines(
+        "Validation loss" if name == "val/loss" else "Training loss",
+        note_of(study, setting, curves[name]),
+        f"training {study.unit}s (millions)",
+        f"nats per {study.unit}",
+        curves[name],
+        study.grid.baseline,
+        points=False,
+    )
+
+
+def training_curve(study: Study, setting: str, arm: str, name: str, look: dict) -> Curve | None:
+    """Mean over seeds of a metric, as far as all seeds have it; without step 0, whose ln V would flatten the rest."""
+    series = [run.series(name) for run in study.runs[setting, arm].values()]
+    n = min((len(x) for x, _ in series), default=0)
+    skip = 1 if n and series[0][0][0] == 0 else 0
+    if n - skip < 2:
+        return None
+    values = np.array([y[skip:n] for _, y in series])
+    intervals = [seed_interval(column) for column in values.T]
+    x = [tokens / 1e6 for tokens in series[0][0][skip:n]]
+    return Curve(arm, look, x, list(values.mean(0)), intervals, settled=(n - skip) // 4)
+
+
+def position(study: Study, setting: str, looks: dict) -> Lines | None:
+    """Nats by position in the window, of the first report by position."""
+    for name in study.grid.eval or {}:
+        found = {
+            arm: by_length
+            for (protocol, arm, scaling), by_length in study.rows(setting, name).items()
+            if protocol == "per-position" and scaling == "none"
+        }
+        by_seed = {
+            arm: [r["curve"] for by in found[arm].values() for r in by.values() if r.get("curve")] for arm in found
+        }
+        if curves := [position_curve(arm, each, looks[arm]) for arm, each in by_seed.items() if each]:
+            break
+    else:
+        return None
+    baseline, longest = study.grid.baseline, max(n for by_length in found.values() for n in by_length)
+    with_bands(curves, baseline, {arm: difference_at(found, arm, baseline, longest) for arm in found})
+    trained = {c.block_size for arm in study.grid.arms if (c := study.config(setting, arm))}
+    return Lines(
+        "By position in the window",
+        note_of(study, setting, curves),
+        f"position: {study.unit}s of context",
+        f"nats per {study.unit}",
+        curves,
+        baseline,
+        log_x=True,
+        trained=tuple(sorted(trained)),
+        points=False,
+    )
+
+
+def position_curve(name: str, by_seed: list[dict], look: dict) -> Curve:
+    """Mean over seeds by bin, drawn at the bin's geometric middle."""
+    first, last = (np.array(by_seed[0][key]) for key in ("first", "last"))
+    values = np.array([curve["nats"] for curve in by_seed])
+    over_documents = [None if low is None else [low, high] for low, high in zip(by_seed[0]["low"], by_seed[0]["high"])]
+    intervals = [seed_interval(column) for column in values.T] if len(by_seed) > 1 else over_documents
+    return Curve(name, look, list(np.sqrt(first * last)), list(values.mean(0)), intervals)
+
+
+def parameters(study: Study, setting: str, looks: dict) -> Points | None:
+    """Final validation loss against the number of parameters."""
+    configs = {arm: c for arm in study.grid.arms if (c := study.config(setting, arm))}
+    x = {arm: (model_cost(config)[0] / 1e6, None) for arm, config in configs.items()}
+    return points_of(study, setting, looks, x, "Loss and size", "parameters (millions)")
+
+
+def speed(study: Study, setting: str, looks: dict) -> Points | None:
+    """Final validation loss against the speed of training relative to rope's, where the grid asks for a benchmark of
+    its arms. Speeds of the runs themselves tell more about the machine's other work."""
+    if not (bench := throughput(study)):
+        return None
+    variants = {arm: v for arm, v in bench_variants(study.grid).items() if arm in study.grid.arms}
+    x = {arm: speed_ratios(bench, v) for arm, v in variants.items() if v in bench["seconds"]}
+    return points_of(study, setting, looks, x, "Loss and speed", "training speed relative to rope")
+
+
+def points_of(study: Study, setting: str, looks: dict, x: dict[str, tuple], title: str, xlabel: str) -> Points | None:
+    """Final validation losses, means over seeds with their intervals, at x: arm → (x, its interval or None)."""
+    panel = Points(title, note_of(study, setting, []), xlabel, f"validation loss (nats per {study.unit})")
+    for arm, (at, interval) in x.items():
+        if losses := list(study.losses(setting, arm).values()):
+            panel.points.append((arm, looks[arm], at, interval, float(np.mean(losses)), seed_interval(losses)))
+    if any(over or x_over for _, _, _, x_over, _, over in panel.points):
+        panel.note += "; bars: 95 % intervals"
+    return panel if len(panel.points) > 1 else None
+
+
+PANELS = {
+    "length": length,
+    "difference": difference,
+    "loss": loss,
+    "position": position,
+    "parameters": parameters,
+    "speed": speed,
+}
+
+
+# ---- evaluation reports, without a study
+
+
+def of_reports(reports: list[dict], protocol: str) -> list[Lines]:
+    """Of reports of eval.py: perplexity by `protocol` against length, and nats by position where a report has them.
+    Intervals are over documents. ValueError where there is neither."""
+    schemes = [label(r["pos"]) for r in reports]
+    alone = len(set(schemes)) == len(schemes)
+    names = schemes if alone else [str(r.get("run") or r["model"]).rstrip("/").rpartition("/")[2] for r in reports]
+    looks = looks_of({i: scheme for i, scheme in enumerate(schemes)})
+    by_length, by_position, lengths = [], [], set()
+    for i, (name, report) in enumerate(zip(names, reports)):
+        for scaling in dict.fromkeys(row["scaling"] for row in report["results"]):
+            rows = [row for row in report["results"] if row["scaling"] == scaling]
+            title = name + (f", {scaling} ×{rows[0]['factor']:g}" if scaling != "none" else "")
+            look = {"color": looks[i]["color"], "linestyle": SCALINGS[scaling]}
+            mine = {row["length"]: {0: row} for row in rows if row["protocol"] == protocol}
+            if (curve := curve_of(title, mine, math.exp, look)).x:
+                by_length.append(curve)
+                lengths |= mine.keys()
+            by_position += [position_curve(title, [row["curve"]], look) for row in rows if row.get("curve")]
+    if not by_length and not by_position:
+        raise ValueError(f"the reports have no figures by {protocol}, and no per-position curve")
+    for curve in by_length + by_position[:BANDS]:
+        curve.band = any(curve.intervals)
+    unit = "byte" if all(r["tokenizer"]["name"] == "byte" for r in reports) else "token"
+    trained, note = tuple(sorted({r["block_size"] for r in reports})), "95 % intervals over documents"
+    left = Lines(
+        f"Context length, {protocol}", note, f"context length ({unit}s)", f"perplexity per {unit}",
+        by_length, ticks={n: f"{n:,}" for n in sorted(lengths)}, log_x=True, log_y=True, trained=trained, bars=True,
+    )  # fmt: skip
+    right = Lines(
+        "By position in the window", note, f"position: {unit}s of context", f"nats per {unit}",
+        by_position, log_x=True, trained=trained, points=False,
+    )  # fmt: skip
+    return [panel for panel in (left, right) if panel.curves]

@@ -1,0 +1,181 @@
+"""Runs that are killed, interrupted, divided among machines or out of disk space: the same command continues."""
+
+import random
+import resource
+import shutil
+import subprocess
+import time
+
+import pytest
+from preparing import contents, finish, start, times
+
+from data.prepare import prepare
+from data.shards import DataError, open_data
+
+SHARD = r"\.bin\.\d+\.tmp$"  # opened when a shard begins
+FINISHED = r"-of-\d+\.\w+\.bin$"  # renamed to when a shard is finished
+
+
+def kill(out, *options, source, fault):
+    """Run the command until the fault kills it."""
+    process = start(out, *options, source=source, fault=fault)
+    process.communicate(timeout=60)
+    assert process.returncode == -9
+
+
+def test_a_killed_run_continues_after_its_last_shard(corpus, whole, tmp_path):
+    """Finished shards are kept, those after them made anew, and what was half written is not taken for a shard."""
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    kill(out, source=corpus[0], fault=["os.rename", FINISHED, 6, "kill"])
+    before, units = times(partial, "*.bin"), times(partial, "*.unit.json")
+    assert len(before) == 5 and not out.exists()
+    with pytest.raises(DataError, match="not a finished"):
+        open_data(partial)
+    with pytest.raises(DataError, match="out.partial was made with other options.*shard_tokens"):
+        prepare("fineweb-edu", out, corpus[0])  # not a mixture
+    last = max(before)
+    (partial / last).with_suffix(".json").unlink()  # as if killed between a shard and its record
+    (partial / last).write_bytes(b"half")
+    kill(out, source=corpus[0], fault=["os.rename", r"/train_00000\.bin$", 1, "kill"])
+    after = times(partial, "*.bin")
+    assert {name for name in before if after[name] == before[name]} == set(before) - {last}
+    assert len(units) < len(times(partial, "*.unit.json"))
+    finish(start(out, source=corpus[0]))
+    assert contents(out) == contents(whole.folder) and not partial.exists()
+
+
+SEAMS = [
+    ("os.rename", r"\.json$"),  # the plan
+    ("open", SHARD),
+    ("os.rename", r"\.unit\.json$"),
+    ("os.rename", r"/train_00001\.bin$"),
+    ("os.rename", r"lengths\.png$"),
+    ("os.rename", r"manifest\.json$"),
+    ("os.rename", r"COMPLETE$"),
+    ("os.remove", r"\.unit\.json$"),  # publishing begins
+    ("os.remove", r"plan\.json$"),
+    ("os.rename", r"/out$"),
+    ("open", r"/out/manifest\.json$"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seam", SEAMS)
+def test_killed_at_the_seams(corpus, whole, tmp_path, seam):
+    """Just before each of the steps, and so just after the one before it."""
+    out = tmp_path / "out"
+    kill(out, source=corpus[0], fault=[*seam, 1, "kill"])
+    finish(start(out, source=corpus[0]))
+    assert contents(out) == contents(whole.folder) and not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments(corpus, whole, tmp_path):
+    rng, out = random.Random(), tmp_path / "out"
+    began = time.monotonic()
+    finish(start(tmp_path / "timed", "--workers", 2, source=corpus[0]))
+    span, kept, killed = time.monotonic() - began, [], 0
+    while killed < 10:
+        fault = ["os.rename", r"\.json$", 0, "slow down"]
+        process = start(out, "--workers", rng.choice([1, 2]), source=corpus[0], fault=fault)
+        try:
+            process.wait(rng.uniform(0.2 * span, span))
+            assert process.returncode == 0, process.stderr.read()
+            shutil.rmtree(out)  # it was faster; once more from the beginning
+            span *= 0.8
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            killed += 1
+            kept.append(len(times(tmp_path / "out.partial", "*.bin")))
+            if out.exists():  # only what is whole has the name
+                assert contents(out) == contents(whole.folder)
+                shutil.rmtree(out)
+    finish(start(out, source=corpus[0]))
+    assert max(kept) > 0, kept
+    assert contents(out) == contents(whole.folder) and not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3, 5])  # by files where there are enough, else by units
+def test_parts_merge_to_the_same_bytes(corpus, whole, tmp_path, count):
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    for i in reversed(range(2, count + 1)):
+        assert f"part {i} of {count} is done" in finish(start(out, "--part", f"{i}/{count}", source=corpus[0]))
+    assert "is not finished" in finish(start(out, "--merge", source=corpus[0]), code=1)
+    elsewhere = tmp_path / "elsewhere" / "out"  # another machine: the folder is copied
+    elsewhere.parent.mkdir()
+    finish(start(elsewhere, "--part", f"1/{count}", source=corpus[0]))
+    assert not elsewhere.exists()
+    made = [set(times(folder, "*.unit.json")) for folder in (partial, tmp_path / "elsewhere" / "out.partial")]
+    assert all(made) and not made[0] & made[1]
+    shutil.copytree(tmp_path / "elsewhere" / "out.partial", partial, dirs_exist_ok=True)
+    finish(start(out, "--merge", source="no source is needed"))
+    assert contents(out) == contents(whole.folder)
+
+
+@pytest.mark.slow
+def test_two_at_once(corpus, tmp_path):
+    """A second process is sent away while the first is at work, and a killed one leaves no lock behind."""
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    first = start(out, source=corpus[0], fault=["open", SHARD, 1, "wait"])
+    assert first.stdout.readline() == "working\n"
+    there = set(times(partial))
+    assert "another data/prepare.py is at work" in finish(start(out, source=corpus[0]), code=1)
+    assert "plan.json" in there and there == set(times(partial))
+    first.kill()
+    first.communicate()
+    finish(start(out, source=corpus[0]))
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_one_process(corpus, whole, tmp_path):
+    """It says how to continue, and keeps what is finished."""
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    message = finish(start(out, source=corpus[0], fault=["os.rename", FINISHED, 5, "interrupt"]), code=1)
+    assert "interrupted; the same command continues" in message and f"--out {out}" in message
+    before = times(partial, "*.bin")
+    assert len(before) == 4 and not out.exists()
+    kill(out, source=corpus[0], fault=["os.rename", FINISHED, 5, "kill"])
+    assert len(times(partial, "*.bin")) == 8 and before.items() <= times(partial, "*.bin").items()  # not made again
+    finish(start(out, source=corpus[0]))
+    assert contents(out) == contents(whole.folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("action, code", [("interrupt all", 1), ("kill the parent", -9)])
+def test_workers_end_with_the_command(corpus, tmp_path, action, code):
+    process = start(
+        tmp_path / "out", "--workers", 2, source=corpus[0], fault=["open", SHARD, 1, action], start_new_session=True
+    )
+    _, error = process.communicate(timeout=60)  # returns when all that hold its stderr are gone: workers too
+    assert process.returncode == code and "Traceback" not in error
+    if code == 1:
+        assert "interrupted; the same command continues" in error
+
+
+@pytest.mark.slow
+def test_a_dead_worker(corpus, whole, tmp_path):
+    dying = start(tmp_path / "out", "--workers", 2, source=corpus[0], fault=["open", SHARD, 2, "kill"])
+    assert "a worker process died" in finish(dying, code=1)
+    finish(start(tmp_path / "out", "--workers", 2, source=corpus[0]))
+    assert contents(tmp_path / "out") == contents(whole.folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_full_disk(corpus, whole, tmp_path, finished):
+    """A limit on the size of files stands for the full disk: the write itself fails. What is finished is kept."""
+    limit = max(path.stat().st_size for path in whole.folder.glob("*.bin")) - 1 if finished else 500
+    limited = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))}
+    message = finish(start(tmp_path / "out", source=corpus[0], **limited), code=1)
+    assert "File too large; make room and run the same command again, which continues" in message
+    assert (tmp_path / "out.partial").exists() == finished
+    finish(start(tmp_path / "out", source=corpus[0]))
+
+
+@pytest.mark.slow
+def test_what_was_written_is_checked_before_it_takes_its_place(corpus, tmp_path):
+    message = finish(start(tmp_path / "out", source=corpus[0], fault=["os.rename", "COMPLETE", 1, "damage a shard"]), 1)
+    assert "out.partial/val_00000.bin was altered" in message
+    assert not (tmp_path / "out").exists()

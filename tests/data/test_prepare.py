@@ -1,0 +1,217 @@
+"""The command: every document comes back, any number of workers makes the same bytes, and mistakes are explained."""
+
+import collections
+import hashlib
+import itertools
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from preparing import (
+    TEXTS,
+    contents,
+    documents,
+    files,
+    finish,
+    shard_contents,
+    start,
+    times,
+    verses,
+    write_jsonl,
+    write_parquet,
+)
+
+from data.prepare import main, prepare
+from data.shards import DataError, open_data
+from data.summary import lengths_figure, quantile
+from data.tokenizer import load_tokenizer
+from data.units import Sizes
+from nanope import REPO
+
+# ---- what is made ----
+
+
+def test_every_document_comes_back(corpus, whole):
+    texts = [text for text in corpus[1] if text and text.strip()]
+    manifest = whole.manifest
+    assert manifest["groups"] == 3 and len(manifest["splits"]["train"]) > 15  # many units, several shards in some
+    threshold = manifest["val_rule"]["sha256_fraction_below"]
+    val = [int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) / 2**64 < threshold for text in texts]
+    assert documents(whole, "val") == list(itertools.compress(texts, val))
+    assert documents(whole, "train") == [text for text, there in zip(texts, val) if not there]
+    assert not set(documents(whole, "val")) & set(documents(whole, "train"))
+    assert manifest["source"]["documents"] == len(texts) and manifest["source"]["empty"] == 3
+    assert manifest["source"]["bytes"] == sum(len(text.encode()) for text in texts)
+    assert manifest["dataset"] == "fineweb-edu" and manifest["revision"] is None
+    assert manifest["tokenizer"]["version"].startswith("tiktoken ")
+    assert all(record["tokens"] <= 20_000 for records in manifest["splits"].values() for record in records)
+    assert manifest["val_rule"]["val_tokens"] == 20_000 and 10_000 < len(whole.split("val")) < 30_000
+    there = sorted(["COMPLETE", "manifest.json", "lengths.png", *shard_contents(whole.folder)])
+    assert sorted(contents(whole.folder)) == there
+
+
+def test_lengths_are_counted(whole):
+    """The histogram that the manifest sums over shards, its quantiles and its figure."""
+    for split in ("train", "val"):
+        lengths = np.array([len(load_tokenizer("gpt2").encode(text)) for text in documents(whole, split)])
+        counts = whole.manifest["lengths"][split]
+        assert sum(counts.values()) == len(lengths)
+        for share in (0.05, 0.5, 0.95):
+            exact = np.quantile(lengths, share, method="inverted_cdf")
+            assert quantile(counts, share) == pytest.approx(exact, rel=0.05)
+    figure = (whole.folder / "lengths.png").read_bytes()
+    assert figure.startswith(b"\x89PNG") and figure == lengths_figure(whole.manifest["lengths"])
+
+
+@pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_workers_make_the_same_bytes(corpus, whole, tmp_path, workers):
+    finish(start(tmp_path / "out", "--workers", workers, source=corpus[0]))
+    assert contents(tmp_path / "out") == contents(whole.folder)
+
+
+@pytest.mark.slow
+def test_threads_make_the_same_bytes(corpus, tmp_path):
+    """Without processes: one unit or little text is shared among threads, and a long document is cut in pieces."""
+    cut, uncut = Sizes(batch=30_000, piece=500), Sizes(batch=30_000, piece=10**9)
+    one, three = (prepare("fineweb-edu", tmp_path / str(n), corpus[0], workers=n, sizes=cut) for n in (1, 3))
+    assert contents(one.folder) == contents(three.folder)
+    assert contents(prepare("fineweb-edu", tmp_path / "uncut", corpus[0], sizes=uncut).folder) == contents(one.folder)
+
+
+def test_threads_make_the_same_shards_of_one_unit(tmp_path, source):
+    options = {"tokenizer": "gpt2", "shard_tokens": 3000, "sizes": Sizes(batch=2000)}  # some 40 batches
+    one = files(tmp_path, source, "one", **options)
+    two = files(tmp_path, source, "two", workers=2, **options)
+    assert len(one.manifest["splits"]["train"]) > 3
+    assert contents(one.folder) == contents(two.folder)
+
+
+@pytest.mark.slow
+def test_memory_is_flat(tmp_path):
+    """A corpus twenty times the size takes no more memory, and a long document some times its own size."""
+
+    def peak(texts):
+        """In MB."""
+        path = write_parquet(tmp_path / f"{len(texts)}.parquet", texts, row_group_size=100)
+        code = (
+            f"from data.build import prepare\n"
+            f"prepare('fineweb-edu', {str(tmp_path / str(len(texts)))!r}, {str(path)!r}, 'byte', val_tokens=200_000)\n"
+            f"print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+        )  # not ru_maxrss: a child inherits that from its parent
+        run = subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True, capture_output=True, text=True)
+        return int(run.stdout.split()[-2]) / 1024
+
+    texts = verses(600)
+    small = peak(texts)
+    large = peak([f"{i} {text}" for i in range(20) for text in texts])
+    long = peak([*texts, "".join(texts) * 10])
+    assert large < small + 25, (small, large)  # the larger corpus has 25 MB more
+    assert long < small + 14 * 13, (small, long)  # one of 13 MB
+
+
+# ---- a folder that is there ----
+
+
+def test_second_run_verifies_and_refuses_other_options(tmp_path, source, capsys):
+    folder = files(tmp_path, source).folder
+    before, made = contents(folder), times(folder)
+    capsys.readouterr()
+    files(tmp_path, source)
+    assert "nothing to do" in capsys.readouterr().out
+    for options, message in (
+        (dict(tokenizer="gpt2"), "tokenizer"),
+        (dict(shard_tokens=99), "shard_tokens"),
+        (dict(val_tokens=9999), "val_tokens"),
+        (dict(skip_bad=True), "skip_bad"),
+    ):
+        with pytest.raises(DataError, match=f"other options.*{message}"):
+            files(tmp_path, source, **options)
+    other = write_jsonl(tmp_path / "other.jsonl", TEXTS[::-1])  # the same counts
+    with pytest.raises(DataError, match="other text"):
+        files(tmp_path, other)
+    with pytest.raises(DataError, match="dataset"):
+        prepare("builtin", folder)
+    assert contents(folder) == before and times(folder) == made
+    shard = folder / "val_00000.bin"
+    shard.write_bytes(b"x" + shard.read_bytes()[1:])
+    with pytest.raises(DataError, match="altered"):
+        files(tmp_path, source)
+
+
+def test_a_folder_of_something_else_is_not_touched(tmp_path, source):
+    for name in ("out", "new.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.tex").write_text("mine")
+        with pytest.raises(DataError, match=f"{name} is in the way"):
+            files(tmp_path, source, name.removesuffix(".partial"))
+        assert contents(tmp_path / name) == {"thesis.tex": b"mine"}
+    (tmp_path / "empty").mkdir()
+    assert len(files(tmp_path, source, "empty").split("train"))
+
+
+# ---- the command ----
+
+
+def test_command_line(tmp_path, source):
+    """As a user starts it: a script, from another folder, with processes of its own."""
+    command = [sys.executable, REPO / "data" / "prepare.py", "files", "--source", source, "--out", "here"]
+    command += ["--workers", "2", "--tokenizer", "byte"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    total = sum(len(text.encode()) + 1 for text in TEXTS)
+    data = open_data(tmp_path / "here")
+    assert len(data.split("train")) + len(data.split("val")) == total
+    assert f"train {len(data.split('train')):,} tokens" in run.stdout and "1.000 bytes a token" in run.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("", "which corpus? One of builtin, novels"),
+        ("bultin", "'bultin'; did you mean 'builtin'"),
+        ("builtin --toknizer byte", "'--toknizer'; did you mean '--tokenizer'"),
+        ("builtin --tokenizer bite", "'bite'; did you mean 'byte'"),
+        ("builtin --shard_tokens 0", "--shard_tokens must be at least 1, not 0"),
+        ("builtin --val_tokens -3", "--val_tokens must be at least 1, not -3"),
+        ("builtin --long_tokens 0", "--long_tokens must be at least 1, not 0"),
+        ("builtin --workers 0", "--workers must be at least 1, not 0"),
+        ("builtin --val_tokens 9", "names its validation documents"),
+        ("builtin --source IN", "corpus builtin takes no --source"),
+        ("builtin --out FILE/x", "Not a directory"),
+        ("builtin --out FILE", "is in the way"),
+        ("files", "files needs --source"),
+        ("files --dry_run", "files needs --source"),
+        ("files --source IN/no", "no does not exist"),
+        ("fineweb-edu --source IN", "no .txt, .jsonl, .parquet file"),
+        ("fineweb-edu --source IN --part 0/3", "from 1 to n"),
+        ("fineweb-edu --source IN --part 4/3", "from 1 to n"),
+        ("fineweb-edu --source IN --part x", "for example 1/4"),
+        ("fineweb-edu --source IN --part 1/2 --merge", "do not go together"),
+        ("fineweb-edu --source IN --merge", "nothing to merge"),
+    ],
+)
+def test_user_mistakes(arguments, message, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.csv").write_text("x")
+    words = arguments.replace("IN", str(tmp_path / "in")).replace("FILE", __file__).split()
+    with pytest.raises(SystemExit) as stop:
+        main(words if "--out" in words else [*words, "--out", str(tmp_path / "out")])
+    assert str(stop.value).startswith("prepare: ") and message in str(stop.value)  # to stderr, with exit status 1
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_worker_s_error_names_the_document(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS[:5] + [" " * 1_500_000 + "x"])
+    with pytest.raises(DataError, match="document a.jsonl:6"):
+        files(tmp_path, path, tokenizer="gpt2", workers=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_too_little_room(corpus, tmp_path, monkeypatch):
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 10_000))
+    with pytest.raises(DataError, match="needs about 0.0 GB, and 0.0 GB are free; give an --out on another disk"):
+        prepare("fineweb-edu", tmp_path / "out", corpus[0])
+    assert not any(tmp_path.iterdir())

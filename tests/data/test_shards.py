@@ -1,0 +1,220 @@
+"""Shards: writing, reading, opening a folder that is damaged, and the order of windows."""
+
+import hashlib
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from preparing import TEXTS, documents, files, write_jsonl
+
+from data.shard_writer import ShardWriter
+from data.shards import FORMAT, SCAN, DataError, Split, WindowOrder, batch, open_data, write_manifest
+
+# ---- writing and reading ----
+
+
+def test_shards_end_at_documents(tmp_path):
+    writer = ShardWriter(tmp_path, "train", "uint16", shard_tokens=10)
+    texts = [np.full(n, i, np.int64) for i, n in enumerate((4, 5, 3, 25, 10, 1), 1)]
+    for text in texts:
+        writer.add(text, 7)
+    shards = [f"train_{i:05d}.{end}" for i in range(4) for end in ("bin", "json")]
+    unfinished = f"train_00004.bin.{os.getpid()}.tmp"  # what is not complete is not called a shard
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*shards, unfinished]
+    again = ShardWriter(
+        tmp_path, "train", "uint16", shard_tokens=10
+    )  # finds what is finished, as after an interruption
+    assert again.records == writer.records and len(again.records) == 4
+    records = writer.close()
+    counts = [(r["tokens"], r["documents"], r["bytes"]) for r in records]
+    assert counts == [(9, 2, 14), (3, 1, 7), (25, 1, 7), (10, 1, 7), (1, 1, 7)]
+    for record in records:
+        content = (tmp_path / record["file"]).read_bytes()
+        assert len(content) == 2 * record["tokens"] and hashlib.sha256(content).hexdigest() == record["sha256"]
+    stream = np.concatenate(texts)
+    split = Split(tmp_path, records, "uint16", vocab_size=7, eot=6)
+    assert len(split) == len(stream) == 48
+    for start in range(49):
+        for stop in range(start, 49):
+            read = split.read(start, stop)
+            assert read.dtype == np.int64 and np.array_equal(read, stream[start:stop])
+    for start, stop in ((-1, 3), (4, 49), (5, 4)):
+        with pytest.raises(IndexError):
+            split.read(start, stop)
+    with pytest.raises(DataError, match="train_00004.bin holds token id 6 at offset 0.*vocab_size 6"):
+        Split(tmp_path, records, "uint16", vocab_size=6, eot=5).read(40, 48)
+    with pytest.raises(DataError, match="65536 does not fit.*uint16"):
+        writer.add(np.array([65536]), 1)
+
+
+def test_documents_are_found_whatever_is_read_at_once(tmp_path, source):
+    data = files(tmp_path, source, shard_tokens=5000)
+    assert len(data.manifest["splits"]["train"]) > 5
+    stream, lengths = data.split("train"), [len(text.encode()) for text in documents(data, "train")]
+    expected = [[sum(lengths[:i]) + i, n] for i, n in enumerate(lengths)]
+    assert len(stream) < SCAN
+    for scan in (SCAN, 1000, 977):
+        found = stream.documents(scan)
+        assert found.dtype == np.int64 and found.tolist() == expected
+
+
+def test_batch_is_inputs_and_next_tokens(tmp_path, source):
+    split = files(tmp_path, source, shard_tokens=5000).split("train")
+    stream = split.read(0, len(split))
+    starts = np.array([4990, 0, len(split) - 65])
+    x, y = batch(split, starts, 64)
+    assert x.shape == y.shape == (3, 64) and x.dtype == y.dtype == np.int64
+    for i, start in enumerate(starts):
+        assert np.array_equal(x[i], stream[start : start + 64]) and np.array_equal(y[i], stream[start + 1 : start + 65])
+
+
+# ---- order ----
+
+
+def slow_item(n_tokens, block_size, data_seed, item):
+    """The definition in WindowOrder's docstring, one item at a time."""
+    windows = (n_tokens - 1) // block_size
+    epoch, at = item // windows, item % windows
+    raw = [int(r) for r in np.random.Philox(key=[data_seed, epoch]).random_raw(windows + 1)]
+    offset = raw[0] % ((n_tokens - 1) % block_size + 1)
+    return offset + sorted(range(windows), key=lambda j: raw[j + 1])[at] * block_size
+
+
+@pytest.mark.parametrize(
+    "n_tokens, block_size", [(101, 10), (110, 10), (109, 10), (11, 10), (19, 10), (5, 1), (1000, 64)]
+)
+def test_order_is_the_definition(n_tokens, block_size):
+    windows = (n_tokens - 1) // block_size
+    order = WindowOrder(n_tokens, block_size, data_seed=5)
+    many = order.starts(0, 5 * windows + 3)
+    assert many.dtype == np.int64
+    assert many.tolist() == [slow_item(n_tokens, block_size, 5, item) for item in range(len(many))]
+    offsets = set()
+    for epoch in range(5):
+        starts = np.sort(many[epoch * windows : (epoch + 1) * windows])
+        offsets.add(int(starts[0]))
+        assert np.array_equal(starts, starts[0] + block_size * np.arange(windows))  # each window once
+        assert 0 <= starts[0] <= (n_tokens - 1) % block_size and starts[-1] + block_size < n_tokens
+    if n_tokens in (109, 1000):
+        assert len(offsets) > 1  # epochs cut the stream elsewhere
+    for size in (1, 3, windows + 2):  # however it is asked, backwards too
+        fresh = WindowOrder(n_tokens, block_size, data_seed=5)
+        parts = [fresh.starts(at, min(size, len(many) - at)) for at in range(0, len(many), size)]
+        assert np.array_equal(np.concatenate(parts), many)
+        assert np.array_equal(fresh.starts(0, 1), many[:1])
+    assert len(order.starts(3, 0)) == 0
+
+
+def test_order_depends_on_the_seed_and_never_changes():
+    one, two = (WindowOrder(10_001, 10, seed).starts(0, 2000) for seed in (1, 2))
+    assert not np.array_equal(one, two) and not np.array_equal(one[:1000], one[1000:])
+    pinned = [7232, 8952, 9763, 5073]  # runs are resumed under other versions of numpy
+    assert WindowOrder(10_005, 10, 7).starts(998, 4).tolist() == pinned
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((10, 10, 0), "10 tokens are too few.*block_size 10"),
+        ((0, 1, 0), "too few"),
+        ((9, 0, 0), "block_size"),
+        ((99, 10, -1), "data_seed"),
+    ],
+)
+def test_order_of_too_little(arguments, message):
+    with pytest.raises(DataError, match=message):
+        WindowOrder(*arguments)
+
+
+# ---- opening ----
+
+
+def truncate(folder):
+    os.truncate(folder / "train_00001.bin", 100)
+
+
+def alter(folder):
+    content = bytearray((folder / "val_00000.bin").read_bytes())
+    content[10] ^= 1
+    (folder / "val_00000.bin").write_bytes(content)
+
+
+def alter_manifest(folder):
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"vocab_size": 257', '"vocab_size": 999'))
+
+
+def with_format(number):
+    def rewrite(folder):
+        write_manifest(folder, json.loads((folder / "manifest.json").read_text()) | {"format": number})
+
+    return rewrite
+
+
+def without(name):
+    return lambda folder: (folder / name).unlink()
+
+
+DAMAGES = {
+    "truncated": (
+        truncate,
+        r"train_00001.bin has 100 bytes instead of [\d,]+; delete .*prepare.py files --out .* --tokenizer byte",
+    ),
+    "no shard": (without("train_00000.bin"), "train_00000.bin is missing.*prepare.py"),
+    "altered": (alter, "val_00000.bin was altered.*prepare.py"),
+    "manifest": (alter_manifest, "manifest.json was altered"),
+    "no manifest": (without("manifest.json"), "not a finished data folder"),
+    "not complete": (without("COMPLETE"), "not a finished data folder.*COMPLETE.*prepare.py"),
+    "no folder": (shutil.rmtree, "no data folder.*python data/prepare.py builtin --out"),
+    "newer": (
+        with_format(FORMAT + 1),
+        f"data format {FORMAT + 1}, this version reads {FORMAT}; .*newer version of this repository: update",
+    ),
+    "older": (
+        with_format(FORMAT - 1),
+        f"data format {FORMAT - 1}, this version reads {FORMAT}; .*prepare the data again",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def undamaged(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undamaged")
+    return files(folder, write_jsonl(folder / "texts.jsonl", TEXTS), shard_tokens=20_000).folder
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_opening_a_damaged_folder(tmp_path, undamaged, name):
+    damage, message = DAMAGES[name]
+    folder = shutil.copytree(undamaged, tmp_path / "out")
+    damage(folder)
+    with pytest.raises(DataError, match=message):
+        open_data(folder)
+
+
+def test_how_much_is_verified(tmp_path, monkeypatch):
+    """A cheap look at a few blocks always; all of it on demand, or where that is little."""
+    texts = [f"{i} " * 40_000 for i in range(8)]
+    folder = files(tmp_path, write_jsonl(tmp_path / "long.jsonl", texts), val_tokens=1).folder
+    path = folder / "train_00000.bin"
+    content = path.read_bytes()
+    for at, seen in ((5, True), (len(content) - 1, True), (len(content) // 2 + 20_000, False)):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        with monkeypatch.context() as m:
+            m.setattr("data.shards.VERIFY_LIMIT", 1000)
+            for verify in (None, False):
+                if seen:
+                    with pytest.raises(DataError, match="train_00000.bin was altered"):
+                        open_data(folder, verify)
+                else:
+                    assert open_data(folder, verify).vocab_size == 257
+        for verify in (None, True):
+            with pytest.raises(DataError, match="train_00000.bin was altered"):
+                open_data(folder, verify)
+
+
+def test_unknown_split(undamaged):
+    with pytest.raises(DataError, match="'vall'; did you mean 'val'.*known: train, val"):
+        open_data(undamaged).split("vall")

@@ -1,0 +1,85 @@
+"""Which document goes to validation: the rule by hash, its edges, and the long documents that are listed."""
+
+import hashlib
+
+import pytest
+from preparing import TEXTS, documents, files, write_jsonl
+
+from data.prepare import prepare
+from data.shards import DataError
+from data.split import fraction
+from data.units import Sizes
+
+
+def in_val(text, threshold):
+    return int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) / 2**64 < threshold
+
+
+def test_hash_rule(tmp_path, source):
+    data = files(tmp_path, source, val_tokens=20_000)
+    rule, n_bytes = data.manifest["val_rule"], sum(len(text.encode()) for text in TEXTS)
+    assert rule == {
+        "kind": "hash",
+        "val_tokens": 20_000,
+        "expected_tokens": n_bytes,
+        "sha256_fraction_below": 20_000 / n_bytes,
+    }
+    val = [text for text in TEXTS if in_val(text, 20_000 / n_bytes)]
+    assert 5 < len(val) < 60  # of 120: the rule does choose
+    assert documents(data, "val") == val
+    assert documents(data, "train") == [text for text in TEXTS if text not in val]  # whole, and in order
+    assert files(tmp_path, source, "default").manifest["val_rule"]["val_tokens"] == round(0.05 * n_bytes)
+    gpt2 = files(tmp_path, source, "gpt2", tokenizer="gpt2").manifest["val_rule"]
+    assert gpt2["expected_tokens"] == round(n_bytes / 4.3)
+
+
+def test_duplicates_fall_on_one_side(tmp_path):
+    data = files(tmp_path, write_jsonl(tmp_path / "a.jsonl", TEXTS + TEXTS[::-1] + TEXTS), val_tokens=60_000)
+    train, val = documents(data, "train"), documents(data, "val")
+    assert not set(train) & set(val) and len(train) + len(val) == 360 and len(val) > 10
+
+
+def test_no_side_stays_empty(tmp_path, source, capsys):
+    few, most = files(tmp_path, source, "few", val_tokens=1), files(tmp_path, source, "most", val_tokens=10**9)
+    order = sorted(TEXTS, key=lambda text: hashlib.sha256(text.encode()).digest())
+    assert documents(few, "val") == [order[0]] and documents(most, "train") == [order[-1]]
+    notes = capsys.readouterr().err
+    assert "would take no document" in notes and "would take every document" in notes
+    assert fraction(b"\xff" * 32) < 1
+    with pytest.raises(DataError, match="all 3 documents are the same"):
+        files(tmp_path, write_jsonl(tmp_path / "same.jsonl", ["same"] * 3), "same")
+
+
+def test_single_document_is_cut_at_a_line(tmp_path, capsys):
+    text = "".join(f"line {i}\n" for i in range(1000))
+    (tmp_path / "a.txt").write_text(text)
+    data = files(tmp_path, tmp_path / "a.txt")
+    (train,), (val,) = documents(data, "train"), documents(data, "val")
+    assert train + val == text and train.endswith("\n") and 0.04 < len(val) / len(text) < 0.06
+    assert "single document" in capsys.readouterr().err
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(DataError, match="too little text"):
+        files(tmp_path, tmp_path / "a.txt", "tiny")
+
+
+def test_no_validation_document(tmp_path, corpus):
+    """A large source is not read beforehand. So it shows at the end that the rule took nothing."""
+    large = {"sizes": Sizes(survey=0)}
+    message = "there is no val document: the source has 747 documents.*give another --val_tokens"
+    with pytest.raises(DataError, match=message):
+        prepare("fineweb-edu", tmp_path / "out", corpus[0], val_tokens=1, **large)
+    with pytest.raises(DataError, match="is the whole corpus"):
+        prepare("fineweb-edu", tmp_path / "out2", corpus[0], val_tokens=10**9, **large)
+    data = prepare("fineweb-edu", tmp_path / "out3", corpus[0], **large)  # 5 % of what the metadata let one expect
+    assert data.manifest["val_rule"]["val_tokens"] == round(data.manifest["val_rule"]["expected_tokens"] / 20)
+
+
+def test_val_long_is_halved_until_there_is_one(tmp_path, source, capsys):
+    data = files(tmp_path, source, val_tokens=20_000)
+    lengths = [len(text.encode()) for text in documents(data, "val")]
+    long = data.manifest["val_long_tokens"]
+    assert long <= max(lengths) < 2 * long and f"at least {long:,}" in capsys.readouterr().err
+    assert [d["tokens"] for d in data.manifest["val_long"]] == [n for n in lengths if n >= long]
+    # a document of exactly that many tokens counts
+    data = files(tmp_path, write_jsonl(tmp_path / "b.jsonl", [f"{i}".ljust(128, ".") for i in range(9)]), "exact")
+    assert data.manifest["val_long_tokens"] == 128 and data.manifest["val_long"][0] == {"start": 0, "tokens": 128}

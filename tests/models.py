@@ -1,0 +1,226 @@
+"""Small models of every scheme, and what tests do with them.
+
+Where exactness matters the models are float64 with random weights, large enough that positions matter.
+"""
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model import GPT, SCHEMES, GPTConfig
+from nanope import ops
+from schemes.base import Context
+
+BLOCK, VOCAB, LAYERS, HEADS, WIDTH = 12, 40, 2, 3, 48  # 3 heads of 16: no power of 2
+D = WIDTH // HEADS
+SHAPE = dict(block_size=BLOCK, vocab_size=VOCAB, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH, bias=True)
+DATA = Path(__file__).parent / "data"
+
+# Every scheme, and every option of it away from its default at least once
+CASES = {
+    "learned": {},
+    "sinusoidal": {},
+    "sinusoidal base scale": {"base": 50.0, "scale": 0.3},
+    "none": {},
+    "rope": {},
+    "rope base fraction": {"base": 50.0, "fraction": 0.5},
+    "rope explicit": {"explicit": True, "base": 50.0, "fraction": 0.5},
+    "rope grouped": {"qkv": "grouped"},
+    "crope": {},
+    "crope base fraction": {"base": 50.0, "fraction": 0.25},
+    "comrope": {},
+    "comrope 4 ld": {"block": 4, "kind": "ld", "base": 50.0},
+    "comrope 2 unit": {"block": 2, "unit": 3.0},
+    "comrope gaussian": {"init": "gaussian", "unit": 5},
+    "carope": {},
+    "carope embedding": {"source": "embedding", "base": 50.0},
+    "carope paper": {"init": "paper"},
+    "carope constant": {"content": False},
+    "alibi": {},
+}
+TURNING = [case for case in CASES if case.split()[0] in ("rope", "crope", "comrope", "carope")]
+HALVED = ("crope", "crope base fraction", "rope grouped")  # A and B instead of one dense weight for Q, K, V
+
+
+def cases_of(cases, fast):
+    """The parameter `case`, one of `cases`; all but those in `fast` are marked slow."""
+    return pytest.mark.parametrize(
+        "case", [case if case in fast else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+    )
+
+
+all_cases = pytest.mark.parametrize("case", CASES)
+all_cases_fast_without_options = cases_of(CASES, fast=SCHEMES)
+all_schemes = pytest.mark.parametrize("pos", SCHEMES)
+
+
+# ---- models and tokens
+
+
+def config(pos="rope", options=None, **shape):
+    return GPTConfig(pos=pos, pos_options=options or {}, **(SHAPE | shape))
+
+
+def build(case, dtype=torch.float64, seed=0, **shape):
+    """A model of a case: everything in it is random and matters."""
+    return shaken(config(case.split()[0], CASES[case], **shape), dtype, seed)
+
+
+def shaken(config, dtype=torch.float64, seed=0):
+    """A model in which everything is random and matters: no zero bias, no small weight, no untouched frequency."""
+    model = GPT(config, seed=seed).to(dtype)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.15 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return model
+
+
+def randomise(module):
+    """Every parameter of a model, ours or of another library, is drawn from N(0, 0.15)."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(0.15 * torch.randn(parameter.shape, generator=generator))
+
+
+def extends(case):
+    return case != "learned"
+
+
+def tokens(T, B=2, seed=0, V=VOCAB):
+    return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def gpt2_names(bias):
+    """nanoGPT's names of parameters, less wpe."""
+    kinds = ("weight", "bias") if bias else ("weight",)
+    parts = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+    names = [f"h.{i}.{part}" for i in range(LAYERS) for part in parts] + ["ln_f"]
+    return {"transformer.wte.weight"} | {f"transformer.{name}.{kind}" for name in names for kind in kinds}
+
+
+# ---- comparisons
+
+
+def close(a, b, rtol=0.0, atol=1e-10, **kwargs):
+    torch.testing.assert_close(a, b, rtol=rtol, atol=atol, **kwargs)
+
+
+def relative_error(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def loss_and_gradients(model, run, idx, targets):
+    """Of one forward and backward pass by `run`: the model itself, or a compiled or parallel form of it."""
+    model.zero_grad()
+    loss = run(idx, targets)[1]
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+def refused(bad, words):
+    """A config with the values `bad` is refused, and the message holds each of the regular expressions `words`."""
+    with pytest.raises(ValueError) as error:
+        GPT(GPTConfig(**(SHAPE | {"pos_options": {}} | bad)))
+    for word in words:
+        assert re.search(word, str(error.value)), f"{word!r} not in: {error.value}"
+
+
+# ---- one layer of attention
+
+
+def layer_context(pos, x, start=0, **fields):
+    """What a layer with the scheme `pos` is told about its normed input x (B, T, C); the first token is at `start`."""
+    positions = torch.arange(start, start + x.size(1), dtype=torch.float64)
+    idx = torch.zeros(x.shape[:2], dtype=torch.int64)
+    ctx = Context(positions, start, torch.promote_types(x.dtype, torch.float32), x.device, idx, x)
+    constants = pos.constants([pos])
+    prepared = pos.prepare([pos], dataclasses.replace(ctx, constants=constants))
+    own = {"constants": constants and constants[0], "prepared": prepared and prepared[0]}
+    return dataclasses.replace(ctx, **own, **fields)
+
+
+def heads(attn, x, start=0):
+    """q, k and v, (H, T, D) each, as a layer gives them to the attention kernel, for the normed input x (T, C)."""
+    seen = []
+
+    def attend(scheme, q, k, v, x, ctx, window, dropout):
+        seen.extend((q[0], k[0], v[0]))
+        return v
+
+    attn(x[None], layer_context(attn.pos, x[None], start, attend=attend))
+    return seen
+
+
+def causal_scores(q, k):
+    """(…, T, D) → (…, T, T): dot products, 0 above the diagonal, as in vectors.json."""
+    return (q @ k.mT).tril()
+
+
+def layer_scores(attn, x, start=0):
+    """(H, T, T) scores of one attention layer for the normed input x (T, C), the first token at position `start`."""
+    q, k, _ = heads(attn, x, start)
+    return causal_scores(q, k)
+
+
+# ---- decoding
+
+
+def uncached(model, idx, n, temperature=1.0, top_k=None, generator=None):
+    """What generate must equal: every token from a forward pass over all before it."""
+    for _ in range(n):
+        logits = model(idx)[0][:, -1].float()
+        if top_k:
+            logits[logits < logits.topk(top_k).values[:, -1:]] = -math.inf
+        p = torch.softmax(logits / (temperature or 1), -1)
+        new = torch.multinomial(p, 1, generator=generator) if temperature else logits.argmax(-1, keepdim=True)
+        idx = torch.cat((idx, new), 1)
+    return idx
+
+
+# ---- seams
+
+
+def rows_of_logits(monkeypatch, rows):
+    """So many rows of logits exist at a time in the loss, whatever the vocabulary."""
+    monkeypatch.setattr(ops, "chunk_rows", lambda vocab_size, device: rows)
+
+
+# ---- what operators do, backward passes included
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any tensor had which an operator made."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+class Calls(TorchDispatchMode):
+    """How often operators ran whose name holds a word."""
+
+    def __init__(self, word):
+        super().__init__()
+        self.word, self.count = word, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += self.word in func.__name__
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,63 @@
+"""NLL and hits of given tokens, batches, and very long contexts."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from evaluating import evaluate, model, rows
+
+from model import GPT, SCHEMES, GPTConfig
+from nanope import REPO
+from nanope.evaluation.scoring import Compute, score_head, score_tokens
+
+
+def test_equal_likeliest_tokens_count_as_argmax_has_them():
+    h, weight = torch.ones(6, 4), torch.tensor([[0.0], [1.0], [1.0], [0.5]]).expand(4, 4).clone()  # tokens 1 and 2 tie
+    targets = torch.tensor([1, 2, 3, 1, 0, 2])
+    nll, hits = score_head(h, weight, targets)
+    assert hits.tolist() == [True, False, False, True, False, False]
+    assert torch.allclose(nll, F.cross_entropy(h @ weight.t(), targets, reduction="none"))
+
+
+def test_batches_do_not_change_the_figures(data):
+    gpt = model("carope")
+    first, second = (
+        rows(evaluate(gpt, data, [64], ["same-targets"], Compute(batch_tokens=n), max_targets=500))[64][
+            "nats_per_token"
+        ]
+        for n in (64, 10_000)
+    )
+    assert first == pytest.approx(second, abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pos", [name for name, scheme in SCHEMES.items() if scheme.extends])
+def test_causal_at_8192_positions(pos):
+    gpt = GPT(GPTConfig(16, 64, 1, 2, 16, pos=pos), seed=0)
+    tokens = np.random.default_rng(0).integers(0, 64, (1, 8193))
+    changed = tokens.copy()
+    changed[0, 8000] = (changed[0, 8000] + 1) % 64
+    before, after = (score_tokens(gpt, t, np.array([8192]))[0] for t in (tokens, changed))
+    assert np.array_equal(before[:7999], after[:7999])  # up to the target 7,999
+    assert np.abs(before[8000:] - after[8000:]).max() > 1e-6
+
+
+@pytest.mark.slow
+def test_memory_is_linear_in_length():
+    # Scores of 24,576 positions would be 2.4 GB a head, and the logits of all 2.4 GB
+    code = """
+import resource, sys, numpy as np
+from model import GPT, GPTConfig
+from nanope.evaluation.scoring import score_tokens
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+gpt = GPT(GPTConfig(16, 24576, 1, 1, 16, pos="rope"), seed=0)
+before = peak()
+score_tokens(gpt, np.zeros((1, 24577), np.int64), np.array([2048]))
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 400  # MB

@@ -1,0 +1,72 @@
+"""Intervals, means and paired differences against what they promise, and against scipy."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from nanope.evaluation.statistics import paired_difference, row_figures
+
+
+def test_means_weight_tokens_not_documents():
+    nll, document = np.array([1.0, 1.0, 1.0, 5.0]), np.array([0, 0, 0, 2])
+    figures = row_figures(nll, np.array([True, True, False, False]), np.array([1, 2, 1, 4]), document, 1000, 0)
+    assert figures["nats_per_token"] == 2.0 and figures["documents"] == 2 and figures["accuracy"] == 0.5
+    assert figures["bits_per_byte"] == pytest.approx(8 / math.log(2) / 8)
+    assert figures["interval"] == [1.0, 5.0]  # two documents: resamples reach both extremes
+    assert row_figures(nll, nll > 2, nll, np.zeros(4, int), 1000, 0)["interval"] is None
+    assert figures["per_document"] == {"document": [0, 2], "nll": [3.0, 5.0], "tokens": [3, 1]}
+
+
+def test_bootstrap_interval_covers_as_it_says():
+    # The mean of documents drawn from a known distribution lies in the 95 % interval about 95 times of 100
+    generator, hits = np.random.default_rng(0), 0
+    for trial in range(100):
+        nll = np.repeat(generator.normal(2.0, 0.3, 40), 5)
+        low, high = row_figures(nll, nll > 2, np.ones(200), np.repeat(np.arange(40), 5), 1000, trial)["interval"]
+        hits += low <= 2.0 <= high
+    assert 86 <= hits <= 100
+
+
+def draw(generator, seeds, sd_seed, sd_document, paired):
+    """Two arms with no true difference: NLL sums (seeds, documents) of each, and tokens."""
+    tokens, base = generator.integers(1000, 6000, 12), generator.normal(2, 0.3, 12)
+    common = generator.normal(0, 0.05, seeds)
+    arms = []
+    for sd in (0, sd_document):
+        seed = (common if paired else generator.normal(0, 0.05, seeds)) + generator.normal(0, sd_seed, seeds)
+        noise = generator.normal(0, sd, 12) + seed[:, None] + generator.normal(0, 0.005, (seeds, 12))
+        arms.append((base + noise) * tokens)
+    return *arms, tokens
+
+
+@pytest.mark.parametrize(
+    "sd_seed, sd_document, paired", [(0.02, 0.001, True), (0.001, 0.02, True), (0.02, 0.02, True), (0.02, 0.02, False)]
+)
+def test_comparison_of_three_seeds_errs_as_often_as_it_says(sd_seed, sd_document, paired):
+    generator = np.random.default_rng(0)
+    results = [paired_difference(*draw(generator, 3, sd_seed, sd_document, paired), paired) for _ in range(400)]
+    inside = np.mean([r["interval"][0] <= 0 <= r["interval"][1] for r in results])
+    assert 0.92 <= inside <= 0.995  # a percentile bootstrap has 0.76 in the first case
+    assert all((r["p_value"] < 0.05) == (not r["interval"][0] <= 0 <= r["interval"][1]) for r in results)
+    assert results[0]["levels"] == ["seeds", "documents"]
+
+
+def test_pairing_removes_what_documents_and_seeds_share():
+    generator, tokens = np.random.default_rng(1), np.full(10, 1000)
+    base = generator.normal(2, 1, 10) + generator.normal(0, 0.5, (3, 1))
+    other = base + 0.01 + generator.normal(0, 0.001, (3, 10))
+    got = paired_difference(base * tokens, other * tokens, tokens, True)
+    assert got["difference"] == pytest.approx(0.01, abs=0.001) and got["p_value"] < 0.001
+    assert paired_difference(base * tokens, other * tokens, tokens, False)["p_value"] > 0.5
+
+
+def test_one_seed_is_a_paired_t_test_over_equal_documents():
+    a, b = np.random.default_rng(2).normal(2, 0.3, (2, 9))
+    got = paired_difference(a[None] * 500, b[None] * 500, np.full(9, 500), True)
+    reference = scipy.stats.ttest_rel(b, a)
+    assert got["p_value"] == pytest.approx(reference.pvalue) and got["levels"] == ["documents"]
+    assert got["interval"] == pytest.approx(list(reference.confidence_interval()))
+    alone = paired_difference(a[None, :1], b[None, :1], np.ones(1), True)
+    assert alone["interval"] is None and alone["p_value"] is None

@@ -1,0 +1,125 @@
+"""Options of every scheme: each does something, all are written out in model.config, errors name the thing."""
+
+import dataclasses
+import inspect
+import json
+import math
+
+import pytest
+import torch
+from models import BLOCK, CASES, all_cases, close, config, refused, tokens
+
+from model import GPT, SCHEMES, GPTConfig
+
+ALTERNATIVES = {
+    "sinusoidal": {"base": 50.0, "scale": 0.5},
+    "rope": {"base": 50.0, "fraction": 0.5, "explicit": True, "qkv": "grouped"},
+    "crope": {"base": 50.0, "fraction": 0.5},
+    "comrope": {"kind": "ld", "block": 4, "init": "gaussian", "base": 50.0, "unit": 3.0},
+    "carope": {"base": 50.0, "source": "embedding", "init": "paper", "content": False},
+}
+
+
+def options_of(pos):
+    return {p.name for p in inspect.signature(SCHEMES[pos].__init__).parameters.values() if p.kind is p.KEYWORD_ONLY}
+
+
+def test_every_scheme_has_a_case_and_every_option_an_alternative():
+    assert {case.split()[0] for case in CASES} == set(SCHEMES)
+    with_options = {pos: options_of(pos) for pos in SCHEMES if options_of(pos)}
+    assert with_options == {pos: set(found) for pos, found in ALTERNATIVES.items()}
+
+
+@pytest.mark.parametrize("pos,option", [(pos, option) for pos, found in ALTERNATIVES.items() for option in found])
+def test_every_option_does_something(pos, option):
+    """It makes another function of the same weights, or other weights of the same function at step 0."""
+
+    def made(options):
+        model = GPT(config(pos, options)).double()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "c_attn" in name:
+                    parameter *= 20
+                if "c_pos.weight" in name:
+                    parameter += torch.linspace(-0.3, 0.3, parameter.numel()).view_as(parameter)
+        return model.state_dict(), model(tokens(BLOCK))[0]
+
+    (state, logits), (other, changed) = made({}), made({option: ALTERNATIVES[pos][option]})
+    if (pos, option) in {("rope", "explicit"), ("comrope", "unit"), ("comrope", "kind"), ("comrope", "block")}:
+        assert state.keys() != other.keys() or any(not torch.equal(state[name], other[name]) for name in state)
+        close(changed, logits, atol=1e-5)
+    else:
+        assert (changed - logits).abs().max() > 1e-3
+
+
+@all_cases
+def test_resolved_config_makes_the_same_model(case):
+    """A checkpoint holds model.config: all options written out, plain types, and the caller's config is not touched."""
+    asked = config(case.split()[0], dict(CASES[case]))
+    before = dataclasses.asdict(asked)
+    model = GPT(asked)
+    assert dataclasses.asdict(asked) == before
+    assert set(model.config.pos_options) == options_of(asked.pos)
+    again = GPT(GPTConfig(**json.loads(json.dumps(dataclasses.asdict(model.config)))))
+    assert torch.equal(again(tokens(BLOCK))[0], model(tokens(BLOCK))[0])
+
+
+@pytest.mark.parametrize(
+    "pos,words",
+    [
+        ("crop", ["pos 'crop'", "did you mean crope", *SCHEMES]),
+        ("xyzzy", ["xyzzy", ", ".join(SCHEMES)]),
+        (None, ["pos", "None"]),
+        ([], ["pos", r"\[\]"]),
+        (["rope", 1], ["pos", r"\['rope', 1\]"]),
+    ],
+)
+def test_errors_name_the_schemes(pos, words):
+    refused({"pos": pos}, words)
+
+
+@pytest.mark.parametrize(
+    "pos,options,words",
+    [
+        ("rope", {"bas": 1.0}, ["unknown option 'bas'", "did you mean base", "base, fraction, explicit, qkv"]),
+        ("none", {"base": 1.0}, ["unknown option 'base'", "no options"]),
+        ("rope", {"base": "1e4"}, ["base of rope", "'1e4'", "float"]),
+        ("rope", {"base": True}, ["base of rope", "True"]),
+        ("rope", {"base": math.nan}, ["base of rope", "nan"]),
+        ("rope", {"explicit": 1}, ["explicit of rope", "bool"]),
+        ("rope", {"base": -1.0}, ["base", "positive", "-1"]),
+        ("rope", {"fraction": 1.5}, ["fraction 1.5"]),
+        ("rope", {"fraction": 0.0}, ["fraction 0.0"]),
+        ("rope", {"fraction": 0.19}, ["fraction 0.19", "16"]),  # 3 channels of 16
+        ("rope", {"fraction": 0.01}, ["fraction 0.01", "16"]),  # none of 16: rope without positions
+        ("rope", {"qkv": "sparse"}, ["qkv of rope", "'sparse'", "dense", "grouped"]),
+        ("sinusoidal", {"base": -1.0}, ["base", "positive", "-1"]),  # would be nan
+        ("sinusoidal", {"base": 0.0}, ["base", "positive", "0"]),
+        ("comrope", {"block": 3}, ["block of comrope", "3", "2, 4, 8"]),
+        ("comrope", {"block": 8.0}, ["block of comrope", "8.0"]),
+        ("comrope", {"kind": "lp"}, ["kind of comrope", "'lp'", "ap", "ld"]),
+        ("comrope", {"unit": "x"}, ["unit of comrope", "'x'"]),
+        ("comrope", {"unit": 0}, ["unit", "positive", "0"]),
+        ("carope", {"source": "x"}, ["source of carope", "hidden", "embedding"]),
+        ("carope", {"base": 1.0}, ["base", "1.0"]),
+        ("carope", {"init": "paper", "content": False}, ["content false", "init rope"]),
+        ("rope", None, ["pos_options", "None"]),
+        ("rope", [1], ["pos_options", r"\[1\]"]),
+    ],
+)
+def test_errors_name_the_option(pos, options, words):
+    refused({"pos": pos, "pos_options": options}, words)
+
+
+@pytest.mark.parametrize(
+    "pos,shape,words",
+    [
+        ("sinusoidal", {"n_head": 5, "n_embd": 15}, ["15", "even"]),
+        ("comrope", {"n_embd": 36}, ["block 8", "12"]),
+        ("rope", {"n_embd": 45}, ["rope", "15", "even"]),
+        ("crope", {"n_embd": 45}, ["crope", "15", "even"]),
+        ("carope", {"n_embd": 45}, ["carope", "15", "even"]),
+    ],
+)
+def test_errors_name_the_width(pos, shape, words):
+    refused({"pos": pos, **shape}, words)

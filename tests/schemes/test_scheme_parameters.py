@@ -1,0 +1,172 @@
+"""Parameters of every scheme: names, shapes, order, counts, seeds, initial values, gradients, weight decay."""
+
+import hashlib
+import math
+
+import pytest
+import torch
+from models import BLOCK, CASES, HALVED, HEADS, LAYERS, VOCAB, WIDTH, D, all_cases, build, config, gpt2_names, tokens
+
+from model import GPT
+
+OWN = {  # a layer's, by case: name → shape
+    "comrope": {"P": (HEADS, D // 8, 8, 8)},
+    "comrope 4 ld": {"P": (HEADS, D // 4, 4, 4), "theta": (HEADS, D // 4)},
+    "comrope 2 unit": {"P": (HEADS, D // 2, 2, 2)},
+    "comrope gaussian": {"P": (HEADS, D // 8, 8, 8)},
+    "carope": {"c_pos.weight": (HEADS, WIDTH), "c_pos.bias": (HEADS,)},
+    "carope embedding": {"c_pos.weight": (HEADS, WIDTH), "c_pos.bias": (HEADS,)},
+    "carope paper": {"c_pos.weight": (HEADS, WIDTH)},
+    "carope constant": {"c_pos.bias": (HEADS,)},
+}
+
+
+@all_cases
+@pytest.mark.parametrize("bias", [False, True])
+def test_names_shapes_and_counts(case, bias):
+    pos, C, V, L = case.split()[0], WIDTH, VOCAB, LAYERS
+    model = GPT(config(pos, CASES[case], bias=bias))
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    expected = gpt2_names(bias)
+    if case in HALVED:
+        expected -= {f"transformer.h.{i}.attn.c_attn.weight" for i in range(L)}
+        expected |= {f"transformer.h.{i}.attn.c_attn.{part}" for i in range(L) for part in "AB"}
+    else:
+        assert shapes["transformer.h.0.attn.c_attn.weight"] == (3 * C, C)
+    if pos == "learned":
+        expected.add("transformer.wpe.weight")
+    own = {f"transformer.h.{i}.attn.pos.{name}": shape for i in range(L) for name, shape in OWN.get(case, {}).items()}
+    assert set(shapes) == expected | set(own)
+    assert all(shapes[name] == shape for name, shape in own.items())
+    buffers = {f"transformer.h.{i}.attn.pos.freqs" for i in range(L)} if case == "rope explicit" else set()
+    assert set(model.state_dict()) == set(shapes) | buffers | {"lm_head.weight"}
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+    count = V * C + L * 12 * C * C + (2 * L + 1) * C  # embedding, matrices, LayerNorm weights
+    count += L * (3 + 1 + 4 + 1 + 2) * C + C if bias else 0
+    count += {
+        "learned": BLOCK * C,
+        "comrope": L * C * model.config.pos_options.get("block", 0),  # H · D/b · b²
+        "carope": L * (C * HEADS * (case != "carope constant") + HEADS * (case != "carope paper")),
+    }.get(pos, 0)
+    count -= L * 3 * C * C // 2 if case in HALVED else 0
+    count += L * HEADS * D // 4 if case == "comrope 4 ld" else 0
+    assert model.parameter_count() == count == sum(math.prod(shape) for shape in shapes.values())
+
+
+@pytest.mark.parametrize(
+    "case,parts",
+    [
+        ("crope", ["c_attn.A", "c_attn.B", "c_attn.bias", "c_proj.weight", "c_proj.bias"]),
+        ("comrope 4 ld", ["P", "theta", "c_attn.weight", "c_attn.bias", "c_proj.weight", "c_proj.bias"]),
+        ("carope", ["c_attn.weight", "c_attn.bias", "c_proj.weight", "c_proj.bias", "c_pos.weight", "c_pos.bias"]),
+    ],
+)
+def test_order_is_that_of_earlier_checkpoints(case, parts):
+    """Optimizer states know parameters by their order: a layer's own, then its modules, last those of its scheme."""
+    names = [name.replace(".attn.pos.", ".attn.") for name, _ in build(case).named_parameters()]
+    prefix = "transformer.h.1.attn."
+    assert [name.removeprefix(prefix) for name in names if name.startswith(prefix)] == parts
+
+
+@pytest.mark.parametrize("case", ["rope explicit", "comrope 4 ld", "carope"])
+def test_names_of_earlier_checkpoints_load(case):
+    """The scheme's own were named without `pos`."""
+    model = build(case)
+    before = {name.replace(".attn.pos.", ".attn."): value for name, value in model.state_dict().items()}
+    assert before.keys() != model.state_dict().keys()
+    other = GPT(model.config, seed=9).double()
+    other.load_state_dict(before)
+    assert torch.equal(other(tokens(BLOCK))[0], model(tokens(BLOCK))[0])
+
+
+def test_initial_values_are_keyed_by_the_names_of_earlier_checkpoints():
+    """So that a seed still means the values that it meant before schemes were members of attention."""
+    model = GPT(config("comrope", {"init": "gaussian"}), seed=5)
+    for name in ("attn.P", "attn.c_attn.weight"):
+        digest = hashlib.sha256(f"5/transformer.h.1.{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        ours = model.get_parameter(f"transformer.h.1.{name.replace('attn.P', 'attn.pos.P')}")
+        std = 1.0 if name == "attn.P" else 0.02
+        assert torch.equal(ours, torch.empty(ours.shape).normal_(0.0, std, generator=generator))
+
+
+@all_cases
+def test_seeds(case):
+    """Equal seeds give equal shared parameters in every scheme; another seed gives others; the global generator is left
+    alone."""
+    pos = case.split()[0]
+    state = torch.random.get_rng_state()
+    model = GPT(config(pos, CASES[case]), seed=5)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(123)  # the global generator has no influence either
+    again = dict(GPT(config(pos, CASES[case]), seed=5).named_parameters())
+    learned = dict(GPT(config("learned"), seed=5).named_parameters())
+    other = dict(GPT(config(pos, CASES[case]), seed=6).named_parameters())
+    shared = 0
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, again[name])
+        if name in learned:
+            shared += 1
+            assert torch.equal(parameter, learned[name]), name
+        random = parameter.std() > 0 and not (name.endswith(".P") and model.config.pos_options["init"] == "rope")
+        assert torch.equal(parameter, other[name]) != random, name
+    assert shared >= len(gpt2_names(True)) - (LAYERS if case in HALVED else 0)
+
+
+@all_cases
+def test_initial_values_are_gpt2s(case):
+    """N(0, 0.02), 0.02/√(2L) into the residual stream, LayerNorm 1, biases 0; matrices differ from each other."""
+    model = GPT(config(case.split()[0], CASES[case], n_layer=3, n_embd=96))
+    values = dict(model.named_parameters())
+    for name, parameter in values.items():
+        if ".attn.pos." in name:
+            continue
+        part, kind = name.split(".")[-2:]
+        if part.startswith("ln"):
+            assert (parameter == (kind == "weight")).all()
+        elif kind == "bias":
+            assert not parameter.any()
+        else:
+            std = 0.02 / math.sqrt(6) if part == "c_proj" else 0.02
+            assert parameter.std().item() == pytest.approx(std, rel=0.05), name
+            assert abs(parameter.mean().item()) < 5 * std / math.sqrt(parameter.numel()), name
+    assert not torch.equal(values["transformer.h.0.mlp.c_fc.weight"], values["transformer.h.1.mlp.c_fc.weight"])
+
+
+def test_position_parameters():
+    """The ones without weight decay: P, θ and CARoPE's bias, and no matrix that acts on activations."""
+    found = {}
+    for case in CASES:
+        names = GPT(config(case.split()[0], CASES[case])).position_parameters()
+        if names:
+            found[case] = {name.split(".attn.pos.")[-1] for name in names}
+    assert found == {
+        "comrope": {"P"},
+        "comrope 4 ld": {"P", "theta"},
+        "comrope 2 unit": {"P"},
+        "comrope gaussian": {"P"},
+        "carope": {"c_pos.bias"},
+        "carope embedding": {"c_pos.bias"},
+        "carope constant": {"c_pos.bias"},
+    }
+    model = build("comrope 4 ld")
+    assert len(model.position_parameters()) == 2 * LAYERS
+    assert model.position_parameters() <= dict(model.named_parameters()).keys()
+
+
+OF_A_SCHEME = (".attn.pos.", ".c_attn.A", ".c_attn.B", ".wpe.")  # what GPT-2 has not, and its table of positions
+
+
+@pytest.mark.parametrize("case", ["learned", *HALVED, *OWN])
+def test_own_gradients_equal_finite_differences(case):
+    """torch.autograd.gradcheck in float64, through the whole model and its fused loss, all own parameters at once."""
+    model, idx, targets = build(case), tokens(8), tokens(8, seed=1)
+    names = [name for name, _ in model.named_parameters() if any(part in name for part in OF_A_SCHEME)]
+    values = tuple(model.get_parameter(name).detach().clone().requires_grad_() for name in names)
+    assert names
+
+    def loss(*values):
+        return torch.func.functional_call(model, dict(zip(names, values)), (idx, targets))[1]
+
+    assert torch.autograd.gradcheck(loss, values, eps=1e-6, atol=1e-7, rtol=1e-4, fast_mode=True)
