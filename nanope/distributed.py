@@ -118,7 +118,7 @@ def fresh_store(ranks: Ranks, timeout: datetime.timedelta) -> dist.Store:
     """Where the ranks find one another. torchrun keeps one store over its restarts. In it a restarted rank would find
     the addresses of dead ones (pytorch #135712, #167288), so each restart gets a part of its own. Over several nodes
     the restarts are not counted alike; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun does the same
-    (scripts/train.sbatch)."""
+    (configs/slurm/train.sbatch)."""
     store, *_ = next(iter(dist.rendezvous("env://", ranks.rank, ranks.world, timeout=timeout)))
     one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(ranks.world)
     return dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store) if one_node else store

@@ -210,7 +210,7 @@ runpy.run_path({str(REPO / "train.py")!r}, run_name="__main__")
 
 @pytest.mark.parametrize("ends", ["interrupted", "finished", "failed"])
 def test_the_job_script_requeues_what_was_interrupted(make, tmp_path, ends):
-    """scripts/train.sbatch with stand-ins: srun runs the command and, like Slurm's, answers SIGTERM with SIGKILL for
+    """configs/slurm/train.sbatch with stand-ins: srun runs the command and, like Slurm's, answers SIGTERM with SIGKILL for
     it; scancel signals the command; scontrol notes its arguments."""
     tools, submitted = tmp_path / "tools", tmp_path / "submitted"
     tools.mkdir(), submitted.mkdir()
@@ -231,7 +231,7 @@ def test_the_job_script_requeues_what_was_interrupted(make, tmp_path, ends):
     slurm = dict(SLURM_JOB_ID="7", SLURM_NNODES="1", SLURM_JOB_NODELIST="here", SLURM_GPUS_ON_NODE="1")
     slurm |= dict(SLURM_SUBMIT_DIR=str(submitted), TASK=str(tmp_path / "task"), OMP_NUM_THREADS="1")
     environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", **slurm}
-    command = ["bash", REPO / "scripts" / "train.sbatch", *arguments(config)]
+    command = ["bash", REPO / "configs" / "slurm" / "train.sbatch", *arguments(config)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen(command, env=environment, cwd=REPO, **pipes)
     if ends == "interrupted":
