@@ -197,8 +197,8 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
             pending.append(Outcome(progress.step, rate, numbers, [*means], losses))
             observe("launched", progress.step, model)
 
-            # Log. So that a GPU never waits for the host, a step's outcome is read after the launch of the next step, and
-            # at once only where something is due
+            # Log. A GPU must not wait for the host: a step's outcome is read after the next step has been launched, or
+            # at once where something is due
             end = progress.step == config.max_steps
             checkpoint_owed = checkpoint_owed or due(progress.step, config.checkpoint_interval)
             if ranks.world == 1:
@@ -254,9 +254,8 @@ def modes(parser) -> None:
     """Arguments that are no fields of a run."""
     text = "Print parameters, FLOPs, memory and hours of the run; train nothing."
     parser.add_argument("--plan", action="store_true", help=text)
-    parser.add_argument(
-        "--schemes", action="store_true", help="With --plan: a table of all schemes at the run's shape."
-    )
+    text = "With --plan: a table of all schemes at the run's shape."
+    parser.add_argument("--schemes", action="store_true", help=text)
     parser.add_argument("--gpus", type=int, help="With --plan: the number of GPUs (default: the ranks of this launch).")
     parser.add_argument("--mfu", type=float, default=0.4, help="With --plan: the model FLOPs utilisation to expect.")
     parser.add_argument("--price_per_hour", type=float, help="With --plan: price of an hour of one GPU.")

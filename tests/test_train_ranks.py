@@ -210,8 +210,8 @@ runpy.run_path({str(REPO / "train.py")!r}, run_name="__main__")
 
 @pytest.mark.parametrize("ends", ["interrupted", "finished", "failed"])
 def test_the_job_script_requeues_what_was_interrupted(make, tmp_path, ends):
-    """configs/slurm/train.sbatch with stand-ins: srun runs the command and, like Slurm's, answers SIGTERM with SIGKILL for
-    it; scancel signals the command; scontrol notes its arguments."""
+    """configs/slurm/train.sbatch with stand-ins: srun runs the command and, like Slurm's, answers SIGTERM with SIGKILL
+    for it; scancel signals the command; scontrol notes its arguments."""
     tools, submitted = tmp_path / "tools", tmp_path / "submitted"
     tools.mkdir(), submitted.mkdir()
     # Without the .venv that the repository may have, whose torchrun would be taken
