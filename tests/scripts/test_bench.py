@@ -114,6 +114,17 @@ def test_refuses_before_anything_starts(arguments, words, monkeypatch, capsys):
     assert words in capsys.readouterr().err + str(stopped.value)
 
 
+# ---- eval
+
+
+@pytest.mark.slow
+def test_eval():
+    shape = "--lengths 64 --n_layer 1 --n_embd 16 --n_head 2 --vocab_size 128 --batch_tokens 128".split()
+    done = command("eval", *shape, "--rounds", 1, "--threads", 1)
+    assert done.returncode == 0, done.stderr
+    assert "| nonoverlapping | 64 |" in done.stdout and "| sliding | 64 |" in done.stdout
+
+
 # ---- data and feed
 
 
