@@ -4,8 +4,8 @@
 
 What a scheme asks for decides the way:
     nothing, or `encode`   the fused causal kernel (flash attention)
-    `bias`, or a window    on CUDA, in training: FlexAttention. Else the fused kernel for a chunk of queries at a time, with
-                           a dense mask of those queries and the keys that they may see
+    `bias`, or a window    on CUDA, in training: FlexAttention. Else the fused kernel for a chunk of queries at a time,
+                           with a dense mask of those queries and the keys that they may see
     `scores`, `weights`    no fused kernel: dense scores of a chunk of queries, computed again in the backward pass
 
 Shapes: B batch, H heads, T queries of this pass, S = start + T keys, D width of a head's values.

@@ -1,4 +1,4 @@
-"""Checkpoints and the files of a run's folder: written whole or not at all, checked when read.
+"""Checkpoints: what they hold, how they are written and read, and what happens when the disk is full.
 
 runs/NAME/config.yaml             every field, resolved
 runs/NAME/metrics.jsonl           a JSON object a line
@@ -8,66 +8,121 @@ runs/NAME/best.pt                 the checkpoint of the lowest validation loss, 
 runs/NAME/eval/*.json             what eval.py wrote
 """
 
-import contextlib
+import dataclasses
 import hashlib
 import json
+import math
 import os
+import random
+import signal
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from data.shards import Data
+from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
+from nanope.config import RunConfig, merged
+from nanope.distributed import Ranks
+from nanope.errors import first_line
+from nanope.files import HashingFile, write_atomically
+from nanope.log import Log
+
+# ---- what a checkpoint holds
 
 
-class HashingFile:
-    """A binary file for writing that hashes what passes through."""
+@dataclasses.dataclass
+class Progress:
+    """How far a run is, beside its weights and the optimizer's state. The names are those in a checkpoint."""
 
-    def __init__(self, file):
-        self.file, self.sha256 = file, hashlib.sha256()
-
-    def write(self, data):
-        self.sha256.update(data)
-        return self.file.write(data)
-
-    def flush(self):
-        self.file.flush()
+    step: int = 0  # optimizer steps completed
+    watched: int = -1  # the last step after which validation and sample were done where due
+    val_loss: float = math.nan  # of the last validation
+    best_val_loss: float = math.inf
+    bad_steps: int = 0  # in a row, up to now: their loss or gradient was not finite, and they were skipped
 
 
-def write_atomically(path: Path, write) -> None:
-    """write(file) into a temporary file, fsync, rename: `path` holds the old or the new, never a part, also after a
-    power loss. OSError (disk full, no permission), which names `path`, leaves the old one and no remains."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        if error.errno is not None:  # what fails in the middle does not know the name
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+def snapshot(
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    config: RunConfig,
+    data: Data,
+    progress: Progress,
+) -> dict:
+    """What a checkpoint holds: tensors and plain types alone, copied to the host. Equal commands give equal files."""
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "step": progress.step,
+        "config": dataclasses.asdict(config),
+        "generators": generators(),
+        "data_hash": data.hash,
+        "tokenizer": dict(data.manifest["tokenizer"]),
+        "best_val_loss": progress.best_val_loss,
+        "val_loss": progress.val_loss,
+        "watched": progress.watched,
+        "bad_steps": progress.bad_steps,
+    }
+    return host_copy(state)
 
 
-def sync_folder(folder: Path) -> None:
-    """The names in a folder are on the disk, where the file system can do that."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def begin(seed: int) -> Progress:
+    """The progress of a new run. Random generators start from the seed, so that nothing in a checkpoint comes from the
+    operating system's entropy."""
+    seed %= 2**32  # NumPy takes no larger one
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    return Progress()
+
+
+def restore(
+    state: dict, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, device: torch.device
+) -> Progress:
+    """Put a checkpoint's state into the optimizer, the scaler and the generators. Weight decay, betas and the like stay
+    the config's. The model's weights come with build_model."""
+    fields = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state["optimizer"])
+    for group, now in zip(optimizer.param_groups, fields):
+        group.update(now)
+    if state["scaler"]:  # empty where the run was not float16
+        scaler.load_state_dict(state["scaler"])
+    restore_generators(state["generators"], device)
+    state = {"watched": state["step"], **state}  # checkpoints of old were written after validation, and do not say so
+    return Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})
+
+
+def generators() -> dict:
+    """The states of torch's, Python's and NumPy's random generators."""
+    version, internal, gauss = random.getstate()
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    keys = torch.from_numpy(keys.astype(np.int64))
+    old = {"kind": kind, "keys": keys, "position": position, "has_gauss": has_gauss, "cached": cached}
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": [version, list(internal), gauss], "numpy": old}
+
+
+def restore_generators(state: dict, device: torch.device) -> None:
+    """Set the random generators to what generators() returned."""
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if old := state.get("numpy"):
+        keys = old["keys"].numpy().astype(np.uint32)
+        np.random.set_state((old["kind"], keys, old["position"], old["has_gauss"], old["cached"]))
 
 
 def host_copy(state, copies: dict | None = None):
-    """A copy of nested dicts and lists with every tensor's values on the CPU: what is written while training goes on. Tied
-    parameters stay tied: they are copied, and written, once."""
+    """A copy of nested dicts and lists with every tensor's values on the CPU, which can be written while training goes
+    on. Tied parameters stay tied: they are copied, and written, once."""
     copies = {} if copies is None else copies
     if isinstance(state, torch.Tensor):
         same = state.data_ptr(), state.dtype, state.shape, state.stride()
@@ -79,35 +134,67 @@ def host_copy(state, copies: dict | None = None):
     return type(state)(host_copy(v, copies) for v in state) if isinstance(state, (list, tuple)) else state
 
 
-class Writer:
-    """Writes in a thread beside the training, one file at a time."""
+# ---- a model from a checkpoint
 
-    def __init__(self):
-        self.thread, self.error = None, None
 
-    def submit(self, write: Callable[[], None]) -> None:
-        """Call write() in the thread, once the one before has ended. What it raises is raised by the next wait()."""
-        self.wait()
+def build_model(state: dict, **changes) -> GPT:
+    """The GPT of a checkpoint, with `changes` to its GPTConfig (such as another block_size). ValueError where the
+    weights do not fit: a learned table is cut for a smaller block_size, never stretched."""
+    names = GPTConfig.__dataclass_fields__
+    config = GPTConfig(**{**{k: v for k, v in state["config"].items() if k in names}, **changes})
+    model = GPT(config)
+    weights = dict(state["model"])
+    wpe = "transformer.wpe.weight"
+    if wpe in weights:
+        if len(weights[wpe]) < config.block_size:
+            raise ValueError(
+                f"learned positions end at block_size {len(weights[wpe])}; "
+                f"they cannot be extended to {config.block_size}"
+            )
+        weights[wpe] = weights[wpe][: config.block_size]
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"the checkpoint is of another architecture: {error}") from error
+    return model
 
-        def run():
-            try:
-                write()
-            except Exception as error:
-                self.error = error
 
-        self.thread = threading.Thread(
-            target=run, daemon=True
-        )  # a second Ctrl-C need not wait for it: files are written whole or not at all
-        self.thread.start()
+def initial_model(config: RunConfig, tokenizer_hash: str) -> GPT:
+    """A new model, or with init_from one with the weights of another. ValueError unless the config names that one's
+    architecture and the data has its tokenizer."""
+    source = config.init_from
+    if source is None:
+        return GPT(config.model_config(), seed=config.seed)
+    if Path(source).is_file() or (Path(source) / "checkpoints").is_dir():
+        state = load(find(source))
+        tokenizer = state["tokenizer"]
+        if tokenizer["sha256"] != tokenizer_hash:
+            raise ValueError(
+                f"init_from {source} was trained with the tokenizer {tokenizer['name']}, "
+                f"which is not that of {config.data_dir}"
+            )
+    else:
+        pretrained, gpt2 = GPT.from_pretrained(source), load_tokenizer("gpt2")
+        if pretrained.config.vocab_size == gpt2.n_vocab and gpt2.sha256 != tokenizer_hash:
+            raise ValueError(f"init_from {source} has GPT-2's vocabulary, and {config.data_dir} another tokenizer")
+        state = {"config": dataclasses.asdict(pretrained.config), "model": pretrained.state_dict()}
+    model = build_model(state, block_size=config.block_size, dropout=config.dropout)
+    differ = []
+    for name in ("n_layer", "n_head", "n_embd", "bias", "vocab_size", "pos", "pos_options", "window"):
+        have, asked = getattr(model.config, name), getattr(config, name)
+        if name == "pos_options":  # those that the config does not name come with the weights
+            fits = merged(have, asked) == have
+            have = {k: have.get(k) for k in asked}
+        else:
+            fits = have == asked
+        if not fits:
+            differ.append(f"--{name} {have} (the config says {asked})")
+    if differ:
+        raise ValueError(f"init_from {source} has another architecture than the config; it needs {', '.join(differ)}")
+    return model
 
-    def wait(self) -> None:
-        """Until nothing is being written."""
-        if self.thread:
-            self.thread.join()
-            self.thread = None
-        if self.error:
-            error, self.error = self.error, None
-            raise error
+
+# ---- files
 
 
 def save(path: Path, state: dict) -> None:
@@ -132,6 +219,7 @@ def save(path: Path, state: dict) -> None:
 
 
 def hash_path(path: Path) -> Path:
+    """The file that holds the sha256 of the one at `path`."""
     return path.with_name(path.name + ".sha256")
 
 
@@ -149,9 +237,7 @@ def load(path: Path) -> dict:
     except OSError:
         raise
     except Exception as error:
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint: {str(error).partition(chr(10))[0] or type(error).__name__}"
-        ) from error
+        raise ValueError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from error
     if not isinstance(state, dict) or not {"model", "config", "step"} <= state.keys():
         raise ValueError(f"{path} is no checkpoint of train.py: it lacks model, config or step")
     return state
@@ -164,12 +250,13 @@ def step_files(run: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
+    """N of step_N.pt."""
     return int(path.stem.removeprefix("step_"))
 
 
 def save_step(run: Path, state: dict, keep: int) -> None:
-    """checkpoints/step_N.pt, the link last.pt to it, and older ones beyond `keep` removed; newer ones too, which a run
-    that was resumed before them must have found damaged."""
+    """Write checkpoints/step_N.pt and the link last.pt to it, and remove older ones beyond `keep`. Newer ones are
+    removed too: a run that was resumed before them must have found them damaged."""
     path = run / "checkpoints" / f"step_{state['step']}.pt"
     save(path, state)
     link = run / ".last.pt.partial"
@@ -184,8 +271,8 @@ def save_step(run: Path, state: dict, keep: int) -> None:
 
 
 def load_newest(run: Path) -> dict | None:
-    """The newest undamaged checkpoint of a run, with a warning for each that is damaged or cannot be read; None where there is none.
-    ValueError where there are some and none is good."""
+    """The newest undamaged checkpoint of a run, with a warning for each that is damaged or cannot be read; None where
+    there is none. ValueError where there are some and none is good."""
     files = step_files(run)
     for path in files:
         try:
@@ -200,7 +287,8 @@ def load_newest(run: Path) -> dict | None:
 
 
 def find(run: str | Path, which: str = "last") -> Path:
-    """The file of a run's `last` or `best` checkpoint, or of a step number; a path to a .pt file is itself."""
+    """The file of a run's `last` or `best` checkpoint, or of a step number. A path to a .pt file is itself. OSError
+    where there is none."""
     run = Path(run)
     if run.is_file():
         return run
@@ -218,22 +306,132 @@ def read_metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
 
 
-def build_model(state: dict, **changes) -> GPT:
-    """The GPT of a checkpoint, with `changes` to its GPTConfig (such as another block_size). ValueError where the
-    weights do not fit: a learned table is cut for a smaller block_size, never stretched."""
-    names = GPTConfig.__dataclass_fields__
-    config = GPTConfig(**{**{k: v for k, v in state["config"].items() if k in names}, **changes})
-    model = GPT(config)
-    weights = dict(state["model"])
-    wpe = "transformer.wpe.weight"
-    if wpe in weights:
-        if len(weights[wpe]) < config.block_size:
-            raise ValueError(
-                f"learned positions end at block_size {len(weights[wpe])}; they cannot be extended to {config.block_size}"
+# ---- writing while training goes on
+
+
+class Writer:
+    """Writes in a background thread, one file at a time."""
+
+    def __init__(self):
+        self.thread, self.error = None, None
+
+    def submit(self, write: Callable[[], None]) -> None:
+        """Call write() in the thread, once the one before has ended. The next wait() raises what it raises."""
+        self.wait()
+
+        def run():
+            try:
+                write()
+            except Exception as error:
+                self.error = error
+
+        # A daemon: a second Ctrl-C need not wait for it, since files are written atomically
+        self.thread = threading.Thread(target=run, daemon=True)
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is being written."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+        if self.error:
+            error, self.error = self.error, None
+            raise error
+
+
+class Keeper:
+    """Writes the checkpoints of a run in the background.
+
+    A checkpoint that cannot be written, as on a full disk, does not end the run: there may be room the next time. Only
+    where the last one cannot be written, also not at a second try, the run ends with an error.
+
+    take: returns what a checkpoint holds now. observe("write", step, path): called in the thread before each file.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        progress: Progress,
+        take: Callable[[], dict],
+        ranks: Ranks,
+        log: Log,
+        observe: Callable[[str, int, Path], None],
+    ):
+        self.run, self.keep = Path(config.out_dir), config.keep_checkpoints
+        self.progress, self.take, self.ranks, self.log, self.observe = progress, take, ranks, log, observe
+        self.writer = Writer()
+        self.saved = progress.step  # of the newest good step_N.pt
+        self.unwritten: OSError | None = None  # why the newest checkpoint could not be written
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind is not KeyboardInterrupt:  # of a second Ctrl-C, which waits for nothing
+            self.writer.wait()
+
+    def save(self, step: bool, best: bool) -> None:
+        """Write step_N.pt, best.pt, both or neither, as of this moment. Training goes on meanwhile."""
+        if not (step or best):
+            return
+        self.writer.wait()  # at most one is being written
+        progress, lowest = self.progress, self.progress.best_val_loss
+        if best:
+            progress.best_val_loss = progress.val_loss
+        if not self.ranks.main:
+            return
+        state = self.take()
+        keep = sys.maxsize if progress.bad_steps else self.keep  # no good one is removed for one among bad steps
+
+        def write() -> None:
+            self.log.sync()  # a checkpoint never knows more steps than metrics.jsonl
+            path = self.run / "best.pt"
+            if best and not self.attempt(path, state, lambda: save(path, state)):
+                progress.best_val_loss = state["best_val_loss"] = lowest
+            path = self.run / "checkpoints" / f"step_{state['step']}.pt"
+            if step and self.attempt(path, state, lambda: save_step(self.run, state, keep)):
+                self.saved = state["step"]
+
+        self.writer.submit(write)
+
+    def attempt(self, path: Path, state: dict, write: Callable[[], None]) -> bool:
+        """Whether a file could be written. Warns where not."""
+        try:
+            self.observe("write", state["step"], path)
+            write()
+            self.unwritten = None
+            return True
+        except OSError as error:
+            self.unwritten = error
+            self.log.say(
+                f"warning: at step {state['step']} a checkpoint could not be written ({error}): training goes on; "
+                f"the newest good one is of step {self.saved}"
             )
-        weights[wpe] = weights[wpe][: config.block_size]
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"the checkpoint is of another architecture: {error}") from error
-    return model
+            return False
+
+    def finish(self, stopped_by: int) -> None:
+        """Wait until everything is on the disk; `stopped_by` is the signal that ended the run, or 0. OSError where the
+        last checkpoint could not be written, also not when tried again."""
+        self.writer.wait()
+        if self.unwritten and self.ranks.main:
+            self.save(step=True, best=False)
+            self.writer.wait()
+        step = self.progress.step
+        if stopped_by:
+            saved = "checkpoint written: continue with --resume true"
+            saved = "but no checkpoint could be written" if self.unwritten else saved
+            self.log.say(f"stopped by {signal.Signals(stopped_by).name} after step {step}, {saved}")
+        self.ranks.wait()  # torchrun ends the others when one has left
+        if self.unwritten:
+            raise OSError(
+                f"the checkpoint of step {step} could not be written ({self.unwritten}); "
+                f"step {self.saved} is where --resume true continues"
+            )
+
+    def good_until(self, step: int) -> str:
+        """Which checkpoints are good, where what followed step `step` went wrong."""
+        self.writer.wait()
+        text = f"the checkpoints in {self.run} are from before"
+        if 0 < step <= self.saved:
+            text += f", but step_{self.saved}.pt holds the very weights that failed: delete it to go back further"
+        return text

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +13,13 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from model import GPTConfig
-from nanope.checkpoint import write_atomically
 from nanope.errors import nearest
+from nanope.files import write_atomically
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+# Fields that a config made before they existed does not have, with the value that it means by that
+SINCE = {"window": 0}
 
 
 @dataclass
@@ -25,7 +29,8 @@ class RunConfig:
     data_dir: str = "data/fineweb-edu-gpt2"
     """Folder that data/prepare.py made."""
     verify_data: bool = False
-    """Hash every shard at the start; otherwise those of folders up to 1 GiB, and sizes and fingerprints of larger ones."""
+    """Hash every shard at the start. Otherwise only folders up to 1 GiB are hashed; of larger ones sizes and
+    fingerprints are checked."""
     out_dir: str = "runs/default"
     """The run's folder; one that already holds a run is an error unless resume is true."""
 
@@ -44,15 +49,16 @@ class RunConfig:
     vocab_size: int | None = None
     """Vocabulary of the model; null is the data's, rounded up to a multiple of 64."""
     pos: list[str] | str = "rope"
-    """Positional scheme: a name in model.SCHEMES, several as rope+alibi, a file's as my_file.py:MyScheme, or a list of
-    these that cycles over the layers."""
+    """Positional scheme: a name in model.SCHEMES, a combination (rope+alibi), or a class of your own
+    (my_file.py:MyScheme). A list ([rope, rope, none]) cycles over the layers."""
     pos_options: dict = field(default_factory=dict)
-    """Options of the scheme, e.g. {block: 4}; on the command line also --pos_options.block 4."""
+    """Options of the scheme, e.g. {block: 4}; on the command line also --pos_options.block 4. For a combination or a
+    list they go by name: {rope: {base: 5.0e+5}}."""
     window: list[int] | int = 0
-    """Sliding-window attention: a token sees itself and the window - 1 before it; 0 is full attention. A list cycles over the
+    """Sliding-window attention: a token sees itself and the w-1 before it; 0 is full attention; a list cycles over the
     layers."""
     pos_lr_multiplier: float = 1.0
-    """Learning-rate multiplier of the scheme's own undecayed parameters (comrope's P, carope's bias); others have none."""
+    """Learning-rate multiplier of the scheme's own undecayed parameters (comrope's P, carope's bias)."""
 
     batch_tokens: int = 524288
     """Tokens per optimizer step over all ranks, a multiple of block_size."""
@@ -77,7 +83,8 @@ class RunConfig:
     warmup_steps: int = 750
     """Steps of linear warm-up from 0."""
     weight_decay: float = 0.1
-    """AdamW's weight decay of matrices that act on activations and of embeddings; never of biases, norms, frequencies."""
+    """AdamW's weight decay of embeddings and of matrices that act on activations; biases, norms and frequencies have
+    none."""
     beta1: float = 0.9
     """AdamW's first beta."""
     beta2: float = 0.95
@@ -126,8 +133,21 @@ class RunConfig:
 
 
 def padded_vocabulary(vocab_size: int) -> int:
-    """The vocabulary that a model gets for that of its data: the next multiple of 64, for the speed of matrix products."""
+    """The vocabulary of a model for data of `vocab_size` tokens: the next multiple of 64, for fast matrix products."""
     return -(-vocab_size // 64) * 64
+
+
+def with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:
+    """The config for data of `vocab_size` tokens: its own vocab_size is filled in where it is None. ValueError where it
+    is too small."""
+    if config.vocab_size is None:
+        config = dataclasses.replace(config, vocab_size=padded_vocabulary(vocab_size))
+    if config.vocab_size < vocab_size:
+        raise ValueError(f"vocab_size {config.vocab_size} is smaller than the {vocab_size} of {config.data_dir}")
+    return config
+
+
+# ---- parsing
 
 
 class Parser(ArgumentParser):
@@ -140,21 +160,14 @@ class Parser(ArgumentParser):
         self.exit(2, f"error: {' '.join(str(message).split())} (train.py --help explains every field)\n")
 
 
-def value_of(text: str):
-    """The YAML value of a text; 1e4 is a number too, unlike in YAML 1.1."""
-    return float(text) if re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d+", text) else yaml.safe_load(text)
-
-
 def parse(
     arguments: list[str] | None = None, modes: Callable[[ArgumentParser], None] | None = None
 ) -> RunConfig | tuple[RunConfig, dict]:
     """The RunConfig of a command line: `--config FILE`, then `--field value …`. Exits with a message for what is
     unknown or of a wrong type. With modes, which adds arguments that are no fields of a run: (RunConfig, those)."""
-    parser = Parser(
-        prog="train.py",
-        description="Train one GPT-2 with a positional scheme. Also under torchrun.",
-        allow_abbrev=False,
-    )
+    arguments, by_name = split_options(sys.argv[1:] if arguments is None else arguments)
+    description = "Train one GPT-2 with a positional scheme. Also under torchrun."
+    parser = Parser(prog="train.py", description=description, allow_abbrev=False)
     if modes:
         modes(parser)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of fields; later arguments override it.")
@@ -164,57 +177,68 @@ def parse(
     others = {k: values.pop(k) for k in [*values] if k not in RunConfig.__dataclass_fields__}
     if absent := [f.name for f in dataclasses.fields(RunConfig) if values[f.name] is None and f.default is not None]:
         parser.error(f"{', '.join(absent)} must not be null")
-    try:  # --pos_options.block 4 arrives as text
-        options = {k: value_of(v) if isinstance(v, str) else v for k, v in values["pos_options"].items()}
+    try:
+        values["pos_options"] = typed(merged(values["pos_options"], by_name))
     except yaml.YAMLError as error:
         parser.error(f"pos_options: {error}")
-    config = RunConfig(**{**values, "pos_options": options})
+    config = RunConfig(**values)
     return (config, others) if modes else config
 
 
+def split_options(arguments: list[str]) -> tuple[list[str], dict]:
+    """A command line without its --pos_options.SCHEME.OPTION VALUE, and these as {SCHEME: {OPTION: VALUE}}.
+    jsonargparse would keep the last OPTION of each SCHEME alone."""
+    rest, found, words = [], {}, iter(arguments)
+    for word in words:
+        match = re.fullmatch(r"--pos_options\.([^.=]+)\.([^.=]+)(?:=(.*))?", word, re.DOTALL)
+        value = None if match is None else next(words, None) if match[3] is None else match[3]
+        if value is None:
+            rest.append(word)
+        else:
+            found = merged(found, {match[1]: {match[2]: value}})
+    return rest, found
+
+
+def merged(options: dict, changes: dict) -> dict:
+    """pos_options with `changes`; those of several schemes, which go by name, are changed option by option."""
+    inner = {k: v for k, v in changes.items() if isinstance(v, dict) and isinstance(options.get(k), dict)}
+    return {**options, **changes, **{k: merged(options[k], v) for k, v in inner.items()}}
+
+
+def typed(value):
+    """Options with every text, such as that of --pos_options.block 4, replaced by its YAML value. 1e4 is a number too,
+    unlike in YAML 1.1."""
+    if isinstance(value, dict):
+        return {k: typed(v) for k, v in value.items()}
+    if not isinstance(value, str):
+        return value
+    return float(value) if re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d+", value) else yaml.safe_load(value)
+
+
+# ---- checks
+
+
 def check(config: RunConfig) -> None:
-    """ValueError that lists every field out of range. The model's own fields are checked by the model."""
+    """ValueError that lists every field out of range. The model checks its own fields."""
     problems = []
+
+    def require(names: str, holds: Callable, problem: str) -> None:
+        for name in names.split():
+            value = getattr(config, name)
+            if not holds(value):
+                problems.append(f"{name} {problem} {value}")
+
     for name, value in vars(config).items():
         if isinstance(value, float) and not math.isfinite(value):
             problems.append(f"{name} must be finite, not {value}")
-    for name in (
-        "batch_tokens",
-        "max_steps",
-        "eval_tokens",
-        "keep_checkpoints",
-        "log_interval",
-        "max_bad_steps",
-        "lr_step",
-        "block_size",
-    ):
-        if getattr(config, name) < 1:
-            problems.append(f"{name} must be at least 1, not {getattr(config, name)}")
-    for name in (
-        "warmup_steps",
-        "weight_decay",
-        "grad_clip",
-        "eval_interval",
-        "checkpoint_interval",
-        "sample_interval",
-        "min_lr",
-        "pos_lr_multiplier",
-        "seed",
-        "data_seed",
-    ):
-        if getattr(config, name) < 0:
-            problems.append(f"{name} must not be negative, but is {getattr(config, name)}")
-    for name in ("learning_rate", "lr_gamma", "rank_timeout"):
-        if not getattr(config, name) > 0:
-            problems.append(f"{name} must be positive, not {getattr(config, name)}")
-    for name in ("micro_batch_size", "vocab_size"):
-        if getattr(config, name) not in (None, "auto") and getattr(config, name) < 1:
-            problems.append(f"{name} must be at least 1 or null, not {getattr(config, name)}")
-    for name in ("beta1", "beta2"):
-        if not 0 <= getattr(config, name) < 1:
-            problems.append(f"{name} must lie in [0, 1), not {getattr(config, name)}")
-    if not 0 < config.decay_fraction <= 1:
-        problems.append(f"decay_fraction must lie in (0, 1], not {config.decay_fraction}")
+    counts = "batch_tokens max_steps eval_tokens keep_checkpoints log_interval max_bad_steps lr_step block_size"
+    require(counts, lambda n: n >= 1, "must be at least 1, not")
+    amounts = "warmup_steps weight_decay grad_clip eval_interval checkpoint_interval sample_interval min_lr"
+    require(f"{amounts} pos_lr_multiplier seed data_seed", lambda x: not x < 0, "must not be negative, but is")
+    require("learning_rate lr_gamma rank_timeout", lambda x: x > 0, "must be positive, not")
+    require("micro_batch_size vocab_size", lambda n: n in (None, "auto") or n >= 1, "must be at least 1 or null, not")
+    require("beta1 beta2", lambda x: 0 <= x < 1, "must lie in [0, 1), not")
+    require("decay_fraction", lambda x: 0 < x <= 1, "must lie in (0, 1], not")
     if config.schedule in ("cosine", "wsd") and config.min_lr > config.learning_rate:
         problems.append(f"min_lr {config.min_lr} exceeds learning_rate {config.learning_rate}")
     if config.block_size > 0 and config.batch_tokens % config.block_size:
@@ -226,6 +250,10 @@ def check(config: RunConfig) -> None:
         raise ValueError("; ".join(problems))
 
 
+# ---- config.yaml
+
+
 def write_yaml(config: RunConfig, path: Path) -> None:
+    """Write every field to a YAML file, atomically. OSError where that fails."""
     text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
     write_atomically(path, lambda file: file.write(text.encode()))

@@ -12,20 +12,13 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-from nanope.log import first_line
+from nanope.errors import first_line
 
 # Peak dense FLOP/s of a GPU by a word of its name (NVIDIA's data sheets): bfloat16; float16 for the V100
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "V100": 125e12,
-    "4090": 165e12,
-}
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12}
+PEAK_FLOPS |= {"V100": 125e12, "4090": 165e12}
 
 
 # ---- ranks
@@ -41,6 +34,7 @@ class Ranks:
 
     @property
     def main(self) -> bool:
+        """Whether this is the rank that writes files and messages."""
         return self.rank == 0
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -79,15 +73,15 @@ class Ranks:
 
 @contextlib.contextmanager
 def ranks_of(device_name: str, timeout: float = 600.0, tf32: bool = False):
-    """Join torchrun's process group, where there is one, with NCCL for CUDA and gloo elsewhere; yields (Ranks, device). Ranks
-    wait `timeout` seconds for one another; RankError where one is gone."""
-    ranks = Ranks(
-        *(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    )
+    """Join torchrun's process group, where there is one, with NCCL for CUDA and gloo elsewhere. Yields (Ranks, device).
+    Ranks wait `timeout` seconds for one another; RankError where one is gone."""
+    number = lambda name, default: int(os.environ.get(name, default))  # noqa: E731
+    ranks = Ranks(number("RANK", 0), number("WORLD_SIZE", 1), number("LOCAL_RANK", 0))
     device = pick_device(device_name, ranks)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # TF32 only where asked: under bfloat16 the few products left in float32 make phases, and TF32 would cost them 100 times their error
+        # TF32 only where asked: under bfloat16 the few products left in float32 make phases, and TF32 would make their
+        # error 100 times larger
         torch.backends.cuda.matmul.allow_tf32 = tf32
     if ranks.world > 1:
         cuda, wait = device.type == "cuda", datetime.timedelta(seconds=timeout)
@@ -105,21 +99,26 @@ def ranks_of(device_name: str, timeout: float = 600.0, tf32: bool = False):
     except RuntimeError as error:
         if ranks.world > 1 and lost_rank(error):
             raise RankError(
-                f"rank {ranks.rank} of {ranks.world} lost another rank, which has died or has not answered for {timeout:g} s (rank_timeout); "
-                f"look at what that one said, and continue with --resume true ({first_line(error)})"
+                f"rank {ranks.rank} of {ranks.world} lost another rank, which has died or has not answered for "
+                f"{timeout:g} s (rank_timeout); look at what that one said, and continue with --resume true "
+                f"({first_line(error)})"
             ) from error
         raise
     finally:
-        # NCCL's teardown is a collective: a rank that failed alone would wait in it for the others before it had said what went wrong
+        # NCCL's teardown is a collective: a rank that failed alone would wait in it for the others, before it had said
+        # what went wrong
         if ranks.world > 1 and (device.type != "cuda" or sys.exception() is None):
-            gc.collect()  # DDP, in reference cycles, would keep the group's threads alive: an abort at exit, about one run in six
+            # DDP lies in reference cycles. Uncollected it keeps the group's threads alive, and about one process in six
+            # aborts at its exit
+            gc.collect()
             dist.destroy_process_group()
 
 
 def fresh_store(ranks: Ranks, timeout: datetime.timedelta) -> dist.Store:
-    """Where the ranks find one another. torchrun keeps one store over its restarts, in which a restarted rank finds the dead ones'
-    addresses (pytorch #135712, #167288): each restart gets its own part of it. Over several nodes the restarts are not counted
-    alike, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun does the same (scripts/train.sbatch)."""
+    """Where the ranks find one another. torchrun keeps one store over its restarts. In it a restarted rank would find
+    the addresses of dead ones (pytorch #135712, #167288), so each restart gets a part of its own. Over several nodes
+    the restarts are not counted alike; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun does the same
+    (configs/slurm/train.sbatch)."""
     store, *_ = next(iter(dist.rendezvous("env://", ranks.rank, ranks.world, timeout=timeout)))
     one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(ranks.world)
     return dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store) if one_node else store
@@ -131,16 +130,22 @@ class RankError(ValueError):
 
 def lost_rank(error: RuntimeError) -> bool:
     """Whether an error is that of a collective operation whose partner is gone."""
-    words = (
-        "gloo",
-        "Connection closed by peer",
-        "Connection reset by peer",
-        "Broken pipe",
-        "Timed out waiting",
-        "NCCL",
-        "Socket Timeout",
+    words = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in (*words, "NCCL", "Socket Timeout"))
+
+
+def data_parallel(model: torch.nn.Module, ranks: Ranks, device: torch.device) -> torch.nn.Module:
+    """The module that forward and backward go through: with several ranks one that averages gradients over them, else
+    the model itself. compile_parts compiles the blocks one by one inside it: each block's gradients are reduced while
+    the blocks below still compute theirs."""
+    if ranks.world == 1:
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        forward_sync_buffers=False,
+        gradient_as_bucket_view=True,
     )
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
 # ---- device and dtype
@@ -161,12 +166,10 @@ def pick_device(name: str, ranks: Ranks | None = None) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype called `name`; `auto` is bfloat16 on GPUs that have it, else float32; tf32 is float32 on CUDA alone."""
     if name == "auto":
-        name = (
-            "bfloat16"
-            if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-            else "float32"
-        )
+        half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bfloat16" if half else "float32"
     if name == "tf32":
         if device.type != "cuda":
             raise ValueError(f"dtype tf32 needs a CUDA device, not {device.type}: choose float32")
@@ -174,20 +177,19 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def autocast(device: torch.device, dtype: torch.dtype):
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Within it matrix products run in `dtype`; for float32 it changes nothing."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def compiler_works(device: torch.device) -> bool:
-    """Whether torch.compile can build anything on this machine; warns where not."""
+    """Whether torch.compile can build anything on this machine. Warns where it cannot."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
         return True
     except Exception as error:
-        print(
-            f"warning: torch.compile does not work here, training goes on without it: {first_line(error)}",
-            file=sys.stderr,
-        )
+        text = f"warning: torch.compile does not work here, training goes on without it: {first_line(error)}"
+        print(text, file=sys.stderr)
         return False
 
 
@@ -211,11 +213,12 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """In memory from which a GPU copies by itself."""
+    """The tensor in page-locked memory, from which a GPU copies without the host. Other devices: the tensor itself."""
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def to_device(arrays, device: torch.device) -> list[torch.Tensor]:
+    """NumPy arrays as tensors on the device."""
     return [pinned(torch.from_numpy(a), device).to(device, non_blocking=True) for a in arrays]
 
 

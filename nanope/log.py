@@ -1,12 +1,13 @@
 """What a run tells while it trains: metrics.jsonl, the progress line, wandb; and the environment it ran in.
 
-Nothing here may stop a training that could go on: a full disk, a folder that is gone and a wandb that is down are
-said once and lived with, and what could not be written is written when it can be.
+Nothing here ends a training that could go on. There is one warning for a full disk, a folder that is gone, or a wandb
+that is down. What could not be written is written as soon as that is possible.
 """
 
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -14,23 +15,30 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from tqdm import tqdm
 
-import schemes
-from nanope import REPO, checkpoint
+from model import GPT
+from nanope import REPO
+from nanope.attention import kernel
 from nanope.config import RunConfig, write_yaml
+from nanope.distributed import Ranks, peak_flops, peak_memory
+from nanope.errors import first_line
+from nanope.files import write_atomically
+from schemes import label
 
 # ---- the environment
 
 
-def environment(config: RunConfig, device: torch.device, dtype: torch.dtype, world: int, data_hash: str) -> dict:
-    """What a result may depend on beside the config: versions, commit, device, attention kernel, data and seeds. No times, so
-    that equal runs have equal files."""
+def environment(
+    config: RunConfig, model: GPT, device: torch.device, dtype: torch.dtype, world: int, data_hash: str
+) -> dict:
+    """What a result may depend on beside the config: versions, commit, device, attention kernel, data and seeds. No
+    times, so that equal runs have equal files."""
     cuda = device.type == "cuda"
     return {
         "python": platform.python_version(),
@@ -44,7 +52,7 @@ def environment(config: RunConfig, device: torch.device, dtype: torch.dtype, wor
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
         "compile": config.compile,
-        "attention": attention_backend(config, device, dtype),
+        "attention": kernel(model, dtype),
         "data_hash": data_hash,
         "seed": config.seed,
         "data_seed": config.data_seed,
@@ -52,24 +60,25 @@ def environment(config: RunConfig, device: torch.device, dtype: torch.dtype, wor
 
 
 def git_state(repo: Path) -> dict | None:
-    """{"commit", "dirty"} of a repository, dirty where a tracked file differs from the commit; None where there is none."""
+    """{"commit", "dirty"} of a repository; dirty: a tracked file differs from the commit. None where there is none."""
+
+    def git(*command: str) -> str:
+        options = dict(cwd=repo, capture_output=True, text=True, check=True, timeout=30)
+        return subprocess.run(["git", *command], **options).stdout.strip()
+
     try:
-        git = lambda *command: (
-            subprocess.run(["git", *command], cwd=repo, capture_output=True, text=True, check=True, timeout=30).stdout
-        )  # noqa: E731
-        return {
-            "commit": git("rev-parse", "HEAD").strip(),
-            "dirty": bool(git("status", "--porcelain", "--untracked-files=no").strip()),
-        }
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def device_name(device: torch.device) -> str:
+    """The GPU's name, or the device's type and the processor."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({processor()})"
 
 
 def processor() -> str:
+    """The name of this machine's CPU."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -77,34 +86,48 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def attention_backend(config: RunConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """The kernel that training's attention takes."""
-    if any(schemes.scheme_class(n).bias is not schemes.Scheme.bias for n in schemes.names_in(config.pos)):
-        return "flex_attention" if device.type == "cuda" and not config.dropout else "sdpa with a dense bias, by chunks"
-    q = torch.empty(1, config.n_head, config.block_size, config.n_embd // config.n_head, device=device, dtype=dtype)
-    choice = torch._fused_sdp_choice(q, q, q, None, config.dropout, True)
-    return f"sdpa {torch.nn.attention.SDPBackend(choice).name.lower()}"
-
-
 # ---- the log
 
 
-class Log:
-    """metrics.jsonl, the progress line and, when asked, wandb. Only the first rank writes."""
+def title(
+    config: RunConfig, model: GPT, ranks: Ranks, share: int, tokens: int, device: torch.device, dtype: torch.dtype
+) -> str:
+    """A run in a line. `share`: windows a step and rank; `tokens`: of the train split."""
+    c, micro = config, config.micro_batch_size
+    return (
+        f"{Path(c.out_dir)}: {label(c.pos)} {c.pos_options}, {model.parameter_count():,} parameters; "
+        f"{c.max_steps} steps of {c.batch_tokens:,} tokens ({share * ranks.world} windows of {c.block_size}, "
+        f"{ranks.world} rank(s) × {share // micro} × {micro}); "
+        f"{tokens:,} training tokens, {c.max_steps * c.batch_tokens / tokens:.2f} epochs; "
+        f"{device}, {str(dtype).removeprefix('torch.')}"
+    )
 
-    def __init__(self, config: RunConfig, main: bool, step: int, environment: dict, watched: bool = True):
-        self.main, self.config, self.run = main, config, Path(config.out_dir)
-        if not main:
+
+class Log:
+    """metrics.jsonl, the progress line and, when asked, wandb. Only the first rank writes.
+
+    step: where the run starts or goes on. watched: whether validation and sample of that step are done already. What an
+    interrupted run logged beyond that is taken out of metrics.jsonl: it happens again.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        ranks: Ranks,
+        device: torch.device,
+        flops_per_token: int,
+        environment: dict,
+        step: int,
+        watched: bool,
+    ):
+        self.main, self.config, self.run = ranks.main, config, Path(config.out_dir)
+        if not self.main:
             return
         self.path, self.file, self.warned = self.run / "metrics.jsonl", None, False
-        # Every line, kept: a file that is lost or cut short can be written again
-        self.lines = lines_until(
-            self.path, step, watched
-        )  # what an interrupted run logged beyond its checkpoint happens again
+        self.lines = lines_until(self.path, step, watched)  # all of them: a file that is lost can be written again
         known = [line["environment"] for line in map(json.loads, self.lines) if "environment" in line]
-        if not known or (
-            known[-1] != environment and step < config.max_steps
-        ):  # a finished run keeps the record of how it was made
+        # A finished run keeps the record of how it was made
+        if not known or (known[-1] != environment and step < config.max_steps):
             self.lines.append(encode({"step": step, "environment": environment}))
         self.open()
         self.wandb = start_wandb(config, self.run, resumed=step > 0) if config.wandb != "off" else None
@@ -112,16 +135,90 @@ class Log:
         self.bar = tqdm(
             total=config.max_steps, initial=step, desc=self.run.name, unit="step", disable=not self.terminal
         )
+        self.device, self.flops_per_token = device, flops_per_token
+        peak = peak_flops(device)
+        self.flops = peak * ranks.world if peak else None
         self.started, self.first_step = time.monotonic(), step
+        self.start_clock(step)
 
-    def open(self) -> None:
-        """Write all lines anew, whole or not at all. OSError where that is not possible."""
-        self.run.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_atomically(self.path, lambda file: file.writelines(self.lines))
-        self.file = open(self.path, "ab", buffering=0)
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        self.close(failed=kind is not None)
+
+    # -- what a run has to tell
+
+    def training(self, step: int, means: dict[str, float], rate: float, norm: float) -> None:
+        """The line of a training step. means: train/loss and what else is a mean over the step's batch."""
+        if not self.main:
+            return
+        tokens, now = self.config.batch_tokens, time.monotonic()
+        speed = (step - self.clock_step) * tokens / (now - self.clock)
+        self.clock, self.clock_step = now, step
+        memory = peak_memory(self.device)
+        mfu = speed * self.flops_per_token / self.flops if self.flops else None
+        self.write(
+            **{"step": step, "tokens": step * tokens, **means, "lr": rate, "grad_norm": norm},
+            **{"tokens_per_s": speed, "mfu": mfu, "peak_memory": memory},
+        )
+        text = f"loss {means['train/loss']:.4f}  lr {rate:.2e}  norm {norm:.2f}  {speed:,.0f} tokens/s  "
+        text += f"{memory / 2**30:.2f} GiB" + (f"  MFU {mfu:.1%}" if mfu else "")
+        self.progress(step, text)
+
+    def skipped(self, step: int, loss: float, rate: float, norm: float) -> None:
+        """The line of a step whose loss or gradient was not finite."""
+        self.say(f"warning: step {step} skipped: loss {loss}, gradient norm {norm}")
+        self.write(**{"step": step, "skipped": 1, "train/loss": None, "grad_norm": None, "lr": rate})
+
+    def validation(self, step: int, loss: float) -> None:
+        """The line of a validation."""
+        self.write(**{"step": step, "tokens": step * self.config.batch_tokens, "val/loss": loss})
+        if step:
+            self.say(f"step {step}: validation loss {loss:.4f}")
+
+    def sample(self, step: int, text: str) -> None:
+        """The line of a text that the model has written."""
+        self.write(step=step, sample=text)
+        self.say(f"step {step}, a sample: {text!r}")
+
+    def say(self, text: str) -> None:
+        """Print a message."""
+        if self.main:
+            with contextlib.suppress(OSError):  # stderr on a full disk, a closed terminal
+                tqdm.write(text, file=sys.stderr)
+
+    def progress(self, step: int, text: str | None = None) -> None:
+        """Move the progress bar; with a text, where there is no terminal, print a line instead."""
+        if not self.main:
+            return
+        self.bar.update(step - self.bar.n)
+        if text is not None:
+            if self.terminal:
+                self.bar.set_postfix_str(text)
+            else:
+                each = (time.monotonic() - self.started) / max(1, step - self.first_step)
+                left = each * (self.config.max_steps - step)
+                self.say(f"step {step}/{self.config.max_steps}  {text}  ETA {tqdm.format_interval(left)}")
+
+    # -- the clock, which tokens/s is measured with
+
+    def start_clock(self, step: int) -> None:
+        """Training begins now, after `step` steps."""
+        self.clock, self.clock_step = time.monotonic(), step
+
+    @contextlib.contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """What happens within does not count: tokens/s is of training alone."""
+        paused = time.monotonic()
+        yield
+        if self.main:
+            self.clock += time.monotonic() - paused
+
+    # -- metrics.jsonl and wandb
 
     def write(self, **values) -> None:
-        """Append a line; one with a "step" and figures goes to wandb too."""
+        """Append a line; it goes to wandb too."""
         if not self.main:
             return
         self.lines.append(encode(values))
@@ -137,6 +234,12 @@ class Log:
         finally:
             self.to_wandb(values)
 
+    def open(self) -> None:
+        """Write all lines anew, atomically. OSError where that is not possible."""
+        self.run.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, lambda file: file.writelines(self.lines))
+        self.file = open(self.path, "ab", buffering=0)
+
     def there(self) -> bool:
         """Whether the open file still is the one at its path."""
         try:
@@ -145,13 +248,15 @@ class Log:
             return False
 
     def restore(self) -> None:
+        """Write a file that was lost or cut short again. OSError where that is not possible yet."""
         self.close_file()
         gone = not self.run.is_dir()
         self.open()
         if gone:
             write_yaml(self.config, self.run / "config.yaml")
+        what = self.run if gone else self.path
         self.say(
-            f"warning: {self.run if gone else self.path} was lost or could not be written for a while: all lines of this run are written again"
+            f"warning: {what} was lost or could not be written for a while: all lines of this run are written again"
         )
         self.warned = False
 
@@ -162,7 +267,7 @@ class Log:
         self.file = None
 
     def sync(self) -> None:
-        """What is logged is on the disk, where it can be; before a checkpoint that continues it."""
+        """Put what is logged on the disk, where that is possible; before a checkpoint that continues it."""
         with contextlib.suppress(OSError, ValueError, AttributeError):  # no file, or closed in another thread
             os.fsync(self.file.fileno())
 
@@ -177,30 +282,13 @@ class Log:
             )
             self.wandb = None
 
-    def say(self, text: str) -> None:
-        if self.main:
-            with contextlib.suppress(OSError):  # a log on a full disk, a closed terminal
-                tqdm.write(text, file=sys.stderr)
-
-    def progress(self, step: int, text: str | None = None) -> None:
-        if not self.main:
-            return
-        self.bar.update(step - self.bar.n)
-        if text is not None:
-            if self.terminal:
-                self.bar.set_postfix_str(text)
-            else:
-                left = (
-                    (time.monotonic() - self.started) / max(1, step - self.first_step) * (self.config.max_steps - step)
-                )
-                self.say(f"step {step}/{self.config.max_steps}  {text}  ETA {tqdm.format_interval(left)}")
-
     def close(self, failed: bool) -> None:
+        """Write what could not be written before, where that is possible now, and end wandb's run."""
         if not self.main:
             return
         self.bar.close()
         try:
-            if self.file is None or not self.there():  # the last chance
+            if self.file is None or not self.there():
                 self.restore()
         except OSError as error:
             self.say(f"warning: the last lines of {self.path} are lost: {error}")
@@ -216,13 +304,9 @@ def encode(values: dict) -> bytes:
     return (json.dumps(values) + "\n").encode()
 
 
-def first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-def lines_until(path: Path, step: int, watched: bool = True) -> list[bytes]:
-    """The whole lines of metrics.jsonl up to a step; a fresh start (step 0) keeps none. Of the last step without its validation and
-    sample where the checkpoint knows nothing of them (not `watched`): they happen again."""
+def lines_until(path: Path, step: int, watched: bool) -> list[bytes]:
+    """The whole lines of metrics.jsonl up to a step; a fresh start (step 0) keeps none. Validation and sample of that
+    step itself are left out where the checkpoint does not know of them (not `watched`): they happen again."""
     kept = []
     if step == 0 or not path.is_file():
         return kept
@@ -235,9 +319,18 @@ def lines_until(path: Path, step: int, watched: bool = True) -> list[bytes]:
     return kept
 
 
+# ---- wandb
+
+
+def check_wandb(config: RunConfig) -> None:
+    """ValueError where the config asks for a wandb that is not installed."""
+    if config.wandb != "off" and importlib.util.find_spec("wandb") is None:
+        raise ValueError("wandb is not installed: pip install wandb, or --wandb off")
+
+
 def start_wandb(config: RunConfig, run: Path, resumed: bool):
-    """The wandb run that continues with this folder; offline, with a warning, where it is not logged in or out of reach; None where
-    it does not work at all."""
+    """The wandb run of this folder, the same one after a resume. Offline, with a warning, where nobody is logged in or
+    the server is out of reach. None where wandb does not work at all."""
     os.environ.setdefault("WANDB_CACHE_DIR", str((run / "wandb" / "cache").resolve()))  # it would log under $HOME
     # The id follows from the folder, so that a resumed run continues its curve
     identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
@@ -272,51 +365,3 @@ def start_wandb(config: RunConfig, run: Path, resumed: bool):
     except Exception as error:
         warn(f"does not start ({first_line(error)}): training goes on without; metrics.jsonl has everything")
         return None
-
-
-# ---- the difference from another run
-
-
-# Fields that leave the training curve as it is, beyond rounding
-NEUTRAL = (
-    "data_dir",
-    "verify_data",
-    "out_dir",
-    "eval_interval",
-    "eval_tokens",
-    "checkpoint_interval",
-    "keep_checkpoints",
-    "log_interval",
-    "sample_interval",
-)
-NEUTRAL += ("resume", "wandb", "device", "compile", "micro_batch_size", "rank_timeout")
-
-
-def differences(mine: dict, run: Path, my_data_hash: str | None) -> list[str]:
-    """A line for each field in which a resolved config differs from that of `run`, those that change the result first, and one
-    for other data. Fields that `mine` leaves open (None) until the run starts are not compared. OSError where there is no such run."""
-    path = run / "config.yaml" if run.is_dir() else run
-    theirs = yaml.safe_load(path.read_text())
-    if not isinstance(theirs, dict) or "pos" not in theirs:
-        raise ValueError(f"{path} is no config of a run")
-    lines = []
-    for field in dataclasses.fields(RunConfig):
-        name = field.name
-        there, here = theirs.get(name, "absent"), mine[name]
-        if there != here and (here is not None or field.default is not None) and name not in ("out_dir", "resume"):
-            if isinstance(here, dict) and isinstance(there, dict):
-                options = sorted(k for k in here.keys() | there.keys() if here.get(k) != there.get(k))
-                there, here = ({k: d.get(k) for k in options} for d in (there, here))
-            lines.append(
-                (
-                    name in NEUTRAL,
-                    f"{name}: {there} there, {here} here" + (" (changes rounding at most)" if name in NEUTRAL else ""),
-                )
-            )
-    with contextlib.suppress(OSError, StopIteration):
-        hash = next(
-            line["environment"]["data_hash"] for line in checkpoint.read_metrics(path.parent) if "environment" in line
-        )
-        if my_data_hash and hash != my_data_hash:
-            lines.append((False, f"data: its manifest's hash is {hash[:12]}… there, {my_data_hash[:12]}… here"))
-    return [text for _, text in sorted(lines, key=lambda line: line[0])]

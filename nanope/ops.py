@@ -263,5 +263,5 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     else:
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
     turned = turned.flatten(-2)
-    # Not an idle .to(): compiled by torch 2.11, it would lose the gradients of an autograd.Function that saves its result
+    # Not an idle .to(): compiled by torch 2.11, it loses the gradients of an autograd.Function that saves its result
     return turned if turned.dtype == x.dtype else turned.to(x.dtype)

@@ -19,9 +19,9 @@ from nanope.config import RunConfig, check, padded_vocabulary
 from nanope.costs import Unfilled, memory, parameters, products, simulate
 from nanope.distributed import PEAK_FLOPS, Ranks, pick_device, pick_dtype
 from nanope.ops import chunk_rows
+from nanope.optim import make_optimizer, resolve_batch
 from nanope.plan_report import report, scheme_report
 from schemes import SCHEMES
-from train import make_optimizer, resolve_batch
 
 GPUS = ("A100", "H100")
 # GB, 10^9 bytes. What this leaves of a card's GiB, 7 %, is for CUDA's context and the allocator's gaps

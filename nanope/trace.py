@@ -18,7 +18,7 @@ from data.shards import batch, open_data
 from model import GPT
 from nanope.config import RunConfig, padded_vocabulary
 from nanope.distributed import Ranks, autocast, pick_device, pick_dtype
-from train import make_optimizer, resolve_batch
+from nanope.optim import make_optimizer, resolve_batch
 
 FORWARD = (
     "embedding",

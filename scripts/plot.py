@@ -22,10 +22,10 @@ import sys
 from pathlib import Path
 
 import _root
-from report import Study
 
 from nanope.study.figures import draw, draw_reports
 from nanope.study.panels import PANELS
+from nanope.study.results import Study
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ ALLOWED = {
     "nanope.convert": ("nanope.ops", "nanope.errors"),
     "nanope.hf": ("nanope.errors",),
     "nanope.bench": ("nanope", "model", "schemes", "data"),  # measures preparation too
+    "nanope.study": ("nanope", "model", "schemes", "data.shards", "data.corpora"),  # a grid names a corpus
     "schemes": ("nanope.ops", "nanope.errors", "schemes"),
     "model": ("nanope.ops", "nanope.attention", "nanope.convert", "nanope.hf", "schemes"),
     "data": ("data",),

@@ -1,13 +1,13 @@
-"""train.py, config.py, checkpoint.py: exact and repeatable training, checkpoints, ranks, and what bad input gets."""
+"""train.py: exact and repeatable training, resuming, checkpoints, and what bad input gets."""
+
+# ruff: noqa: F811 - pytest finds fixtures by their names; those of training.py are imported
 
 import contextlib
 import dataclasses
-import errno
 import json
 import math
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -20,39 +20,60 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from training import (
+from training import (  # noqa: F401 - fixtures
     CPU,
     ENVIRONMENT,
     REPO,
     TIMES,
+    TOYS,
+    all_lines,
     arguments,
     at_step,
+    before_forward,
+    command,
     crash,
+    environments,
+    files_of,
     finish,
+    folders,
     kill,
     last,
     losses,
+    make,
     metrics,
+    one_thread,
+    plain,
+    poison,
     same,
     same_run,
+    scripted_validation,
+    small_files,
     start,
+    together,
     wait_for_lines,
-)  # noqa: F401
+    words,
+)
 
-import train as train_module
 from data.shards import WindowOrder, batch, open_data
-from model import GPT, SCHEMES, GPTConfig
+from model import GPT, GPTConfig
 from nanope import checkpoint
-from nanope import config as config_module
-from nanope import log as record
-from nanope.config import RunConfig, check, parse, write_yaml
-from nanope.distributed import Ranks
-from train import Validation, learning_rate, main, make_optimizer, resolve_batch, train
+from nanope.config import RunConfig
+from nanope.distributed import Ranks, compiler_works
+from nanope.feed import Validation
+from nanope.log import git_state
+from nanope.optim import learning_rate
+from train import main, train
+
+
+def slow(*values):
+    """A case of a parametrized test that the quick tests leave out."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
 
 # ---- the same command, the same bits
 
 
-@pytest.mark.parametrize("pos", ["learned", "comrope", "carope"])
+@pytest.mark.parametrize("pos", [slow("learned"), slow("comrope"), "carope"])
 def test_the_same_config_gives_the_same_bits(make, pos):
     a, b, c = (make(name, pos=pos, dropout=0.1, seed=seed) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
     for config in (a, b, c):
@@ -62,6 +83,19 @@ def test_the_same_config_gives_the_same_bits(make, pos):
     assert not same(last(a.out_dir)["model"], last(c.out_dir)["model"])  # the comparison can fail
 
 
+def test_the_same_config_gives_the_same_files(make):
+    """To the byte, beside times: nothing in a checkpoint comes from the clock or the operating system's entropy."""
+    found = []
+    for _ in range(2):
+        torch.manual_seed(random.SystemRandom().getrandbits(32)), random.seed(), np.random.seed()
+        config = make(dropout=0.1, sample_interval=5)
+        train(config)
+        found.append({k: v for k, v in files_of(config.out_dir).items() if k != "metrics.jsonl"})
+        shutil.rmtree(config.out_dir)
+    assert found[0] == found[1] and "checkpoints/step_12.pt" in found[0] and "best.pt" in found[0]
+
+
+@pytest.mark.slow
 def test_seeds_of_weights_and_of_order_are_apart(make):
     runs = [make(name, seed=seed, data_seed=order) for name, seed, order in (("a", 1, 1), ("b", 1, 2), ("c", 2, 1))]
     for config in runs:
@@ -71,23 +105,30 @@ def test_seeds_of_weights_and_of_order_are_apart(make):
     assert losses(runs[0].out_dir) != losses(runs[1].out_dir)
 
 
-@pytest.mark.parametrize("fields", [dict(eval_interval=0), dict(eval_interval=1), dict(log_interval=5), dict(checkpoint_interval=0), dict(checkpoint_interval=1, keep_checkpoints=1)])  # fmt: skip
+@pytest.mark.parametrize(
+    "fields",
+    [
+        slow(dict(eval_interval=0)),
+        dict(eval_interval=1, checkpoint_interval=0),
+        dict(log_interval=5),
+        slow(dict(checkpoint_interval=0)),
+        slow(dict(checkpoint_interval=1, keep_checkpoints=1)),
+    ],
+)
 def test_watching_changes_nothing(make, plain, fields):
     config = make(**fields)
     train(config)
     assert same(last(config.out_dir)["model"], last(plain)["model"])
     assert same(last(config.out_dir)["optimizer"], last(plain)["optimizer"])
     logged = range(1, 13) if "log_interval" not in fields else [5, 10, 12]  # the last always
-    assert [line for line in metrics(config.out_dir) if "train/loss" in line] == [
-        line for line in metrics(plain) if line["step"] in logged and "train/loss" in line
-    ]
+    training = lambda run: [line for line in metrics(run) if "train/loss" in line and line["step"] in logged]  # noqa: E731
+    assert training(config.out_dir) == training(plain)
 
 
+@pytest.mark.slow
 def test_watching_changes_nothing_with_dropout(make):
-    a, b = (
-        make("a", dropout=0.2, eval_interval=0, checkpoint_interval=0),
-        make("b", dropout=0.2, eval_interval=1, checkpoint_interval=1),
-    )
+    a = make("a", dropout=0.2, eval_interval=0, checkpoint_interval=0)
+    b = make("b", dropout=0.2, eval_interval=1, checkpoint_interval=1)
     train(a)
     train(b)
     assert same(last(a.out_dir)["model"], last(b.out_dir)["model"])
@@ -96,29 +137,28 @@ def test_watching_changes_nothing_with_dropout(make):
 # ---- resuming
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_ends_the_step_and_resuming_is_exact(make, monkeypatch, number):
+@pytest.mark.parametrize("number", [signal.SIGTERM, slow(signal.SIGINT), slow(signal.SIGUSR1)])
+def test_a_signal_ends_the_step_and_resuming_is_exact(make, number):
     """With dropout, accumulation and an epoch edge: an epoch is about 28 steps."""
     fields = dict(max_steps=36, dropout=0.1, pos="carope", micro_batch_size=2, eval_interval=6, checkpoint_interval=7)
     whole, cut = make("whole", **fields), make("cut", **fields)
     order = WindowOrder(len(open_data(whole.data_dir).split("train")), 16, 1)
     assert 8 * 26 < order.windows < 8 * 31 and order.windows % 8  # an epoch ends inside a step, and inside the run
     train(whole)
-    at_step(monkeypatch, {2: kill(number), 26: kill(number), 31: kill(number)})
+    signals = at_step({2: kill(number), 26: kill(number), 31: kill(number)})
     ends = []
     for _ in range(4):
-        ends.append(train(dataclasses.replace(cut, resume=True)))
+        ends.append(train(dataclasses.replace(cut, resume=True), signals))
         assert last(cut.out_dir)["step"] == ends[-1]["step"]  # nothing was lost
     assert [(end["step"], end["signal"]) for end in ends] == [(3, number), (27, number), (32, number), (36, 0)]
     assert same_run(whole.out_dir, cut.out_dir)
     assert ends[-1]["val_loss"] == losses(whole.out_dir, "val/loss")[-1]
 
 
-def test_a_crash_drops_what_lies_beyond_the_checkpoint(make, plain, monkeypatch):
+def test_a_crash_drops_what_lies_beyond_the_checkpoint(make, plain):
     config = make()
-    at_step(monkeypatch, {7: crash})
     with pytest.raises(RuntimeError, match="power"):
-        train(config)
+        train(config, at_step({7: crash}))
     run = Path(config.out_dir)
     assert metrics(run)[-1]["step"] == 7 and last(run)["step"] == 4
     with open(run / "metrics.jsonl", "a") as file:
@@ -130,38 +170,37 @@ def test_a_crash_drops_what_lies_beyond_the_checkpoint(make, plain, monkeypatch)
     assert not [*run.rglob("*.partial")] and not os.path.lexists(run / ".last.pt.partial")
 
 
-def test_resume_starts_where_there_is_no_checkpoint(make, plain, monkeypatch):
+@pytest.mark.slow
+def test_resume_starts_where_there_is_no_checkpoint(make, plain):
     config = make(resume=True)
-    at_step(monkeypatch, {2: crash})
     with pytest.raises(RuntimeError):
-        train(config)  # before the first checkpoint
+        train(config, at_step({2: crash}))  # before the first checkpoint
     train(config)
     assert same_run(config.out_dir, plain)
 
 
-def test_resuming_a_finished_run_changes_nothing_and_it_can_be_prolonged(make, plain, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(record, "git_state", lambda _: None)  # as with another commit
+def test_resuming_a_finished_run_changes_nothing_and_it_can_be_prolonged(make, plain, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(plain, run, symlinks=True)
-    before = {p.name: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != "config.yaml"}
+    first, *lines = all_lines(run)
+    first["environment"]["git"] = {"commit": "0" * 40, "dirty": True}  # it was made with another commit
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (first, *lines)))
+    before = files_of(run)
     result = train(make(resume=True))
     assert "nothing to do" in capsys.readouterr().err
     assert result == {"step": 12, "val_loss": losses(plain, "val/loss")[-1], "signal": 0}
-    assert before == {p.name: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != "config.yaml"}
+    assert files_of(run) == before
     assert train(make(resume=True, max_steps=14))["step"] == 14
     assert [line["step"] for line in metrics(run) if "train/loss" in line] == list(range(1, 15))
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over(make, plain, tmp_path, capsys):
     newest, before = checkpoint.step_files(plain)
     assert (newest.name, before.name) == ("step_12.pt", "step_8.pt")
     content, hash_content = newest.read_bytes(), checkpoint.hash_path(newest).read_bytes()
-    for damaged in (
-        (content[:-1000], hash_content),
-        (bytes(len(content)), hash_content),
-        (content, b""),
-        (content, b"\xff\xfe"),
-    ):
+    damaged_files = (content[:-1000], hash_content), (bytes(len(content)), hash_content)
+    for damaged in (*damaged_files, (content, b""), (content, b"\xff\xfe")):
         run = tmp_path / "run"
         shutil.copytree(plain, run, symlinks=True)
         for file, bytes_ in zip((newest, checkpoint.hash_path(newest)), damaged):
@@ -173,12 +212,11 @@ def test_a_damaged_checkpoint_is_passed_over(make, plain, tmp_path, capsys):
         shutil.rmtree(run)
 
 
-def test_a_damaged_newer_checkpoint_never_pushes_out_a_good_one(make, plain, tmp_path, monkeypatch):
+def test_a_damaged_newer_checkpoint_never_pushes_out_a_good_one(make, plain, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(plain, run, symlinks=True)
     (run / "checkpoints" / "step_12.pt").write_bytes(b"")
-    at_step(monkeypatch, {8: kill(signal.SIGTERM)})
-    train(make(resume=True, keep_checkpoints=1))
+    train(make(resume=True, keep_checkpoints=1), at_step({8: kill(signal.SIGTERM)}))
     assert [f.name for f in checkpoint.step_files(run)] == ["step_9.pt"] and last(run)["step"] == 9
     train(make(resume=True))
     assert same_run(run, plain)
@@ -195,50 +233,38 @@ def test_a_damaged_checkpoint_without_its_hash_is_passed_over_too(make, plain, t
     assert "delete" in str(info.value) and capsys.readouterr().err.count("warning: ") == 2
 
 
-def test_every_generator_is_restored(tmp_path):
-    checkpoint.save(
-        tmp_path / "step_1.pt", {"model": {}, "config": {}, "step": 1, "generators": train_module.generators()}
-    )
-    first = torch.rand(3), random.gauss(0, 1), random.random()
-    train_module.restore_generators(checkpoint.load(tmp_path / "step_1.pt")["generators"], CPU)
-    assert same(first, (torch.rand(3), random.gauss(0, 1), random.random()))
-
-
-def test_resuming_restores_every_generator(make, monkeypatch):
+@pytest.mark.slow
+def test_resuming_restores_every_generator(make):
     config, seen = make(keep_checkpoints=9), []
-    at_step(monkeypatch, {5: kill(signal.SIGTERM), 6: lambda: seen.append(train_module.generators())})
-    train(config)
+    observer = at_step({5: kill(signal.SIGTERM), 6: lambda: seen.append(checkpoint.generators())})
+    train(config, observer)
     torch.manual_seed(99), random.seed(99), np.random.seed(99)  # another process
-    train(dataclasses.replace(config, resume=True))
+    train(dataclasses.replace(config, resume=True), observer)
     assert len(seen) == 1 and same(seen[0], checkpoint.load(checkpoint.find(config.out_dir, "6"))["generators"])
 
 
-def test_dropout_depends_on_seed_step_and_rank(make):
+def test_dropout_depends_on_seed_and_step(make):
+    """Ranks differ too: test_optim.py has step_seed."""
     seeds = set()
-    for seed, rank in (1, 0), (1, 1), (2, 0):
-        training = train_module.Training(make(f"run{seed}{rank}", dropout=0.1, seed=seed), Ranks(rank, 1), CPU)
-        for _ in range(2):
-            training.optimizer_step(train_module.Stop)
-            seeds.add(torch.initial_seed())
-        training.feed.close()
+    observer = lambda event, step, model: seeds.add(torch.initial_seed()) if event == "launched" else None  # noqa: E731
+    for seed in 1, 2, 1:
+        train(make(f"run{len(seeds)}", dropout=0.1, seed=seed, max_steps=3), observer)
     assert len(seeds) == 6
 
 
-def test_resume_keeps_the_configs_hyperparameters(make, monkeypatch, capsys):
+def test_resume_keeps_the_configs_hyperparameters(make, capsys):
     config = make(pos="comrope")
-    at_step(monkeypatch, {5: kill(signal.SIGTERM)})
-    train(config)
+    train(config, at_step({5: kill(signal.SIGTERM)}))
     train(dataclasses.replace(config, resume=True, weight_decay=0.3, beta2=0.9, pos_lr_multiplier=4.0))
-    assert (
-        "goes on with other settings than it began with: pos_lr_multiplier 1.0 → 4.0, weight_decay 0.1 → 0.3, beta2 0.95 → 0.9\n"
-        in capsys.readouterr().err
-    )
+    changed = "pos_lr_multiplier 1.0 → 4.0, weight_decay 0.1 → 0.3, beta2 0.95 → 0.9"
+    assert f"goes on with other settings than it began with: {changed}\n" in capsys.readouterr().err
     decayed, plain, positional = last(config.out_dir)["optimizer"]["param_groups"]
     assert (decayed["weight_decay"], plain["weight_decay"], positional["weight_decay"]) == (0.3, 0.0, 0.0)
     assert tuple(decayed["betas"]) == (0.9, 0.9) and positional["lr_multiplier"] == 4.0
     assert positional["lr"] == pytest.approx(4 * decayed["lr"])
 
 
+@pytest.mark.slow
 def test_real_processes_killed_and_stopped_resume_exactly(make, folders, tmp_path):
     fields = dict(schedule="constant", max_steps=100_000, checkpoint_interval=20, eval_interval=30, dropout=0.1)
     run = tmp_path / "run"
@@ -263,6 +289,7 @@ def test_real_processes_killed_and_stopped_resume_exactly(make, folders, tmp_pat
 # ---- batches, micro-batches, ranks
 
 
+@pytest.mark.slow
 def test_micro_batches_do_not_matter(make):
     curves = []
     for micro in (1, 2, 8, None):
@@ -274,72 +301,10 @@ def test_micro_batches_do_not_matter(make):
             assert len(mine) > 3 and theirs == pytest.approx(mine, rel=1e-5)
 
 
-def test_resolve_batch():
-    config = RunConfig(block_size=16, batch_tokens=16 * 24)
-    assert resolve_batch(config, Ranks()) == (24, 24)
-    assert resolve_batch(dataclasses.replace(config, micro_batch_size=3), Ranks(1, 4)) == (6, 3)
-    assert resolve_batch(RunConfig(block_size=4096, batch_tokens=4096 * 30), Ranks()) == (
-        30,
-        3,
-    )  # at most 16,384 tokens
-    assert resolve_batch(RunConfig(block_size=32768, batch_tokens=32768 * 2), Ranks()) == (2, 1)
-    with pytest.raises(ValueError, match="micro_batch_size 5 .*these do: 1, 2, 3, 4, 6, 8, 12, 24"):
-        resolve_batch(dataclasses.replace(config, micro_batch_size=5), Ranks())
-    with pytest.raises(
-        ValueError, match="24 windows of 16, which do not divide over 5 ranks.*: 1, 2, 3, 4, 6, 8, 12, 24"
-    ):
-        resolve_batch(config, Ranks(0, 5))
-
-
 # ---- the optimizer, the schedule, the step itself
 
 
-def groups_of(model, **fields):
-    names = {id(p): name for name, p in model.named_parameters()}
-    groups = make_optimizer(model, RunConfig(**fields)).param_groups
-    return [{names[id(p)] for p in group["params"]} for group in groups], groups
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("pos", SCHEMES)
-def test_every_parameter_is_in_one_group(pos, bias):
-    model = GPT(GPTConfig(16, 64, 2, 2, 16, pos=pos, bias=bias))
-    (decayed, plain, positional), _ = groups_of(model)
-    names = [name for name, _ in model.named_parameters()]
-    assert sorted([*decayed, *plain, *positional]) == sorted(names)
-    assert "transformer.wte.weight" in decayed and "lm_head.weight" not in decayed  # tied: once
-    assert {"transformer.ln_f.weight", "transformer.h.0.ln_1.weight"} <= plain
-
-
-@pytest.mark.parametrize(
-    "pos, options, own_decayed, own_positional",
-    [
-        ("learned", {}, {"transformer.wpe.weight", "attn.c_attn.weight"}, set()),
-        ("sinusoidal", {}, {"attn.c_attn.weight"}, set()),
-        ("none", {}, {"attn.c_attn.weight"}, set()),
-        ("rope", {}, {"attn.c_attn.weight"}, set()),
-        ("crope", {}, {"attn.c_attn.A", "attn.c_attn.B"}, set()),
-        ("comrope", {}, {"attn.c_attn.weight"}, {"attn.P"}),
-        ("comrope", {"kind": "ld"}, {"attn.c_attn.weight"}, {"attn.P", "attn.theta"}),
-        ("carope", {}, {"attn.c_attn.weight", "attn.c_pos.weight"}, {"attn.c_pos.bias"}),
-        ("alibi", {}, {"attn.c_attn.weight"}, set()),
-    ],
-)
-def test_what_is_decayed_and_what_is_positional(pos, options, own_decayed, own_positional):
-    model = GPT(GPTConfig(16, 64, 1, 2, 16, bias=True, pos=pos, pos_options=options))
-    (decayed, plain, positional), groups = groups_of(model, weight_decay=0.2, pos_lr_multiplier=3.0)
-    short = lambda names: {name.removeprefix("transformer.h.0.") for name in names}
-    common = {"transformer.wte.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"}
-    assert short(decayed) == common | own_decayed and short(positional) == own_positional
-    assert all(model.get_parameter(name).dim() == 1 for name in plain)
-    assert [g["weight_decay"] for g in groups] == [0.2, 0.0, 0.0] and [g["lr_multiplier"] for g in groups] == [
-        1.0,
-        1.0,
-        3.0,
-    ]
-
-
-@pytest.mark.parametrize("pos, name", [("comrope", "P"), ("carope", "c_pos.bias")])
+@pytest.mark.parametrize("pos, name", [("comrope", "pos.P"), slow("carope", "pos.c_pos.bias")])
 def test_pos_lr_multiplier(make, pos, name):
     key, moved, others = f"transformer.h.0.attn.{name}", [], []
     for multiplier in (0.0, 1.0, 3.0):
@@ -359,70 +324,48 @@ def by_hand(schedule, s, c):
     if s < c.warmup_steps:
         return c.learning_rate * (s + 1) / c.warmup_steps
     if schedule == "cosine":
-        return (
-            c.min_lr
-            + (c.learning_rate - c.min_lr)
-            * (1 + math.cos(math.pi * (s - c.warmup_steps) / (c.max_steps - c.warmup_steps)))
-            / 2
-        )
+        progress = (s - c.warmup_steps) / (c.max_steps - c.warmup_steps)
+        return c.min_lr + (c.learning_rate - c.min_lr) * (1 + math.cos(math.pi * progress)) / 2
     if schedule == "step":
         return c.learning_rate * math.prod([c.lr_gamma] * (s // c.lr_step))
     if schedule == "wsd":
         first = c.max_steps - c.decay_fraction * c.max_steps
-        return (
-            c.learning_rate
-            if s <= first
-            else c.learning_rate + (c.min_lr - c.learning_rate) * (s - first) / (c.max_steps - first)
-        )
+        return c.learning_rate + (c.min_lr - c.learning_rate) * max(0, s - first) / (c.max_steps - first)
     return c.learning_rate
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "step", "wsd", "constant"])
+@pytest.mark.parametrize("schedule", ["cosine", slow("step"), slow("wsd"), slow("constant")])
 def test_schedules(make, schedule):
-    config = make(
-        schedule=schedule, max_steps=20, warmup_steps=4, lr_step=6, lr_gamma=0.5, decay_fraction=0.25, eval_interval=0
-    )
+    fields = dict(max_steps=20, warmup_steps=4, lr_step=6, lr_gamma=0.5, decay_fraction=0.25, eval_interval=0)
+    config = make(schedule=schedule, **fields)
     train(config)
     expected = [by_hand(schedule, s, config) for s in range(20)]
     assert losses(config.out_dir, "lr") == pytest.approx(expected, rel=1e-12)
-    assert (
-        expected[0] == config.learning_rate / 4 and expected[3] == expected[4] == config.learning_rate
-    )  # the warm-up ends at the peak
-    assert learning_rate(20, config) == pytest.approx(
-        {"cosine": 3e-4, "wsd": 3e-4, "step": 3e-3 / 8, "constant": 3e-3}[schedule]
-    )
-    assert learning_rate(0, dataclasses.replace(config, warmup_steps=0)) == config.learning_rate
-    assert learning_rate(19, dataclasses.replace(config, warmup_steps=100)) == pytest.approx(0.2 * config.learning_rate)
+    peak = config.learning_rate
+    assert expected[0] == peak / 4 and expected[3] == expected[4] == peak  # the warm-up ends at the peak
+    final = {"cosine": 3e-4, "wsd": 3e-4, "step": 3e-3 / 8, "constant": 3e-3}[schedule]
+    assert learning_rate(20, config) == pytest.approx(final)
+    assert learning_rate(0, dataclasses.replace(config, warmup_steps=0)) == peak
+    assert learning_rate(19, dataclasses.replace(config, warmup_steps=100)) == pytest.approx(0.2 * peak)
     if schedule == "wsd":
-        assert expected[15] == config.learning_rate > expected[16]
-    assert (
-        0 <= learning_rate(19, dataclasses.replace(config, warmup_steps=0, decay_fraction=1.0)) <= config.learning_rate
-    )
+        assert expected[15] == peak > expected[16]
+    assert 0 <= learning_rate(19, dataclasses.replace(config, warmup_steps=0, decay_fraction=1.0)) <= peak
 
 
 def test_training_is_what_plain_torch_does(make):
     """Five steps again with whole-batch logits, cross_entropy, clipping by hand and a plain AdamW."""
-    config = make(
-        pos="comrope",
-        bias=True,
-        max_steps=5,
-        warmup_steps=2,
-        grad_clip=0.6,
-        weight_decay=0.5,
-        pos_lr_multiplier=2.0,
-        learning_rate=1e-3,
-    )
+    fields = dict(max_steps=5, warmup_steps=2, grad_clip=0.6, weight_decay=0.5, learning_rate=1e-3)
+    config = make(pos="comrope", bias=True, pos_lr_multiplier=2.0, **fields)
     train(config)
     model = GPT(GPTConfig(16, 320, 1, 2, 16, bias=True, pos="comrope"), seed=1)
     named = dict(model.named_parameters())
-    positional = [p for name, p in named.items() if name.endswith("attn.P")]
+    positional = [p for name, p in named.items() if name.endswith("attn.pos.P")]
     decayed = [p for name, p in named.items() if name.endswith("weight") and ".ln_" not in name]
     plain = [p for p in named.values() if all(p is not q for q in positional + decayed)]
     assert len(positional) == 1 and len(decayed) == 5 and len(plain) == 10  # 3 norms with biases, 4 other biases
     groups = [(decayed, 0.5, 1.0), (plain, 0.0, 1.0), (positional, 0.0, 2.0)]
-    optimizer = torch.optim.AdamW(
-        [{"params": p, "weight_decay": decay} for p, decay, _ in groups], betas=(0.9, 0.95), fused=False, foreach=False
-    )
+    parameters = [{"params": p, "weight_decay": decay} for p, decay, _ in groups]
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), fused=False, foreach=False)
     split = open_data(config.data_dir).split("train")
     starts = WindowOrder(len(split), 16, 1).starts(0, 40)
     norms, curve = [], []
@@ -446,6 +389,7 @@ def test_training_is_what_plain_torch_does(make):
         torch.testing.assert_close(value, model.state_dict()[name], rtol=0, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 def test_grad_clip_0_does_not_clip(make):
     a, b, c = make("a", grad_clip=0.0), make("b", grad_clip=1e9), make("c", grad_clip=0.1)
     for config in (a, b, c):
@@ -454,39 +398,97 @@ def test_grad_clip_0_does_not_clip(make):
     assert losses(a.out_dir, "grad_norm") == losses(b.out_dir, "grad_norm") != losses(c.out_dir, "grad_norm")
 
 
+# ---- what schemes draw in a step, and losses of their own
+
+
+def test_an_auxiliary_loss_is_trained_on_and_logged_apart(make):
+    """Two steps again: the gradient is that of both, train/loss that of cross-entropy alone."""
+    config = make(pos=f"{TOYS}:Penalty", max_steps=2, grad_clip=0.0, weight_decay=0.0)
+    train(config)
+    model = GPT(dataclasses.replace(config, vocab_size=320).model_config(), seed=1)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    split = open_data(config.data_dir).split("train")
+    starts = WindowOrder(len(split), 16, 1).starts(0, 16)
+    for s, line in enumerate(line for line in metrics(config.out_dir) if "train/loss" in line):
+        x, y = map(torch.from_numpy, batch(split, starts[8 * s : 8 * s + 8], 16))
+        _, loss = model(x, y)
+        auxiliary = model.auxiliary()
+        optimizer.zero_grad()
+        (loss + auxiliary).backward()
+        norm = torch.stack([p.grad.square().sum() for p in model.parameters()]).sum().sqrt()
+        optimizer.param_groups[0]["lr"] = by_hand("cosine", s, config)
+        optimizer.step()
+        assert line["train/loss"] == pytest.approx(loss.item(), rel=1e-6)
+        assert line["train/auxiliary"] == pytest.approx(auxiliary.item(), rel=1e-6)
+        assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    assert auxiliary.item() != 0.03125  # its initial value, 2 · 0.125², is trained on
+    for name, value in last(config.out_dir)["model"].items():
+        torch.testing.assert_close(value, model.state_dict()[name], rtol=0, atol=1e-6, msg=name)
+
+
+def test_an_auxiliary_loss_that_is_not_finite_skips_the_step(make):
+    def spoil(event, step, model):
+        if event == "step" and step in (3, 4):
+            model.transformer["h"][0].attn.pos.slope.data.fill_(math.inf if step == 3 else 0.125)
+
+    config = make(pos=f"{TOYS}:Penalty", max_steps=6, eval_interval=0)
+    train(config, spoil)
+    assert [line["step"] for line in metrics(config.out_dir) if "skipped" in line] == [4]
+
+
+def test_what_schemes_draw_depends_on_seed_and_step_alone(make):
+    """Equal in every micro-batch, and on resuming; other in another run or step."""
+    pos = f"{TOYS}:Stretch+{TOYS}:Penalty"
+    whole, cut, other, small = (make(name, pos=pos) for name in ("whole", "cut", "other", "small"))
+
+    def drawn(seeds):
+        return before_forward(lambda model, x, reduction: seeds.append(model.draws) if model.training else None)
+
+    first, second = [], []
+    train(whole, drawn(first))
+    train(cut, at_step({5: kill(signal.SIGTERM)}))
+    train(dataclasses.replace(cut, resume=True))
+    train(dataclasses.replace(other, seed=2), drawn(second))
+    train(dataclasses.replace(small, micro_batch_size=1))
+    assert same_run(whole.out_dir, cut.out_dir)
+    assert len(first) == 24 and first[::2] == first[1::2] and len({*first} | {*second}) == 24
+    for key in "train/loss", "train/auxiliary":
+        assert len(losses(whole.out_dir, key)) == 12
+        assert losses(small.out_dir, key) == pytest.approx(losses(whole.out_dir, key), rel=1e-5)
+    assert not any("auxiliary" in key for line in metrics(whole.out_dir) if "val/loss" in line for key in line)
+
+
 # ---- half precision
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("pos", ["rope", "comrope", "carope"])
+@pytest.mark.parametrize("pos", [slow("rope"), slow("comrope"), "carope"])
 def test_half_precision_stays_close(make, dtype, pos):
     half, full = make("half", dtype=dtype, pos=pos, max_steps=25), make("full", pos=pos, max_steps=25)
     train(half)
     train(full)
-    assert losses(half.out_dir) == pytest.approx(losses(full.out_dir), rel=0.01) and losses(half.out_dir) != losses(
-        full.out_dir
-    )
+    assert losses(half.out_dir) == pytest.approx(losses(full.out_dir), rel=0.01)
+    assert losses(half.out_dir) != losses(full.out_dir)
     assert not any("skipped" in line for line in metrics(half.out_dir))
     state = last(half.out_dir)
     assert all(p.dtype == torch.float32 for p in state["model"].values())
     assert bool(state["scaler"]) == (dtype == "float16")
 
 
-def test_the_scaler_is_saved_and_restored(make, monkeypatch):
+def test_the_scaler_is_saved_and_restored(make):
     whole, cut = make("whole", dtype="float16"), make("cut", dtype="float16", resume=True)
     train(whole)
-    at_step(monkeypatch, {5: kill(signal.SIGTERM)})
-    train(cut)
+    train(cut, at_step({5: kill(signal.SIGTERM)}))
     assert last(cut.out_dir)["scaler"]["_growth_tracker"] == 6
     train(cut)
     assert same_run(whole.out_dir, cut.out_dir) and last(cut.out_dir)["scaler"]["_growth_tracker"] == 12
 
 
-def test_a_run_may_be_resumed_in_another_dtype(make, monkeypatch):
+@pytest.mark.slow
+def test_a_run_may_be_resumed_in_another_dtype(make):
     for name, first, then in (("a", "float32", "float16"), ("b", "float16", "float32")):
         config = make(name, dtype=first)
-        at_step(monkeypatch, {5: kill(signal.SIGTERM)})
-        train(config)
+        train(config, at_step({5: kill(signal.SIGTERM)}))
         assert train(dataclasses.replace(config, dtype=then, resume=True))["step"] == 12
         assert bool(last(config.out_dir)["scaler"]) == (then == "float16")
 
@@ -494,31 +496,12 @@ def test_a_run_may_be_resumed_in_another_dtype(make, monkeypatch):
 # ---- loss and gradients that are not finite
 
 
-def poison(monkeypatch, bad_steps, value=math.nan, rows=2):
-    """Make the loss of the first forward pass of these steps (from 0; micro-batches of which there are `rows` a step)
-    not finite. Returns a list that receives the weights at the beginning of each step."""
-    forward, calls, weights = GPT.forward, [0], []
-
-    def poisoned(self, idx, targets=None, reduction="mean"):
-        out, loss = forward(self, idx, targets, reduction)
-        if targets is None or reduction != "mean":
-            return out, loss
-        step, part = divmod(calls[0], rows)
-        calls[0] += 1
-        if part == 0:
-            weights.append({k: v.clone() for k, v in self.state_dict().items()})
-        return out, loss * value if part == 0 and step in bad_steps else loss
-
-    monkeypatch.setattr(GPT, "forward", poisoned)
-    return weights
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", [math.nan, slow(math.inf)])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_bad_step_is_skipped_and_counted(make, monkeypatch, capsys, dtype, value):
+def test_a_bad_step_is_skipped_and_counted(make, capsys, dtype, value):
     config = make(dtype=dtype, max_bad_steps=3)
-    weights = poison(monkeypatch, {3, 7, 8}, value)
-    train(config)
+    observer, weights = poison({(3, 0), (7, 0), (8, 0)}, value=value)
+    train(config, observer)
     assert same(weights[3], weights[4]) and same(weights[7], weights[9]) and not same(weights[4], weights[5])
     skipped = [line for line in metrics(config.out_dir) if "skipped" in line]
     assert [line["step"] for line in skipped] == [4, 8, 9] and all(line["train/loss"] is None for line in skipped)
@@ -530,51 +513,59 @@ def test_a_bad_step_is_skipped_and_counted(make, monkeypatch, capsys, dtype, val
         assert state["scaler"]["scale"] == 2**16 / 8
 
 
-def test_bad_steps_stop_the_run_and_good_checkpoints_stay(make, monkeypatch):
+def test_bad_steps_stop_the_run_and_good_checkpoints_stay(make):
     config = make(checkpoint_interval=1, max_bad_steps=3, eval_interval=0)
-    weights = poison(monkeypatch, range(6, 100))
-    with pytest.raises(
-        ValueError, match=r"3 steps in a row up to step 9 .*learning rate .*windows at train_00000.bin at token \d+, "
-    ) as info:
-        train(config)
+    observer, weights = poison({(step, 0) for step in range(6, 100)})
+    message = r"3 steps in a row up to step 9 .*learning rate .*windows at train_00000.bin at token \d+, "
+    with pytest.raises(ValueError, match=message) as info:
+        train(config, observer)
     assert "step_6.pt holds the very weights that failed" in str(info.value)
     assert [f.name for f in checkpoint.step_files(Path(config.out_dir))] == ["step_6.pt", "step_5.pt"]
     assert same(last(config.out_dir)["model"], weights[6])
-    assert all(
-        json.loads(line, parse_constant=pytest.fail)
-        for line in (Path(config.out_dir) / "metrics.jsonl").read_text().splitlines()
-    )
-    monkeypatch.undo()
+    lines = (Path(config.out_dir) / "metrics.jsonl").read_text().splitlines()
+    assert all(json.loads(line, parse_constant=pytest.fail) for line in lines)
     assert train(dataclasses.replace(config, resume=True))["step"] == 12  # once the cause is gone
 
 
-def test_a_checkpoint_that_is_due_in_a_bad_step_is_written_after_it(make, monkeypatch):
+def test_a_checkpoint_that_is_due_in_a_bad_step_is_written_after_it(make):
     config = make(checkpoint_interval=4, keep_checkpoints=9)
-    poison(monkeypatch, {3, 4, 11})
-    train(config)
+    train(config, poison({(3, 0), (4, 0), (11, 0)})[0])
     assert [f.name for f in checkpoint.step_files(Path(config.out_dir))] == ["step_12.pt", "step_8.pt", "step_6.pt"]
     assert last(config.out_dir)["bad_steps"] == 1  # the end is written in any case
 
 
-def test_an_interruption_among_bad_steps_is_exact_and_removes_nothing(make, monkeypatch):
+@pytest.mark.slow
+def test_an_interruption_among_bad_steps_is_exact_and_removes_nothing(make):
     whole, cut = make("whole", checkpoint_interval=2), make("cut", checkpoint_interval=2, resume=True)
-    poison(monkeypatch, {5, 6, 7})
-    train(whole)
-    monkeypatch.undo()
-    poison(monkeypatch, {5, 6, 7})
-    at_step(monkeypatch, {6: kill(signal.SIGTERM)})
-    assert train(cut)["step"] == 7
+    bad = {(5, 0), (6, 0), (7, 0)}
+    train(whole, poison(bad)[0])
+    observer = poison(bad)[0]
+    assert train(cut, together(observer, at_step({6: kill(signal.SIGTERM)})))["step"] == 7
     assert [f.name for f in checkpoint.step_files(Path(cut.out_dir))] == ["step_7.pt", "step_4.pt", "step_2.pt"]
     assert last(cut.out_dir)["bad_steps"] == 2
-    train(cut)
+    train(cut, observer)
     assert same_run(whole.out_dir, cut.out_dir)
 
 
 def test_an_absurd_learning_rate(make, command):
-    message = command(
-        *arguments(make(learning_rate=1e38, schedule="constant", warmup_steps=0, max_bad_steps=2, eval_interval=1))
-    )
+    fields = dict(learning_rate=1e38, schedule="constant", warmup_steps=0, max_bad_steps=2, eval_interval=1)
+    message = command(*arguments(make(**fields)))
     assert "2 steps in a row up to step 3 had a loss or gradient that is not finite (learning rate 1e+38" in message
+
+
+# ---- memory
+
+
+def test_out_of_memory_says_what_to_try(make):
+    def hungry(model, x, reduction):
+        if len(x) > 2 and reduction == "mean":
+            raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB\nmore")
+
+    observe = before_forward(hungry)
+    where = r"out of memory at micro_batch_size 4 \(4 windows of 16 tokens\) on cpu"
+    with pytest.raises(ValueError, match=rf"{where}: try --micro_batch_size 2; .*\(Tried to allocate 20.00 GiB\)"):
+        train(make(), observe)
+    assert train(make("smaller", micro_batch_size=2), observe)["step"] == 12
 
 
 # ---- validation
@@ -591,11 +582,8 @@ def test_validation_is_the_mean_over_fixed_windows(make, plain):
     for step in (12, 8):
         model = GPT(config.model_config())
         model.load_state_dict(checkpoint.load(plain / "checkpoints" / f"step_{step}.pt")["model"])
-        nll = [
-            F.cross_entropy(model(tokens[None, s : s + 16])[0][0], tokens[s + 1 : s + 17]).double().item()
-            for s in starts
-        ]
-        expected = sum(nll) / 16
+        pairs = [(tokens[None, s : s + 16], tokens[s + 1 : s + 17]) for s in starts]
+        expected = sum(F.cross_entropy(model(x)[0][0], y).double().item() for x, y in pairs) / 16
         torch.manual_seed(0)
         before = torch.get_rng_state()
         found = Validation(data.split("val"), config, 5, Ranks(), CPU).loss(model, torch.float32)
@@ -603,21 +591,6 @@ def test_validation_is_the_mean_over_fixed_windows(make, plain):
         assert model.training and torch.equal(before, torch.get_rng_state())
         if step == 12:
             assert losses(plain, "val/loss")[-1] == pytest.approx(expected, rel=1e-6)
-
-
-def test_validation_is_sharded_and_reads_nothing_twice(make):
-    config, split = make(eval_tokens=10**9), open_data(make().data_dir).split("val")
-    parts = [Validation(split, config, 4, Ranks(rank, 3), CPU).starts for rank in range(3)]
-    assert sorted(sum(parts, [])) == [16 * i for i in range((len(split) - 1) // 16)]
-    assert len(Validation(split, make(eval_tokens=1), 4, Ranks(), CPU).starts) == 1
-    with pytest.raises(ValueError, match="val split of .* fewer than one window of 5000"):
-        Validation(split, make(block_size=5000), 4, Ranks(), CPU)
-
-
-def test_validation_is_without_dropout(make):
-    model, split = GPT(GPTConfig(16, 320, 1, 2, 16, dropout=0.5)), open_data(make().data_dir).split("val")
-    validation = Validation(split, make(), 4, Ranks(), CPU)
-    assert validation.loss(model, torch.float32) == validation.loss(model, torch.float32)
 
 
 # ---- init_from
@@ -633,24 +606,17 @@ def test_init_from_a_run(make, plain):
         assert state["step"] == 2 and state["optimizer"]["state"][0]["step"] == 2  # weights only
 
 
+@pytest.mark.slow
 def test_init_from_with_another_block_size(make, tmp_path):
     for pos in ("rope", "learned", "comrope"):
         train(make(pos, pos=pos, max_steps=2))
-    source = lambda pos: last(tmp_path / pos)["model"]
+    still = dict(max_steps=1, learning_rate=1e-30, min_lr=0.0)
     for pos, size in (("rope", 32), ("rope", 8), ("learned", 8), ("comrope", 32)):
-        config = make(
-            f"{pos}{size}",
-            pos=pos,
-            block_size=size,
-            init_from=str(tmp_path / pos),
-            max_steps=1,
-            learning_rate=1e-30,
-            min_lr=0.0,
-        )
+        config = make(f"{pos}{size}", pos=pos, block_size=size, init_from=str(tmp_path / pos), **still)
         train(config)
-        state = last(config.out_dir)
+        state, source = last(config.out_dir), last(tmp_path / pos)["model"]
         for name, value in state["model"].items():
-            torch.testing.assert_close(value, source(pos)[name][: len(value)])
+            torch.testing.assert_close(value, source[name][: len(value)])
         if pos == "comrope":
             assert state["config"]["pos_options"]["unit"] == 16.0  # the frequencies are the source's
     with pytest.raises(ValueError, match="learned positions end at block_size 16; they cannot be extended to 32"):
@@ -658,35 +624,36 @@ def test_init_from_with_another_block_size(make, tmp_path):
     assert not (tmp_path / "grown").exists()
 
 
-def test_a_run_from_weights_resumes_without_them(make, tmp_path, monkeypatch):
-    fields = dict(pos="comrope", pos_options={"block": 4})
-    train(make("source", max_steps=2, block_size=8, **fields))
-    more = dict(init_from=str(tmp_path / "source"), pos="comrope")  # the options come with the weights
+@pytest.mark.slow
+@pytest.mark.parametrize("pos", ["comrope", "comrope+alibi"])
+def test_a_run_from_weights_resumes_without_them(make, tmp_path, pos):
+    several = "+" in pos
+    options = lambda **given: {"comrope": given} if several else given  # noqa: E731
+    train(make("source", max_steps=2, block_size=8, pos=pos, pos_options=options(block=4)))
+    more = dict(init_from=str(tmp_path / "source"), pos=pos)  # the options come with the weights
     whole, cut = make("whole", **more), make("cut", **more)
     train(whole)
-    at_step(monkeypatch, {5: kill(signal.SIGTERM)})
-    train(cut)
+    train(cut, at_step({5: kill(signal.SIGTERM)}))
+    train(make("named", **more, pos_options=options(block=4), max_steps=1))
+    with pytest.raises(ValueError, match="has another architecture than the config; it needs --pos_options .*4"):
+        train(make("other", **more, pos_options=options(block=8)))
     (tmp_path / "source").rename(tmp_path / "gone")
     with pytest.raises(ValueError, match="pos_options was"):
-        train(dataclasses.replace(cut, resume=True, pos_options={"block": 8}))
-    train(dataclasses.replace(cut, resume=True))
+        train(dataclasses.replace(cut, resume=True, pos_options=options(block=8)))
+    train(dataclasses.replace(cut, resume=True, pos_options=options(block=4)))
     assert same_run(whole.out_dir, cut.out_dir)
-    assert last(cut.out_dir)["config"]["pos_options"] == {
-        "kind": "ap",
-        "block": 4,
-        "init": "rope",
-        "base": 10000.0,
-        "unit": 8.0,
-    }
+    found = last(cut.out_dir)["config"]["pos_options"]
+    expected = {"kind": "ap", "block": 4, "init": "rope", "base": 10000.0, "unit": 8.0}
+    assert found == ({"comrope": expected, "alibi": {}} if several else expected)
 
 
+@pytest.mark.slow
 def test_init_from_gpt2_in_transformers_layout(make, tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    theirs = GPT2LMHeadModel(
-        GPT2Config(vocab_size=300, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=256, eos_token_id=256)
-    ).eval()
+    shape = dict(vocab_size=300, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=256, eos_token_id=256)
+    theirs = GPT2LMHeadModel(GPT2Config(**shape)).eval()
     theirs.save_pretrained(tmp_path / "hf")
     fields = dict(init_from=str(tmp_path / "hf"), pos="learned", bias=True, vocab_size=300, n_layer=2, max_steps=1)
     config = make(**fields)
@@ -698,32 +665,27 @@ def test_init_from_gpt2_in_transformers_layout(make, tmp_path):
             x, y = map(torch.from_numpy, batch(validation.split, [start], 16))
             nll.append(F.cross_entropy(theirs(x).logits[0], y[0]).double().item())
     assert metrics(config.out_dir)[0]["val/loss"] == pytest.approx(sum(nll) / len(nll), rel=1e-5)
-    with pytest.raises(
-        ValueError,
-        match=r"it needs --n_layer 2 \(the config says 1\), --bias True .*, --vocab_size 300 .*, --pos learned",
-    ):
+    needs = r"it needs --n_layer 2 \(the config says 1\), --bias True .*, --vocab_size 300 .*, --pos learned"
+    with pytest.raises(ValueError, match=needs):
         train(make("no", **{**fields, "n_layer": 1, "bias": False, "vocab_size": None, "pos": "rope"}))
     assert not (tmp_path / "no").exists()
 
 
 def test_init_from_refuses_what_does_not_fit(make, plain, folders, tmp_path):
     (tmp_path / "empty").mkdir()
+    shape = r"another architecture than the config; it needs --n_head 2 .*, --n_embd 16 \(the config says 32\)"
+    tokenizer = "was trained with the tokenizer byte, which is not that of"
     for fields, message in (
-        (
-            dict(init_from=str(plain), n_embd=32, n_head=4),
-            r"another architecture than the config; it needs --n_head 2 .*, --n_embd 16 \(the config says 32\)",
-        ),
-        (dict(init_from=str(plain), pos="carope"), "--pos rope .the config says carope"),
-        (dict(init_from=str(plain), pos_options={"base": 500.0}), "--pos_options .*10000.0"),
-        (
-            dict(init_from=str(plain), data_dir=str(folders / "gpt2")),
-            "was trained with the tokenizer byte, which is not that of",
-        ),
-        (dict(init_from=str(tmp_path / "empty")), "holds no config.json"),
-        (dict(init_from=str(folders / "small.jsonl")), "cannot be read as a checkpoint"),
+        (dict(init_from=plain, n_embd=32, n_head=4), shape),
+        (dict(init_from=plain, pos="carope"), "--pos rope .the config says carope"),
+        (dict(init_from=plain, pos_options={"base": 500.0}), "--pos_options .*10000.0"),
+        (dict(init_from=plain, window=4), "--window 0 .the config says 4"),
+        (dict(init_from=plain, data_dir=str(folders / "gpt2")), tokenizer),
+        (dict(init_from=tmp_path / "empty"), "holds no config.json"),
+        (dict(init_from=folders / "small.jsonl"), "cannot be read as a checkpoint"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
-            train(make("no", **fields))
+            train(make("no", **{**fields, "init_from": str(fields["init_from"])}))
         assert not (tmp_path / "no").exists()
 
 
@@ -734,49 +696,31 @@ def test_what_a_checkpoint_holds(make, plain):
     state = torch.load(plain / "last.pt", weights_only=True)
     assert {"model", "optimizer", "scaler", "step", "config", "generators", "data_hash", "tokenizer"} <= state.keys()
     data = open_data(make().data_dir)
-    assert (
-        state["step"] == 12 and state["data_hash"] == data.hash and state["tokenizer"]["sha256"] == data.tokenizer_hash
-    )
-    assert (
-        {f.name for f in dataclasses.fields(GPTConfig)}
-        <= state["config"].keys()
-        == {f.name for f in dataclasses.fields(RunConfig)}
-    )
+    assert state["step"] == 12 and state["data_hash"] == data.hash
+    assert state["tokenizer"]["sha256"] == data.tokenizer_hash
+    shape = {f.name for f in dataclasses.fields(GPTConfig)}
+    assert shape <= state["config"].keys() == {f.name for f in dataclasses.fields(RunConfig)}
     assert state["config"]["vocab_size"] == 320 and state["config"]["pos_options"]["base"] == 10000.0
-    model = GPT(GPTConfig(**{f.name: state["config"][f.name] for f in dataclasses.fields(GPTConfig)}))
+    model = GPT(GPTConfig(**{name: state["config"][name] for name in shape}))
     model.load_state_dict(state["model"])
-    assert (
-        state["model"]["lm_head.weight"].data_ptr() == state["model"]["transformer.wte.weight"].data_ptr()
-    )  # tied, and stored once
+    head, embedding = state["model"]["lm_head.weight"], state["model"]["transformer.wte.weight"]
+    assert head.data_ptr() == embedding.data_ptr()  # tied, and stored once
 
     def plain_types(x):
         if isinstance(x, dict):
             return all(map(plain_types, [*x.keys(), *x.values()]))
-        return (
-            all(map(plain_types, x))
-            if isinstance(x, (list, tuple))
-            else isinstance(x, (torch.Tensor, int, float, str, bool, type(None)))
-        )
+        if isinstance(x, (list, tuple)):
+            return all(map(plain_types, x))
+        return isinstance(x, (torch.Tensor, int, float, str, bool, type(None)))
 
     assert plain_types(state)
 
 
 def test_the_runs_folder(plain):
-    assert sorted(p.name for p in plain.iterdir()) == [
-        ".lock",
-        "best.pt",
-        "best.pt.sha256",
-        "checkpoints",
-        "config.yaml",
-        "last.pt",
-        "metrics.jsonl",
-    ]
-    assert sorted(p.name for p in (plain / "checkpoints").iterdir()) == [
-        "step_12.pt",
-        "step_12.pt.sha256",
-        "step_8.pt",
-        "step_8.pt.sha256",
-    ]
+    files = [".lock", "best.pt", "best.pt.sha256", "checkpoints", "config.yaml", "last.pt", "metrics.jsonl"]
+    assert sorted(p.name for p in plain.iterdir()) == files
+    files = ["step_12.pt", "step_12.pt.sha256", "step_8.pt", "step_8.pt.sha256"]
+    assert sorted(p.name for p in (plain / "checkpoints").iterdir()) == files
     assert os.readlink(plain / "last.pt") == "checkpoints/step_12.pt" and not (plain / "best.pt").is_symlink()
     resolved = yaml.safe_load((plain / "config.yaml").read_text())
     assert resolved == checkpoint.load(plain / "last.pt")["config"]
@@ -785,21 +729,19 @@ def test_the_runs_folder(plain):
     assert lines[1].keys() == {"step", "tokens", "val/loss"} and lines[1]["step"] == 0
     assert [line["step"] for line in lines if "val/loss" in line] == [0, 5, 10, 12]
     training = [line for line in lines if "train/loss" in line]
-    assert [line["step"] for line in training] == list(range(1, 13)) and [line["tokens"] for line in training] == list(
-        range(128, 1537, 128)
-    )
+    assert [line["step"] for line in training] == list(range(1, 13))
+    assert [line["tokens"] for line in training] == list(range(128, 1537, 128))
     assert training[0].keys() == {"step", "tokens", "train/loss", "lr", "grad_norm", *TIMES}
     assert all(line["tokens_per_s"] > 0 and line["peak_memory"] > 2**20 for line in training)
 
 
 def test_a_moved_run_is_whole(plain, tmp_path):
-    shutil.copytree(plain, tmp_path / "moved", symlinks=True)
-    assert (
-        checkpoint.find(tmp_path / "moved").resolve() == (tmp_path / "moved" / "checkpoints" / "step_12.pt").resolve()
-    )
+    moved = tmp_path / "moved"
+    shutil.copytree(plain, moved, symlinks=True)
+    assert checkpoint.find(moved).resolve() == (moved / "checkpoints" / "step_12.pt").resolve()
 
 
-@pytest.mark.parametrize("keep", [1, 3])
+@pytest.mark.parametrize("keep", [slow(1), 3])
 def test_keep_checkpoints(make, keep):
     config = make(checkpoint_interval=2, keep_checkpoints=keep, eval_interval=0)
     train(config)
@@ -808,107 +750,51 @@ def test_keep_checkpoints(make, keep):
     assert len([*Path(config.out_dir, "checkpoints").iterdir()]) == 2 * keep  # each with its hash, no others
 
 
-def test_best_is_the_best(make, monkeypatch):
-    weights, figures = [], [0.5, 5.0, 3.0, 4.0, math.nan, 3.5]  # the first is before training
+def test_best_is_the_best(make):
+    figures = [0.5, 5.0, 3.0, 4.0, math.nan, 3.5]  # the first is before training
+    config = make(eval_interval=1, max_steps=5, keep_checkpoints=9, checkpoint_interval=1)
+    train(config, scripted_validation(figures))
+    run = Path(config.out_dir)
+    best = checkpoint.load(run / "best.pt")
+    assert (best["step"], best["val_loss"]) == (2, 3.0)
+    assert same(best["model"], checkpoint.load(checkpoint.find(run, "2"))["model"])
+    assert losses(run, "val/loss") == [0.5, 5.0, 3.0, 4.0, None, 3.5] and last(run)["best_val_loss"] == 3.0
 
-    def scripted(self, model, dtype, stop):
-        weights.append({k: v.clone() for k, v in model.state_dict().items()})
-        return figures[len(weights) - 1]
 
-    monkeypatch.setattr(Validation, "loss", scripted)
+@pytest.mark.slow
+def test_best_survives_resuming(make):
+    observer = scripted_validation([9.0, 3.0, 4.0, 5.0, 3.5, 3.25])
     config = make(eval_interval=1, max_steps=5)
-    train(config)
-    best = checkpoint.load(Path(config.out_dir) / "best.pt")
-    assert (best["step"], best["val_loss"]) == (2, 3.0) and same(best["model"], weights[2])
-    assert (
-        losses(config.out_dir, "val/loss") == [0.5, 5.0, 3.0, 4.0, None, 3.5]
-        and last(config.out_dir)["best_val_loss"] == 3.0
-    )
-
-
-def test_best_survives_resuming(make, monkeypatch):
-    figures = iter([9.0, 3.0, 4.0, 5.0, 3.5, 3.2])
-    monkeypatch.setattr(Validation, "loss", lambda *_: next(figures))
-    at_step(monkeypatch, {2: kill(signal.SIGTERM)})
-    config = make(eval_interval=1, max_steps=5)
-    train(config)
-    train(dataclasses.replace(config, resume=True))
+    train(config, together(observer, at_step({2: kill(signal.SIGTERM)})))
+    train(dataclasses.replace(config, resume=True), observer)
+    assert losses(config.out_dir, "val/loss") == [9.0, 3.0, 4.0, 5.0, 3.5, 3.25]
     assert checkpoint.load(Path(config.out_dir) / "best.pt")["step"] == 1
 
 
-def test_loading_names_what_is_wrong(plain, tmp_path):
-    path = tmp_path / "step_1.pt"
-    state = checkpoint.load(plain / "last.pt")
-    checkpoint.save(path, state)
-    assert same(checkpoint.load(path), state)
-    content = path.read_bytes()
-    for altered in (content[:-1], content[:1000], b"", content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]):
-        path.write_bytes(altered)
-        with pytest.raises(ValueError, match="step_1.pt is truncated or altered"):
-            checkpoint.load(path)
-    torch.save({"weights": torch.zeros(2)}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="no checkpoint of train.py: it lacks model"):
-        checkpoint.load(tmp_path / "other.pt")
-    with pytest.raises(OSError, match="nothing.pt"):
-        checkpoint.load(tmp_path / "nothing.pt")
-    with pytest.raises(OSError, match="no run"):
-        checkpoint.find(tmp_path / "nothing")
-    with pytest.raises(OSError, match="no checkpoint '7'; it has last.pt, best.pt, step_12.pt, step_8.pt"):
-        checkpoint.find(plain, "7")
-
-
-def files_of(run):
-    return {str(p.relative_to(run)): p.read_bytes() for p in Path(run).rglob("*") if p.is_file()}
-
-
 @contextlib.contextmanager
-def small_files(limit):
-    """No file may grow beyond `limit` bytes: a write that fails in the middle, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+def full_disk(name, until=math.inf):
+    """Yields an observer with which writing the files called `name…` fails in the middle, as on a full disk, at the
+    steps before `until`."""
+    with contextlib.ExitStack() as limit:
+
+        def observe(event, step, path):
+            if event == "write":
+                limit.close()  # the file before is done
+                if path.name.startswith(name) and step < until:
+                    limit.enter_context(small_files(20_000))
+
+        yield observe
 
 
-@pytest.mark.parametrize("size", [2000, 100_000, 3_000_000])
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, size):
-    path = tmp_path / "step_1.pt"
-    state = {"model": {"w": torch.arange(10)}, "config": {}, "step": 1}
-    checkpoint.save(path, state)
-    before = files_of(tmp_path)
-    with small_files(5000), pytest.raises(OSError, match="File too large.*step_1.pt"):
-        checkpoint.save(path, {**state, "model": {"w": torch.zeros(size)}})
-    assert files_of(tmp_path) == before and same(checkpoint.load(path), state)
-
-
-def full_disk(monkeypatch, name):
-    """There is no room for files called `name`, until the function that is returned is called."""
-    write, full = checkpoint.HashingFile.write, [True]
-
-    def limited(self, data):
-        if full[0] and name in self.file.name and self.file.tell() > 1000:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(self, data)
-
-    monkeypatch.setattr(checkpoint.HashingFile, "write", limited)
-    return lambda: full.__setitem__(0, False)
-
-
-@pytest.mark.parametrize("name", ["step_8.pt", "best.pt"])
-def test_training_goes_on_while_the_disk_is_full(make, plain, monkeypatch, capsys, name):
+@pytest.mark.parametrize("name", ["step_8.pt", slow("best.pt")])
+def test_training_goes_on_while_the_disk_is_full(make, plain, capsys, name):
     """It says so, what was good stays, and what there is room for later is written."""
-    config, room = make(eval_interval=5), full_disk(monkeypatch, name)
-    at_step(monkeypatch, {9: room})
-    train(config)
+    config = make(eval_interval=5)
+    with full_disk(name, until=9) as observer:
+        train(config, observer)
     err = capsys.readouterr().err
-    assert (
-        err.count("a checkpoint could not be written") == 1
-        and "No space left on device" in err
-        and name in err
-        and "the newest good one is of step 4" in err
-    )
+    assert err.count("a checkpoint could not be written") == 1 and "File too large" in err and name in err
+    assert "the newest good one is of step 4" in err
     assert same_run(config.out_dir, plain)
     kept = [f.name for f in checkpoint.step_files(Path(config.out_dir))]
     assert kept == (["step_12.pt", "step_4.pt"] if name == "step_8.pt" else ["step_12.pt", "step_8.pt"])
@@ -916,26 +802,20 @@ def test_training_goes_on_while_the_disk_is_full(make, plain, monkeypatch, capsy
     assert not [*Path(config.out_dir).rglob("*.partial")]
 
 
-def test_a_disk_that_stays_full_ends_the_run_with_an_error_and_loses_nothing(
-    make, command, plain, tmp_path, monkeypatch
-):
+@pytest.mark.slow
+def test_a_disk_that_stays_full_ends_the_run_with_an_error_and_loses_nothing(make, command, plain, tmp_path):
     config = make(eval_interval=0)
-    at_step(monkeypatch, {6: crash})
     with pytest.raises(RuntimeError):
-        train(config)
+        train(config, at_step({6: crash}))
     before = files_of(tmp_path / "run")
-    full_disk(monkeypatch, "step_")
-    message = command(*arguments(config), "--resume", "true")
-    assert (
-        "the checkpoint of step 12 could not be written" in message
-        and "No space left on device" in message
-        and "step 4 is where --resume true continues" in message
-    )
+    with full_disk("step_") as observer:
+        message = command(*arguments(config), "--resume", "true", observe=observer)
+    assert "the checkpoint of step 12 could not be written" in message and "File too large" in message
+    assert "step 4 is where --resume true continues" in message
     after = files_of(tmp_path / "run")
     for changing in ("metrics.jsonl", "config.yaml", "best.pt", "best.pt.sha256"):
         before.pop(changing, None), after.pop(changing, None)
     assert after == before
-    monkeypatch.undo()
     train(dataclasses.replace(config, resume=True))
     assert same(last(tmp_path / "run")["model"], last(plain)["model"])
 
@@ -956,6 +836,7 @@ def test_a_folder_without_permission(make, command, tmp_path):
 # ---- wandb and torch.compile
 
 
+@pytest.mark.slow
 def test_wandb_is_not_imported_and_a_missing_compiler_is_no_error(make, tmp_path):
     code = "import sys, train; train.main(); print('wandb' in sys.modules)"
     config = make(compile=True, max_steps=2)
@@ -967,8 +848,9 @@ def test_wandb_is_not_imported_and_a_missing_compiler_is_no_error(make, tmp_path
     assert same(last(config.out_dir)["model"], last(plain.out_dir)["model"])
 
 
+@pytest.mark.slow
 def test_compiled_training_is_the_same_up_to_rounding(make):
-    if not train_module.compiler_works(CPU):
+    if not compiler_works(CPU):
         pytest.skip("no C++ compiler on this machine")
     compiled, eager = make("compiled", compile=True, max_steps=8), make("eager", max_steps=8)
     train(compiled)
@@ -978,13 +860,11 @@ def test_compiled_training_is_the_same_up_to_rounding(make):
     assert last(compiled.out_dir)["model"].keys() == last(eager.out_dir)["model"].keys()
 
 
+@pytest.mark.slow
 def test_wandb_without_a_login_goes_offline(make, tmp_path):
     (home := tmp_path / "home").mkdir()
-    clean = {k: "" for k in ENVIRONMENT if k.startswith("WANDB")} | {
-        "HOME": str(home),
-        "XDG_CONFIG_HOME": str(home),
-        "XDG_CACHE_HOME": str(home),
-    }
+    clean = {k: "" for k in ENVIRONMENT if k.startswith("WANDB")}
+    clean |= {k: str(home) for k in ("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME")}
     config = make(wandb="online", max_steps=3)
     status, _, err = finish(start([REPO / "train.py", *arguments(config)], tmp_path, **clean))
     assert status == 0 and "Traceback" not in err
@@ -1018,9 +898,8 @@ class FakeWandb(types.ModuleType):
         self.modes.append(mode)
         if mode == "online":
             raise self.Error("Timed out\nsecond line")
-        return types.SimpleNamespace(
-            log=lambda values, step: self.lines.append(step), finish=lambda exit_code: self.modes.append(exit_code)
-        )
+        log = lambda values, step: self.lines.append(step)  # noqa: E731
+        return types.SimpleNamespace(log=log, finish=lambda exit_code: self.modes.append(exit_code))
 
 
 def test_wandb_out_of_reach_goes_offline(make, monkeypatch, capsys):
@@ -1029,13 +908,11 @@ def test_wandb_out_of_reach_goes_offline(make, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_CACHE_DIR", "unused")
     train(make(wandb="online", max_steps=3))
     assert fake.modes == ["online", "teardown", "offline", 0] and fake.lines == [0, 1, 2, 3, 3]
-    assert (
-        "warning: wandb cannot be used online, logging offline; `wandb sync` uploads later: Timed out\n"
-        in capsys.readouterr().err
-    )
+    warning = "warning: wandb cannot be used online, logging offline; `wandb sync` uploads later: Timed out\n"
+    assert warning in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("broken", ["login", "init"])
+@pytest.mark.parametrize("broken", [slow("login"), "init"])
 def test_a_wandb_that_does_not_start_does_not_end_the_run(make, plain, monkeypatch, capsys, broken):
     """Such as with a WANDB_API_KEY that is none, or where it cannot write."""
     fake = FakeWandb()
@@ -1050,29 +927,11 @@ def test_a_wandb_that_does_not_start_does_not_end_the_run(make, plain, monkeypat
     train(config)
     assert same(metrics(config.out_dir), metrics(plain)) and "second" not in (err := capsys.readouterr().err)
     assert "uploads later: API key must have 40+ characters\n" in err
-    assert fake.modes == (["teardown", "offline", 0] if broken == "login" else ["teardown"]) and (
-        "training goes on without" in err
-    ) == (broken == "init")
+    assert fake.modes == (["teardown", "offline", 0] if broken == "login" else ["teardown"])
+    assert ("training goes on without" in err) == (broken == "init")
 
 
 # ---- bad input
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """command(*arguments): the one line that `train.py …` ends with, having failed without a traceback."""
-
-    def run(*given):
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, given)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as info:
-            main()
-        code, err = info.value.code, capsys.readouterr().err
-        message = code if isinstance(code, str) else err.strip()
-        assert code not in (0, None) and message.startswith("error: ") and "\n" not in message, message
-        return message
-
-    return run
 
 
 @pytest.mark.parametrize(
@@ -1106,35 +965,27 @@ def command(monkeypatch, capsys):
         (dict(micro_batch_size=0), ["micro_batch_size must be at least 1 or null, not 0"]),
         (dict(n_layer=0, vocab_size=512), ["n_layer must be a positive whole number, not 0"]),
         (dict(n_embd=-16), ["n_embd", "-16"]),
-        (
-            dict(block_size=-16, batch_tokens=0, max_steps=-1),
-            ["block_size must be at least 1, not -16", "batch_tokens", "max_steps"],
-        ),
-        (
-            dict(eval_tokens=0, keep_checkpoints=0, log_interval=0, lr_step=0),
-            ["eval_tokens", "keep_checkpoints", "log_interval", "lr_step"],
-        ),
-        (
-            dict(eval_interval=-1, checkpoint_interval=-1, warmup_steps=-1),
-            ["eval_interval", "checkpoint_interval", "warmup_steps"],
-        ),
-        (
-            dict(weight_decay=-0.1, grad_clip=-1.0, pos_lr_multiplier=-1.0),
-            ["weight_decay", "grad_clip", "pos_lr_multiplier"],
-        ),
-        (
-            dict(beta1=1.0, beta2=-0.1, decay_fraction=0.0, lr_gamma=0.0),
-            ["beta1", "beta2", "decay_fraction", "lr_gamma"],
-        ),
+        (dict(block_size=-16, batch_tokens=0), ["block_size must be at least 1, not -16", "batch_tokens"]),
+        (dict(max_steps=-1, eval_tokens=0), ["max_steps", "eval_tokens"]),
+        (dict(keep_checkpoints=0, log_interval=0, lr_step=0), ["keep_checkpoints", "log_interval", "lr_step"]),
+        (dict(eval_interval=-1, checkpoint_interval=-1), ["eval_interval must not be negative", "checkpoint_interval"]),
+        (dict(warmup_steps=-1, weight_decay=-0.1, grad_clip=-1.0), ["warmup_steps", "weight_decay", "grad_clip"]),
+        (dict(pos_lr_multiplier=-1.0, lr_gamma=0.0), ["pos_lr_multiplier", "lr_gamma must be positive"]),
+        (dict(beta1=1.0, beta2=-0.1), ["beta1 must lie in [0, 1), not 1.0", "beta2"]),
+        (dict(decay_fraction=0.0), ["decay_fraction must lie in (0, 1], not 0.0"]),
+        (dict(window=-1), ["window must be a whole number from 0 on", "-1"]),
+        (dict(window="[4, x]"), ["window", "x"]),
+        (dict(window=1.5), ["window", "int", "1.5"]),
+        (dict(pos="[rope, ropes]"), ["pos 'ropes' is no scheme", "did you mean rope?"]),
+        (dict(pos="rope+rope"), ["pos rope+rope names a scheme twice"]),
+        (dict(pos="[]"), ["pos must be a scheme's name or a list of them, not []"]),
+        (dict(pos="nowhere.py:My"), ["nowhere.py, which is not there"]),
         (dict(learning_rate=1e-4), ["min_lr 0.0003 exceeds learning_rate 0.0001"]),
         (dict(dropout=1.0), ["dropout must lie in [0, 1), not 1.0"]),
         (dict(seed=-1, data_seed=-1), ["seed must not be negative", "data_seed must not be negative"]),
         (dict(data_seed=2**64), ["data_seed"]),
         (dict(vocab_size=100), ["vocab_size 100 is smaller than the 257"]),
-        (
-            dict(block_size=100_000, batch_tokens=100_000, micro_batch_size=1),
-            ["too few for one window of block_size 100000"],
-        ),
+        (dict(block_size=10**5, batch_tokens=10**5), ["too few for one window of block_size 100000"]),
         (dict(data_dir="nowhere"), ["no data folder nowhere", "data/prepare.py"]),
         (dict(data_dir="."), ["not a finished data folder"]),
         (dict(device="gpu"), ["device 'gpu'"]),
@@ -1143,17 +994,9 @@ def command(monkeypatch, capsys):
     ],
 )
 def test_bad_fields(make, command, tmp_path, fields, expected):
-    good = {
-        k: v
-        for k, v in vars(make()).items()
-        if v is not None and k not in fields and not (k == "pos_options" and "pos_options.block" in fields)
-    }
-    given = [
-        text
-        for k, v in {**good, **fields}.items()
-        for text in (f"--{k}", json.dumps(v) if isinstance(v, (bool, dict)) else str(v))
-    ]
-    message = command(*given)
+    named = {name.partition(".")[0] for name in fields}
+    good = {k: v for k, v in vars(make(micro_batch_size=None)).items() if k not in named}
+    message = command(*words({**good, **fields}))
     for part in expected:
         assert part in message, message
     assert not [*tmp_path.iterdir()]
@@ -1229,13 +1072,14 @@ def test_a_folder_that_holds_a_run_is_left_alone(make, command, plain, tmp_path)
         (dict(seed=2), "seed was 1, now 2"),
         (dict(data_seed=2), "data_seed was 1, now 2"),
         (dict(pos="carope"), "pos was rope, now carope"),
+        (dict(pos=["rope"]), "pos was rope, now ['rope']"),
         (dict(pos_options={"base": 500.0}), "pos_options was"),
+        (dict(window=4), "window was 0, now 4"),
+        (dict(window=[4]), "window was 0, now [4]"),
         (dict(block_size=8), "block_size was 16, now 8"),
         (dict(batch_tokens=256), "batch_tokens was 128, now 256"),
-        (
-            dict(n_embd=32, dropout=0.1, bias=True),
-            "n_embd was 16, now 32; bias was False, now True; dropout was 0.0, now 0.1",
-        ),
+        (dict(n_embd=32, dropout=0.1), "n_embd was 16, now 32; dropout was 0.0, now 0.1"),
+        (dict(bias=True), "bias was False, now True"),
         (dict(vocab_size=512), "vocab_size was 320, now 512"),
         (dict(data_dir="other"), "is not what the run began with"),
         (dict(data_dir="gpt2"), "is not what the run began with"),
@@ -1250,93 +1094,135 @@ def test_what_may_not_change_on_resume(make, command, plain, folders, fields, ex
     assert files_of(plain) == before
 
 
+def test_a_run_from_before_there_were_windows_resumes(make, plain, tmp_path, command):
+    run = tmp_path / "run"
+    shutil.copytree(plain, run, symlinks=True)
+    for path in checkpoint.step_files(run):
+        state = checkpoint.load(path)
+        state["config"].pop("window")
+        checkpoint.save(path, state)
+    config = make(resume=True, max_steps=14)
+    assert "window was 0, now 4" in command(*arguments(dataclasses.replace(config, window=4)))
+    train(config)
+    assert last(run)["step"] == 14 and last(run)["config"]["window"] == 0
+
+
+@pytest.mark.slow
 def test_a_real_process_says_one_line_and_fails(make, tmp_path):
     status, out, err = finish(start([REPO / "train.py", *arguments(make(pos="roop"))], tmp_path))
     assert status == 1 and out == "" and not [*tmp_path.iterdir()]
     assert err.startswith("error: pos 'roop' is no scheme") and err.count("\n") == 1
 
 
-def test_a_second_interrupt_ends_at_once(make, monkeypatch, capsys):
+def test_a_second_interrupt_ends_at_once(make, capsys):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    at_step(monkeypatch, {5: twice})
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments(make())])
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as info:
-        main()
+        main(arguments(make()), at_step({5: twice}))
     assert info.value.code == 130 and "--resume true" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is handler and last(make().out_dir)["step"] == 4
 
 
-# ---- config
-
-
-def test_fields_come_from_defaults_the_file_and_the_command_line(tmp_path):
-    path = tmp_path / "c.yaml"
-    path.write_text("learning_rate: 6e-4\nn_layer: 3\npos: comrope\npos_options: {block: 4, unit: 64}\n")
-    config = parse(
-        ["--config", str(path), "--n_layer", "5", "--min_lr=1e-5", "--bias", "true", "--micro_batch_size", "null"]
-    )
-    assert (config.learning_rate, config.n_layer, config.min_lr, config.bias, config.n_head) == (
-        6e-4,
-        5,
-        1e-5,
-        True,
-        12,
-    )
-    assert config.pos_options == {"block": 4, "unit": 64} and config.micro_batch_size is None
-    assert parse(["--config", str(path), "--pos_options.block", "2"]).pos_options["block"] == 2
-    assert parse(["--pos", "comrope", "--pos_options.init", "gaussian", "--pos_options.base", "1e3"]).pos_options == {
-        "init": "gaussian",
-        "base": 1000.0,
-    }
-    assert parse(["--pos_options", "{base: 500}"]).pos_options == {"base": 500}
-    assert parse([]) == RunConfig()
-
-
-def test_a_config_survives_its_file(tmp_path):
-    config = RunConfig(
-        learning_rate=1e-5,
-        pos="comrope",
-        pos_options={"block": 4, "init": "rope", "unit": 64.0},
-        bias=True,
-        out_dir="runs/ünï: x",
-        micro_batch_size=3,
-    )
-    write_yaml(config, tmp_path / "config.yaml")
-    assert parse(["--config", str(tmp_path / "config.yaml")]) == config
-    for path in (REPO / "configs").glob("*.yaml"):
-        check(parse(["--config", str(path)]))
-
-
-def test_help_explains_every_field(capsys):
-    with pytest.raises(SystemExit) as info:
-        parse(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    explained = text.split("options:")[1]
-    assert info.value.code == 0
-    docs = Path(config_module.__file__).read_text()
-    for field in dataclasses.fields(RunConfig):
-        doc = " ".join(docs.split(f"\n    {field.name}: ")[1].split('"""')[1].split())
-        assert len(doc) > 10 and f"--{field.name} " in explained and doc in explained, field.name
-
-
+@pytest.mark.slow
 def test_two_processes_cannot_train_in_one_folder(make, tmp_path):
     run = tmp_path / "run"
     train(make(max_steps=4))
-    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
-    holder = subprocess.Popen(
-        [sys.executable, "-c", f"import fcntl, time; f = open({str(run / '.lock')!r}, 'a'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"],
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    before = files_of(run)
+    code = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX)"
+    command = [sys.executable, "-c", f"{code}; print('held', flush=True); time.sleep(60)", run / ".lock"]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(ValueError, match="another process is training"):
             train(make(max_steps=8, resume=True))
-        assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+        assert files_of(run) == before
     finally:
         holder.kill()
         holder.wait()
     assert train(make(max_steps=8, resume=True))["step"] == 8  # a dead process holds nothing
+
+
+# ---- the environment, the difference from another run, the plan
+
+
+def test_metrics_begin_with_the_environment(make, plain):
+    (there,) = environments(plain)
+    data = open_data(make().data_dir)
+    assert there["data_hash"] == data.hash and (there["seed"], there["data_seed"], there["ranks"]) == (1, 1, 1)
+    assert (there["torch"], there["dtype"]) == (torch.__version__, "float32")
+    assert there["attention"] == "sdpa flash_attention"
+    assert there["git"] is None or len(there["git"]["commit"]) == 40
+    config = make(pos="alibi", max_steps=4)
+    train(config)
+    assert environments(config.out_dir)[0]["attention"] == "sdpa with a dense bias, by chunks"
+    train(dataclasses.replace(config, resume=True, max_steps=6))
+    assert len(environments(config.out_dir)) == 1  # nothing has changed
+    first, *lines = all_lines(config.out_dir)
+    first["environment"]["git"] = {"commit": "0" * 40, "dirty": True}  # it was begun with another commit
+    text = "".join(json.dumps(line) + "\n" for line in (first, *lines))
+    (Path(config.out_dir) / "metrics.jsonl").write_text(text)
+    train(dataclasses.replace(config, resume=True, max_steps=8))
+    before, now = environments(config.out_dir)
+    assert before["git"]["commit"] == "0" * 40 and now["git"] == there["git"]
+
+
+def test_git_state_of_a_repository(tmp_path):
+    assert git_state(tmp_path) is None or "commit" in git_state(tmp_path)  # tmp_path may lie inside a repository
+
+    def git(*words):
+        command = ["git", "-c", "user.name=x", "-c", "user.email=x@y", *words]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    git("init")
+    (tmp_path / "file").write_text("one")
+    git("add", "file")
+    git("commit", "-m", "one")
+    assert git_state(tmp_path) == {"commit": git("rev-parse", "HEAD").strip(), "dirty": False}
+    (tmp_path / "file").write_text("two")
+    assert git_state(tmp_path)["dirty"]
+
+
+def diff(capsys, config, run):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as info:
+        main([*arguments(config), "--diff", str(run)])
+    return info.value.code, capsys.readouterr().out.splitlines()
+
+
+def test_diff(make, plain, folders, capsys, tmp_path):
+    assert diff(capsys, make("mine"), plain) == (0, [f"no difference from {plain}"])
+    assert diff(capsys, make("mine", vocab_size=320, pos_options={"base": 10000.0}), plain)[0] == 0
+    assert not (tmp_path / "mine").exists()
+    scheme = dict(pos="comrope", pos_options={"block": 2})
+    other = make("mine", learning_rate=1e-3, micro_batch_size=2, data_dir=str(folders / "other"), **scheme)
+    status, lines = diff(capsys, other, plain)
+    assert status == 1 and lines[0] == "pos: rope there, comrope here"
+    assert "learning_rate: 0.003 there, 0.001 here" in lines
+    assert any(line.startswith("pos_options: ") and "'block': None" in line and "'block': 2" in line for line in lines)
+    assert any(line.startswith("data: its manifest's hash is ") for line in lines)
+    assert lines[-1] == "micro_batch_size: 4 there, 2 here (changes rounding at most)"
+    status, lines = diff(capsys, make("mine", data_dir="not/yet", seed=2), plain)
+    assert status == 1 and lines[0] == "seed: 1 there, 2 here" and not any("vocab" in line for line in lines)
+    assert "error" in diff(capsys, make("mine"), tmp_path / "nothing")[0]
+
+
+def test_diff_from_a_run_made_before_there_were_windows(make, plain, capsys, tmp_path):
+    shutil.copytree(plain, tmp_path / "old", symlinks=True)
+    path = tmp_path / "old" / "config.yaml"
+    text = path.read_text()
+    assert "window: 0\n" in text
+    path.write_text(text.replace("window: 0\n", ""))
+    assert diff(capsys, make("mine"), tmp_path / "old")[0] == 0
+    assert diff(capsys, make("mine", window=[4]), tmp_path / "old") == (1, ["window: 0 there, [4] here"])
+
+
+def test_plan_trains_nothing(make, command, capsys, tmp_path):
+    main([*arguments(make()), "--plan", "--gpus", "2", "--price_per_hour", "3"])
+    out = capsys.readouterr().out
+    assert "8,240" in out and "8 windows of 16 = 2 rank(s) × 1 × micro_batch_size 4" in out
+    assert "2 × A100" in out and "cost at 3 per GPU-hour" in out
+    assert not (tmp_path / "run").exists()
+    assert "do not divide over 3 ranks" in command(*arguments(make()), "--plan", "--gpus", "3")

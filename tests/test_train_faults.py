@@ -1,13 +1,12 @@
-"""train.py where something goes wrong, or watches: full disks, lost folders, wandb, memory, bad steps; and nothing of it changes a run."""
+"""train.py where something goes wrong, or watches: full disks, lost folders, wandb, memory, bad steps. Nothing of it
+changes a run."""
+# ruff: noqa: F811 - pytest finds fixtures by their names; those of training.py are imported
 
 import dataclasses
-import errno
-import json
 import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import types
@@ -16,91 +15,95 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training import (
-    CPU,
+from training import (  # noqa: F401 - fixtures
+    after_forward,
+    all_lines,
     arguments,
     at_step,
+    at_write,
+    before_forward,
+    command,
     crash,
     environments,
     finish,
+    folders,
     kill,
     last,
     losses,
+    make,
     metrics,
+    no_room,
+    one_thread,
+    plain,
+    poison,
     same,
     same_run,
+    scripted_validation,
+    small_files,
     start,
+    together,
     write_text,
-)  # noqa: F401
+)
 
 from data.prepare import prepare
-from data.shards import WindowOrder, batch, fingerprint, open_data, write_manifest
-from model import GPT
+from data.shards import WindowOrder, open_data
 from nanope import checkpoint
-from nanope import log as record
-from nanope.distributed import Ranks
-from nanope.log import Log
-from train import Feed, Training, Validation, largest_micro_batch, main, train
+from train import train
+
+pytestmark = pytest.mark.slow
 
 # ---- what is due at the moment of an interruption
 
 
 @pytest.mark.parametrize("at", [4, 5, 9, 11], ids=["before", "validation", "both", "end"])
-def test_what_a_signal_puts_off_is_done_on_resuming(make, monkeypatch, at):
-    """A signal in step `at` + 1 is followed by its checkpoint at once; validation and sample of that step wait for the next start."""
+def test_what_a_signal_puts_off_is_done_on_resuming(make, at):
+    """A signal in step `at` + 1 is followed by its checkpoint at once; validation and sample of that step wait for the
+    next start."""
     fields = dict(eval_interval=3, sample_interval=5, pos="carope", dropout=0.1)
     whole, cut = make("whole", **fields), make("cut", resume=True, **fields)
     train(whole)
-    at_step(monkeypatch, {at: kill(signal.SIGTERM)})
-    assert train(cut)["signal"] == signal.SIGTERM
-    assert not [
-        line for line in metrics(cut.out_dir) if line["step"] == at + 1 and ("val/loss" in line or "sample" in line)
-    ]
+    assert train(cut, at_step({at: kill(signal.SIGTERM)}))["signal"] == signal.SIGTERM
+    there = [line for line in metrics(cut.out_dir) if line["step"] == at + 1]
+    assert not [line for line in there if "val/loss" in line or "sample" in line]
     train(cut)
     assert same_run(whole.out_dir, cut.out_dir)
-    assert same(
-        checkpoint.load(Path(whole.out_dir) / "best.pt")["model"],
-        checkpoint.load(Path(cut.out_dir) / "best.pt")["model"],
-    )
+    best = [checkpoint.load(Path(config.out_dir) / "best.pt")["model"] for config in (whole, cut)]
+    assert same(*best)
 
 
 @pytest.mark.parametrize("batches", [2, 6, 14], ids=["start", "middle", "end"])
-def test_a_signal_ends_a_validation(make, monkeypatch, batches):
-    """It may take longer than the grace time: what was validated is dropped, the checkpoint is written, and resuming validates again."""
+def test_a_signal_ends_a_validation(make, batches):
+    """It may take longer than the grace time: what was validated is dropped, the checkpoint is written, and resuming
+    validates again."""
     whole, cut = make("whole"), make("cut", resume=True)
     train(whole)
     calls = []
 
-    def hooked(self, idx, targets=None, reduction="mean", forward=GPT.forward):
+    def interrupt(model, idx, reduction, loss):
         if reduction == "none":
             calls.append(1)
             if len(calls) == batches:
                 kill(signal.SIGTERM)()
-        return forward(self, idx, targets, reduction)
+        return loss
 
-    with monkeypatch.context() as patch:
-        patch.setattr(GPT, "forward", hooked)
-        end = train(cut)
+    end = train(cut, after_forward(interrupt))
     step = {2: 0, 6: 5, 14: 12}[batches]  # 16 windows by 4
-    assert len(calls) == batches and (end["step"], end["signal"], last(cut.out_dir)["step"]) == (
-        step,
-        signal.SIGTERM,
-        step,
-    )
+    assert len(calls) == batches and (end["step"], end["signal"]) == (step, signal.SIGTERM)
+    assert last(cut.out_dir)["step"] == step
     assert not [line for line in metrics(cut.out_dir) if line["step"] == step and "val/loss" in line]
     train(cut)
     assert same_run(whole.out_dir, cut.out_dir)
 
 
-def test_what_was_put_off_is_done_again_after_a_crash_and_logged_once(make, monkeypatch):
+def test_what_was_put_off_is_done_again_after_a_crash_and_logged_once(make):
     """The checkpoint of step 6 does not know of its validation and sample, metrics.jsonl does."""
     fields = dict(eval_interval=3, sample_interval=3, checkpoint_interval=4)
     whole, cut = make("whole", **fields), make("cut", resume=True, **fields)
     train(whole)
-    at_step(monkeypatch, {5: kill(signal.SIGTERM), 7: crash})
-    train(cut)
+    observer = at_step({5: kill(signal.SIGTERM), 7: crash})
+    train(cut, observer)
     with pytest.raises(RuntimeError, match="power"):
-        train(cut)
+        train(cut, observer)
     assert [line["step"] for line in metrics(cut.out_dir) if "val/loss" in line] == [0, 3, 6]
     train(cut)
     assert same_run(whole.out_dir, cut.out_dir)
@@ -110,213 +113,132 @@ def test_samples_are_logged_and_change_nothing(make, plain):
     config = make(sample_interval=3)
     train(config)
     samples = [line for line in metrics(config.out_dir) if "sample" in line]
-    assert [line["step"] for line in samples] == [3, 6, 9, 12] and all(
-        1 <= len(line["sample"]) <= 16 for line in samples
-    )
-    assert same([line for line in metrics(config.out_dir) if "sample" not in line], metrics(plain)) and same(
-        last(config.out_dir)["model"], last(plain)["model"]
-    )
+    assert [line["step"] for line in samples] == [3, 6, 9, 12]
+    assert all(1 <= len(line["sample"]) <= 16 for line in samples)
+    assert same([line for line in metrics(config.out_dir) if "sample" not in line], metrics(plain))
+    assert same(last(config.out_dir)["model"], last(plain)["model"])
 
 
-# ---- checkpoints beside the training
+# ---- checkpoints that are written while training goes on
 
 
-def test_a_checkpoint_holds_its_moment_whenever_it_is_written(make, plain, monkeypatch):
-    """Writing is held up until two steps later; the file must hold the weights of its step, and the run does not wait."""
-    save, may_write, steps = checkpoint.save, threading.Event(), []
+def test_a_checkpoint_holds_its_moment_whenever_it_is_written(make):
+    """Writing is held up until two steps later. The file must hold the weights of its step; the run does not wait."""
+    may_write, steps = threading.Event(), []
 
-    def slow(path, state):
+    def hold_up(step, path):
         assert may_write.wait(30)
-        steps.append(state["step"])
-        save(path, state)
+        steps.append(step)
 
-    monkeypatch.setattr(checkpoint, "save", slow)
-    at_step(monkeypatch, {6: may_write.set})  # the checkpoint of step 4 is due before steps 4 and 5
     config = make(keep_checkpoints=9, eval_interval=0)
-    train(config)
-    monkeypatch.undo()
+    # The checkpoint of step 4 is due before steps 4 and 5
+    train(config, together(at_write(hold_up), at_step({6: may_write.set})))
     reference = make("reference", keep_checkpoints=9, eval_interval=0)
     train(reference)
-    assert sorted({s for s in steps}) == [4, 8, 12]
+    assert sorted({*steps}) == [4, 8, 12]
     for step in "4", "8", "12":
         mine, theirs = (checkpoint.load(checkpoint.find(c.out_dir, step)) for c in (config, reference))
         assert same(mine["model"], theirs["model"]) and same(mine["optimizer"], theirs["optimizer"])
 
 
-def test_a_run_that_fails_finishes_the_checkpoint_that_is_being_written(make, monkeypatch):
-    save, started = checkpoint.save, threading.Event()
+def test_a_run_that_fails_finishes_the_checkpoint_that_is_being_written(make):
+    started = threading.Event()
 
-    def slow(path, state):
+    def slow(step, path):
         started.set()
         threading.Event().wait(0.3)
-        save(path, state)
 
-    monkeypatch.setattr(checkpoint, "save", slow)
-    at_step(monkeypatch, {4: lambda: (started.wait(30), crash())})
     config = make(eval_interval=0)
     with pytest.raises(RuntimeError, match="power"):
-        train(config)
+        train(config, together(at_write(slow), at_step({4: lambda: (started.wait(30), crash())})))
     assert last(config.out_dir)["step"] == 4
 
 
-def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    """After a power loss a name never leads to a part of the content, nor a new checkpoint to an old hash."""
-    order, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(
-        os, "fsync", lambda descriptor: (order.append(("fsync", os.fstat(descriptor).st_ino)), fsync(descriptor))
-    )
-
-    def renamed(source, target):
-        if Path(target).name == "step_1.pt":
-            assert not checkpoint.hash_path(Path(target)).exists()
-        order.append(("replace", os.stat(source).st_ino))
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", renamed)
-    for value in 1, 2:
-        checkpoint.save(tmp_path / "step_1.pt", {"model": {"w": torch.tensor(value)}, "config": {}, "step": 1})
-    renames = [i for i, (what, _) in enumerate(order) if what == "replace"]
-    assert len(renames) == 4 and all(
-        ("fsync", order[i][1]) == order[i - 1] and order[i + 1][0] == "fsync" for i in renames
-    )  # the folder after it
-
-
-def test_what_goes_wrong_in_the_writer_ends_the_run(make, monkeypatch):
+def test_what_goes_wrong_in_the_writer_ends_the_run(make):
     """Anything but a disk's failure is a bug, and not to be passed over."""
 
-    def broken(*_):
+    def broken(step, path):
         raise TypeError("a bug")
 
-    monkeypatch.setattr(checkpoint, "save_step", broken)
     with pytest.raises(TypeError, match="a bug"):
-        train(make())
+        train(make(), at_write(broken))
 
 
-def test_one_write_at_a_time():
-    writer, running, most = checkpoint.Writer(), [0], []
-
-    def job():
-        running[0] += 1
-        most.append(running[0])
-        threading.Event().wait(0.02)
-        running[0] -= 1
-
-    for _ in range(5):
-        writer.submit(job)
-    writer.wait()
-    assert most == [1] * 5 and running == [0]
-
-
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="this system has no /proc")
 def test_a_checkpoint_never_knows_more_than_metrics(make, monkeypatch):
     """The lines of a step are on the disk before the checkpoint of that step is written."""
-    synced, save = [], checkpoint.save_step
+    synced, config = [], make(eval_interval=0)
 
     def fsync(descriptor, real=os.fsync):
         synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
         real(descriptor)
 
-    def checked(run, state, keep):
-        synced[:] = [path for path in synced if path.endswith("metrics.jsonl") or "step_" in path]
-        assert synced and synced[-1].endswith("metrics.jsonl")
-        assert max(line["step"] for line in metrics(run)) >= state["step"]
-        save(run, state, keep)
+    def check(step, path):
+        if path.name.startswith("step_"):
+            ours = [name for name in synced if name.endswith("metrics.jsonl") or "step_" in name]
+            assert ours and ours[-1].endswith("metrics.jsonl")
+            assert max(line["step"] for line in metrics(config.out_dir)) >= step
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(checkpoint, "save_step", checked)
-    config = make(eval_interval=0)
-    train(config)
+    train(config, at_write(check))
     assert last(config.out_dir)["step"] == 12
 
 
 # ---- folders and disks
 
 
-def test_a_folder_that_is_lost_is_made_again(make, plain, monkeypatch, capsys):
+def test_a_folder_that_is_lost_is_made_again(make, plain, capsys):
     config = make()
 
     def lose():
         while Path(config.out_dir).exists():  # a checkpoint may be being written
             shutil.rmtree(config.out_dir, ignore_errors=True)
 
-    at_step(monkeypatch, {6: lose})
-    train(config)
+    train(config, at_step({6: lose}))
     run = Path(config.out_dir)
     assert same_run(run, plain) and (run / "config.yaml").is_file()
     assert f"warning: {run} was lost" in capsys.readouterr().err
 
 
-def test_checkpoints_that_are_deleted_while_one_is_written(tmp_path, monkeypatch):
-    save = checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda path, state: (save(path, state), shutil.rmtree(path.parent)))
-    checkpoint.save_step(tmp_path, {"model": {}, "config": {}, "step": 3}, 2)
-    monkeypatch.undo()
-    for step in 9, 4, 5, 6:  # 9 was found damaged by the run that resumed before it
-        checkpoint.save_step(tmp_path, {"model": {}, "config": {}, "step": step}, 2)
-    assert [f.name for f in checkpoint.step_files(tmp_path)] == ["step_6.pt", "step_5.pt"]
-
-
-def test_a_best_that_could_not_be_written_is_not_remembered(make, monkeypatch):
+def test_a_best_that_could_not_be_written_is_not_remembered(make):
     """Neither by the run nor by its checkpoints: the next lowest is written, also after resuming."""
-    save, full = checkpoint.save, [True]
-
-    def no_room(path, state):
-        if full[0] and path.name == "best.pt":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        save(path, state)
-
-    monkeypatch.setattr(checkpoint, "save", no_room)
-    figures = iter([9.0, 3.0, 3.5])
-    monkeypatch.setattr(Validation, "loss", lambda *_: next(figures))
+    full = at_write(lambda step, path: no_room(step, path) if path.name == "best.pt" else None)
+    figures = scripted_validation([9.0, 3.0, 3.5])
     config = make(eval_interval=4, checkpoint_interval=4, max_steps=4)
-    train(config)
+    train(config, together(figures, full))
     assert last(config.out_dir)["best_val_loss"] == math.inf
-    full[0] = False
-    train(dataclasses.replace(config, max_steps=8, resume=True))
+    train(dataclasses.replace(config, max_steps=8, resume=True), figures)
     assert checkpoint.load(Path(config.out_dir) / "best.pt")["step"] == 8
 
 
-def test_the_last_checkpoint_is_tried_again(make, plain, monkeypatch, capsys):
-    save, tries = checkpoint.save, []
+def test_the_last_checkpoint_is_tried_again(make, plain, capsys):
+    tries = []
 
-    def no_room_once(path, state):
+    def no_room_once(step, path):
         if path.name == "step_12.pt":
             tries.append(path)
             if len(tries) == 1:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        save(path, state)
+                no_room(step, path)
 
-    monkeypatch.setattr(checkpoint, "save", no_room_once)
     config = make()
-    train(config)
-    assert (
-        len(tries) == 2
-        and "at step 12 a checkpoint could not be written" in capsys.readouterr().err
-        and same_run(config.out_dir, plain)
-    )
+    train(config, at_write(no_room_once))
+    assert len(tries) == 2 and same_run(config.out_dir, plain)
+    assert "at step 12 a checkpoint could not be written" in capsys.readouterr().err
 
 
-def test_metrics_that_cannot_be_written_for_a_while_are_not_lost(make, plain, monkeypatch, capsys):
-    config, log = make(), []
-
-    def no_room(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def test_metrics_that_cannot_be_written_for_a_while_are_not_lost(make, plain, capsys):
+    """From step 5 on there is room for half a line more, from step 8 on for all."""
+    config, room = make(checkpoint_interval=0), []
 
     def fill():
-        monkeypatch.setattr(record.checkpoint, "write_atomically", no_room)
-        log[0].file.close()
-        log[0].file = types.SimpleNamespace(write=no_room, close=lambda: None, fileno=lambda: -1)
+        size = (Path(config.out_dir) / "metrics.jsonl").stat().st_size
+        room.append(small_files(size + 50))
+        room[0].__enter__()
 
-    def hooked(self, *args, init=Log.__init__):
-        init(self, *args)
-        log.append(self)
-
-    monkeypatch.setattr(Log, "__init__", hooked)
-    write = checkpoint.write_atomically
-    at_step(monkeypatch, {5: fill, 8: lambda: monkeypatch.setattr(record.checkpoint, "write_atomically", write)})
-    train(dataclasses.replace(config, checkpoint_interval=0))
+    train(config, at_step({5: fill, 8: lambda: room[0].__exit__(None, None, None)}))
     assert same(metrics(config.out_dir), metrics(plain))
     err = capsys.readouterr().err
-    assert err.count("metrics cannot be written") == 1 and "No space left on device" in err
+    assert err.count("metrics cannot be written") == 1 and "File too large" in err
 
 
 def test_a_real_process_with_no_room_for_checkpoints_trains_to_its_end(make, tmp_path):
@@ -324,11 +246,8 @@ def test_a_real_process_with_no_room_for_checkpoints_trains_to_its_end(make, tmp
     config = make(max_steps=30, log_interval=1)
     status, _, err = finish(start(["-c", code, *arguments(config)], tmp_path))
     assert status == 1 and "Traceback" not in err and "error: the checkpoint of step 30 could not be written" in err
-    assert (
-        losses(config.out_dir, "step")[-1] == 30
-        and not [*Path(config.out_dir).rglob("*.pt")]
-        and not [*Path(config.out_dir).rglob("*.partial")]
-    )
+    assert losses(config.out_dir, "step")[-1] == 30
+    assert not [*Path(config.out_dir).rglob("*.pt")] and not [*Path(config.out_dir).rglob("*.partial")]
     assert train(dataclasses.replace(config, resume=True))["step"] == 30
 
 
@@ -380,40 +299,16 @@ def test_a_wandb_that_fails_does_not_end_the_run(make, plain, monkeypatch, capsy
 # ---- steps that are not finite
 
 
-def poison(monkeypatch, bad, rows):
-    """Make the loss of some (step, micro-step) not a number; `rows` micro-steps a step."""
-    forward, calls = GPT.forward, [0]
-
-    def poisoned(self, idx, targets=None, reduction="mean"):
-        out, loss = forward(self, idx, targets, reduction)
-        if targets is None or reduction != "mean":
-            return out, loss
-        at = divmod(calls[0], rows)
-        calls[0] += 1
-        return out, loss * math.nan if at in bad else loss
-
-    monkeypatch.setattr(GPT, "forward", poisoned)
-
-
-def test_the_message_names_the_windows_by_shard_and_offset(make, tmp_path, monkeypatch):
-    prepare(
-        "files",
-        tmp_path / "shards",
-        write_text(tmp_path / "text.jsonl", 3, 9),
-        "byte",
-        val_tokens=600,
-        shard_tokens=1200,
-    )
+def test_the_message_names_the_windows_by_shard_and_offset(make, tmp_path):
+    text = write_text(tmp_path / "text.jsonl", 3, 9)
+    prepare("files", tmp_path / "shards", text, "byte", val_tokens=600, shard_tokens=1200)
     config = make(data_dir=str(tmp_path / "shards"), max_bad_steps=2)
     data = open_data(config.data_dir)
     files = data.split("train").files
     assert len(files) > 2
-    poison(monkeypatch, {(5, 1), (6, 1)}, 2)
-    with pytest.raises(
-        ValueError,
-        match="2 steps in a row up to step 7 .*learning rate 0.00232; rank 0, micro-batches whose loss is not finite",
-    ) as info:
-        train(config)
+    message = "2 steps in a row up to step 7 .*learning rate 0.00232; rank 0, micro-batches whose loss is not finite"
+    with pytest.raises(ValueError, match=message) as info:
+        train(config, poison({(5, 1), (6, 1)})[0])
     split = data.split("train")
     starts = WindowOrder(len(split), 16, 1).starts(6 * 8 + 4, 4)  # the second micro-batch of step 7
     edges = np.cumsum([0] + [r["tokens"] for r in data.manifest["splits"]["train"]])
@@ -427,141 +322,72 @@ def test_the_message_names_the_windows_by_shard_and_offset(make, tmp_path, monke
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_step_that_is_logged_as_skipped_is_skipped(make, monkeypatch, dtype, what):
+def test_a_step_that_is_logged_as_skipped_is_skipped(make, dtype, what):
     """A loss that is not finite, with gradients that are (the scaler of float16 sees nothing), and the reverse."""
-    counts, weights = [0], []
+    weights = []
 
-    def infinite(self, idx, targets=None, reduction="mean", forward=GPT.forward):
-        out, loss = forward(self, idx, targets, reduction)
-        if targets is not None and reduction == "mean":
-            weights.append(self.lm_head.weight.clone())
-            counts[0] += 1
-            if counts[0] == 4:
+    def infinite(model, idx, reduction, loss):
+        if reduction == "mean":
+            weights.append(model.lm_head.weight.clone())
+            if len(weights) == 4:
                 loss = loss + (math.inf if what == "loss" else 0.0)
                 loss.register_hook(lambda g: g * (math.inf if what == "gradient" else 1.0))
-        return out, loss
+        return loss
 
-    monkeypatch.setattr(GPT, "forward", infinite)
     config = make(dtype=dtype, micro_batch_size=8)
-    train(config)
+    train(config, after_forward(infinite))
     assert [line["step"] for line in metrics(config.out_dir) if "skipped" in line] == [4]
-    assert (
-        same(weights[3], weights[4])
-        and not same(weights[4], weights[5])
-        and last(config.out_dir)["optimizer"]["state"][0]["step"] == 11
-    )
+    assert same(weights[3], weights[4]) and not same(weights[4], weights[5])
+    assert last(config.out_dir)["optimizer"]["state"][0]["step"] == 11
 
 
 @pytest.mark.parametrize("log_interval", [1, 5])
-def test_a_host_one_step_ahead_gives_the_same_run(make, monkeypatch, log_interval):
-    """As on a GPU: outcomes are read a step late. Bad steps are skipped on the device, and everything logged is the same."""
-    runs = []
-    for behind in 0, 1:
-        config = make(
-            f"behind{behind}", log_interval=log_interval, max_bad_steps=3, checkpoint_interval=5, eval_interval=7
-        )
-        with monkeypatch.context() as patch:
-            poison(patch, {(3, 0), (6, 1), (7, 0)}, 2)
-            patch.setattr(
-                Training,
-                "run",
-                lambda self, run=Training.run, behind=behind: setattr(self, "behind", behind) or run(self),
-            )
-            train(config)
+def test_a_host_one_step_ahead_gives_the_same_run(make, log_interval):
+    """As on a GPU: outcomes are read a step late. Bad steps are skipped on the device, and everything logged is the
+    same."""
+    runs, fields = [], dict(log_interval=log_interval, max_bad_steps=3, checkpoint_interval=5, eval_interval=7)
+    for ahead in 0, 1:
+        config = make(f"ahead{ahead}", **fields)
+        train(config, poison({(3, 0), (6, 1), (7, 0)})[0], ahead)
         runs.append(config.out_dir)
     assert same_run(*runs)
     assert [line["step"] for line in metrics(runs[0]) if "skipped" in line] == [4, 7, 8]
 
 
-def test_a_host_one_step_ahead_stops_for_bad_steps_and_keeps_good_checkpoints(make, monkeypatch):
+def test_a_host_one_step_ahead_stops_for_bad_steps_and_keeps_good_checkpoints(make):
     config = make(log_interval=100, max_bad_steps=3, checkpoint_interval=4, eval_interval=0)
-    poison(monkeypatch, {(s, 0) for s in range(5, 100)}, 2)
-    monkeypatch.setattr(Training, "run", lambda self, run=Training.run: setattr(self, "behind", 1) or run(self))
     with pytest.raises(ValueError, match="3 steps in a row up to step 8 "):
-        train(config)
+        train(config, poison({(s, 0) for s in range(5, 100)})[0], ahead=1)
     assert [f.name for f in checkpoint.step_files(Path(config.out_dir))] == ["step_4.pt"]
 
 
 def test_no_number_is_read_from_the_device_inside_a_step(make, monkeypatch):
-    """A step that nothing is due after launches without asking for a value: what would be a host synchronisation on a GPU. (The
-    optimizer's and the model's own work on the CPU is left out: only tensor → Python conversions are caught.)"""
+    """A step that nothing is due after launches without asking for a value: what would be a host synchronisation on a
+    GPU. Only conversions from tensors to Python are caught, not the optimizer's and the model's own work on the CPU."""
     reads, inside = [], [False]
-    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "numpy", "cpu"):
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu"):
+        real = getattr(torch.Tensor, name)
 
-        def caught(self, *args, name=name, real=getattr(torch.Tensor, name)):
+        def caught(self, *args, name=name, real=real):
             if inside[0]:
                 reads.append(name)
             return real(self, *args)
 
         monkeypatch.setattr(torch.Tensor, name, caught)
 
-    def step(self, stop, real=Training.optimizer_step):
-        inside[0] = True
-        real(self, stop)
-        inside[0] = False
+    def observe(event, step, subject):
+        inside[0] = event == "step" or (inside[0] and event != "launched")
+        if event == "ready":
+            subject.check_tokens = lambda *_: None  # on the CPU only
 
-    monkeypatch.setattr(Training, "optimizer_step", step)
-    monkeypatch.setattr(GPT, "check_tokens", lambda *_: None)  # on the CPU only
-    train(make(log_interval=100, eval_interval=0, max_steps=4, grad_clip=1.0))
-    assert not [r for r in reads if r not in ("numpy",)], reads
+    train(make(log_interval=100, eval_interval=0, max_steps=4, grad_clip=1.0), observe)
+    assert not reads
 
 
 # ---- memory
 
 
-def test_out_of_memory_says_what_to_try(make, monkeypatch):
-    def hungry(self, idx, targets=None, reduction="mean", forward=GPT.forward):
-        if len(idx) > 2 and reduction == "mean":
-            raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB\nmore")
-        return forward(self, idx, targets, reduction)
-
-    monkeypatch.setattr(GPT, "forward", hungry)
-    with pytest.raises(
-        ValueError,
-        match=r"out of memory at micro_batch_size 4 \(4 windows of 16 tokens\) on cpu: try --micro_batch_size 2; .*\(Tried to allocate 20.00 GiB\)",
-    ):
-        train(make())
-    assert train(make("smaller", micro_batch_size=2))["step"] == 12
-
-
-def fake_memory(monkeypatch, rows, total=100, reserved=10):
-    """A GPU, as far as largest_micro_batch asks, whose memory ends above `rows` windows."""
-    for name, value in (
-        ("reset_peak_memory_stats", None),
-        ("empty_cache", None),
-        ("max_memory_reserved", reserved),
-        ("get_device_name", "a GPU"),
-    ):
-        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(total_memory=total))
-
-    def hungry(self, idx, targets=None, reduction="mean", forward=GPT.forward):
-        if len(idx) > rows:
-            raise torch.OutOfMemoryError("no")
-        return forward(self, idx, targets, reduction)
-
-    monkeypatch.setattr(GPT, "forward", hungry)
-
-
-def test_the_largest_micro_batch(make, monkeypatch):
-    model = GPT(dataclasses.replace(make(), vocab_size=320).model_config())
-    for rows, expected in ((1, 1), (5, 4), (7, 6), (100, 24)):
-        with monkeypatch.context() as patch:
-            fake_memory(patch, rows)
-            assert largest_micro_batch(model, 24, Ranks(), CPU, torch.float32) == expected
-            patch.setattr(
-                Ranks, "max", lambda self, tensor: torch.maximum(tensor, torch.tensor(-3))
-            )  # another rank has less
-            assert largest_micro_batch(model, 24, Ranks(), CPU, torch.float32) == min(3, expected)
-    fake_memory(monkeypatch, 8, reserved=95)
-    assert largest_micro_batch(model, 24, Ranks(), CPU, torch.float32) == 1  # nine tenths are full
-    fake_memory(monkeypatch, 0)
-    with pytest.raises(ValueError, match="not even one window of 16 tokens fits the memory of a GPU"):
-        largest_micro_batch(model, 24, Ranks(), CPU, torch.float32)
-    assert all(p.grad is None for p in model.parameters())
-
-
-def test_auto_is_recorded_and_kept(make, monkeypatch):
+def test_auto_is_recorded_and_kept(make):
     config = make(micro_batch_size="auto", max_steps=4)
     train(config)  # on a CPU as null
     recorded = last(config.out_dir)["config"]["micro_batch_size"]
@@ -572,189 +398,13 @@ def test_auto_is_recorded_and_kept(make, monkeypatch):
     assert last(other.out_dir)["config"]["micro_batch_size"] == 2  # found once
 
 
-# ---- the feed
+# ---- data
 
 
-def test_the_feed_reads_ahead_and_in_order(make):
-    """Over an epoch's edge, for each of two ranks, as without reading ahead; also when a step is repeated or skipped."""
-    config = make()
-    split = open_data(config.data_dir).split("train")
-    order = WindowOrder(len(split), 16, 1)
-    for rank in 0, 1:
-        feed = Feed(split, config, 4, 2, Ranks(rank, 2), CPU)
-        for step in [0, 1, 2, 2, 9, *range(25, 32)]:
-            got = list(feed.batches(step))
-            x, y = batch(split, order.starts((step * 2 + rank) * 4, 4), 16)
-            assert (
-                len(got) == 2
-                and np.array_equal(torch.cat([g[0] for g in got]), x)
-                and np.array_equal(torch.cat([g[1] for g in got]), y)
-            )
-        feed.close()
-
-
-def test_a_shard_that_is_damaged_during_the_run_ends_it_with_its_name(make, folders, tmp_path, monkeypatch, capsys):
+def test_a_shard_that_is_damaged_during_the_run_ends_it_with_its_name(make, command, folders, tmp_path):
     shutil.copytree(folders / "small", tmp_path / "data")
     shard = tmp_path / "data" / "train_00000.bin"
-    at_step(monkeypatch, {6: lambda: shard.write_bytes(shard.read_bytes()[:64])})
     config = make(data_dir=str(tmp_path / "data"))
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments(config)])
-    with pytest.raises(SystemExit) as info:
-        main()
-    assert "train_00000.bin is truncated" in info.value.code
+    damage = at_step({6: lambda: shard.write_bytes(shard.read_bytes()[:64])})
+    assert "train_00000.bin is truncated" in command(*arguments(config), observe=damage)
     assert last(config.out_dir)["step"] == 4
-
-
-def test_memory_stays_flat_on_a_large_data_folder(tmp_path):
-    """2,000 steps over 1 GB of shards, windows all over them: the process does not grow with what it has read."""
-    folder = tmp_path / "large"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    prepare("files", tmp_path / "small", write_text(tmp_path / "text.jsonl", 1, 7), "byte", val_tokens=600)
-    manifest = json.loads((tmp_path / "small" / "manifest.json").read_text())
-    shutil.copy(tmp_path / "small" / "val_00000.bin", folder)
-    block, shards = rng.integers(0, 256, 2**24, dtype=np.uint16), []
-    for i in range(30):  # 30 × 32 MiB; more than memmapped pages could hide
-        path = folder / f"train_{i:05d}.bin"
-        path.write_bytes(np.roll(block, i).tobytes())
-        shards.append(
-            {
-                **manifest["splits"]["train"][0],
-                "file": path.name,
-                "tokens": len(block),
-                "sha256": "",
-                "fingerprint": fingerprint(path),
-            }
-        )
-    manifest["splits"]["train"] = shards
-    write_manifest(folder, {k: v for k, v in manifest.items() if k != "format"})
-    code = """
-import resource, sys, train, data.shards
-data.shards.VERIFY_LIMIT = 0
-sizes = []
-def rss():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
-rate = train.learning_rate
-def hooked(step, config):
-    if step in (400, 1999):
-        sizes.append(rss())
-    return rate(step, config)
-train.learning_rate = hooked
-train.main()
-print(*sizes)
-"""
-    fields = dict(
-        data_dir=folder,
-        out_dir=tmp_path / "run",
-        block_size=16,
-        n_layer=1,
-        n_head=1,
-        n_embd=4,
-        batch_tokens=1024,
-        max_steps=2000,
-        eval_interval=0,
-    )
-    fields |= dict(eval_tokens=256, checkpoint_interval=500, log_interval=10, device="cpu", warmup_steps=10)
-    given = [text for k, v in fields.items() for text in (f"--{k}", str(v))]
-    if not Path("/proc/self/status").exists():
-        pytest.skip("this system has no /proc")
-    status, out, err = finish(start(["-c", code, *given], tmp_path), timeout=300)
-    assert status == 0, err
-    early, late = map(int, out.split())
-    assert late - early < 16 * 1024, f"{early} kB after 400 steps, {late} kB after 2,000"
-
-
-# ---- the environment, and the difference from another run
-
-
-def test_metrics_begin_with_the_environment(make, plain, monkeypatch):
-    (there,) = environments(plain)
-    data = open_data(make().data_dir)
-    assert there["data_hash"] == data.hash and (there["seed"], there["data_seed"], there["ranks"]) == (1, 1, 1)
-    assert (
-        there["torch"] == torch.__version__
-        and there["attention"] == "sdpa flash_attention"
-        and there["dtype"] == "float32"
-    )
-    assert there["git"] is None or len(there["git"]["commit"]) == 40
-    config = make(pos="alibi", max_steps=4)
-    train(config)
-    assert "bias" in environments(config.out_dir)[0]["attention"]
-    train(dataclasses.replace(config, resume=True, max_steps=6))
-    assert len(environments(config.out_dir)) == 1  # nothing has changed
-    monkeypatch.setattr(record, "git_state", lambda _: {"commit": "0" * 40, "dirty": True})
-    train(dataclasses.replace(config, resume=True, max_steps=8))
-    assert [e["git"]["commit"] for e in environments(config.out_dir)[1:]] == ["0" * 40]
-
-
-def test_git_state_of_a_repository(tmp_path):
-    assert record.git_state(tmp_path) is None or "commit" in record.git_state(
-        tmp_path
-    )  # tmp_path may lie inside a repository
-    git = lambda *a: (
-        subprocess.run(
-            ["git", "-c", "user.name=x", "-c", "user.email=x@y", *a],
-            cwd=tmp_path,
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-    )  # noqa: E731
-    git("init")
-    (tmp_path / "file").write_text("one")
-    git("add", "file")
-    git("commit", "-m", "one")
-    assert record.git_state(tmp_path) == {"commit": git("rev-parse", "HEAD").strip(), "dirty": False}
-    (tmp_path / "file").write_text("two")
-    assert record.git_state(tmp_path)["dirty"]
-
-
-def diff(monkeypatch, capsys, config, run):
-    capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments(config), "--diff", str(run)])
-    with pytest.raises(SystemExit) as info:
-        main()
-    return info.value.code, capsys.readouterr().out.splitlines()
-
-
-def test_diff(make, plain, folders, monkeypatch, capsys, tmp_path):
-    assert diff(monkeypatch, capsys, make("mine"), plain) == (0, [f"no difference from {plain}"])
-    assert diff(monkeypatch, capsys, make("mine", vocab_size=320, pos_options={"base": 10000.0}), plain)[0] == 0
-    assert not (tmp_path / "mine").exists()
-    other = make(
-        "mine",
-        learning_rate=1e-3,
-        pos="comrope",
-        pos_options={"block": 2},
-        micro_batch_size=2,
-        data_dir=str(folders / "other"),
-    )
-    status, lines = diff(monkeypatch, capsys, other, plain)
-    assert (
-        status == 1
-        and lines[:2] == ["pos: rope there, comrope here", lines[1]]
-        and "learning_rate: 0.003 there, 0.001 here" in lines
-    )
-    assert any(line.startswith("pos_options: ") and "'block': None" in line and "'block': 2" in line for line in lines)
-    assert any(line.startswith("data: its manifest's hash is ") for line in lines)
-    assert lines[-1] == "micro_batch_size: 4 there, 2 here (changes rounding at most)"
-    status, lines = diff(monkeypatch, capsys, make("mine", data_dir="not/yet", seed=2), plain)
-    assert status == 1 and lines[0] == "seed: 1 there, 2 here" and not any("vocab" in line for line in lines)
-    assert "error" in diff(monkeypatch, capsys, make("mine"), tmp_path / "nothing")[0]
-
-
-def test_plan_trains_nothing(make, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments(make()), "--plan", "--gpus", "2", "--price_per_hour", "3"])
-    main()
-    out = capsys.readouterr().out
-    assert (
-        "8,240" in out
-        and "8 windows of 16 = 2 rank(s) × 1 × micro_batch_size 4" in out
-        and "2 × A100" in out
-        and "cost at 3 per GPU-hour" in out
-    )
-    assert not (tmp_path / "run").exists()
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments(make()), "--plan", "--gpus", "3"])
-    with pytest.raises(SystemExit) as info:
-        main()
-    assert "do not divide over 3 ranks" in info.value.code

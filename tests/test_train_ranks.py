@@ -1,4 +1,6 @@
-"""Several ranks, as real processes over gloo: the same curve, exact resume, lost ranks, restarts, and the job script's requeueing."""
+"""Several ranks, as real processes over gloo: the same curve, exact resume, lost ranks, restarts; and requeueing by the
+job script."""
+# ruff: noqa: F811 - pytest finds fixtures by their names; those of training.py are imported
 
 import dataclasses
 import os
@@ -9,23 +11,30 @@ import time
 from pathlib import Path
 
 import pytest
-from training import (
+from training import (  # noqa: F401 - fixtures
     DRIVER,
     REPO,
+    TOYS,
     arguments,
     environments,
+    files_of,
     finish,
+    folders,
     last,
     losses,
+    make,
     metrics,
+    one_thread,
     same,
     same_run,
     start,
     wait_for_lines,
-)  # noqa: F401
+)
 
 from nanope import checkpoint
 from train import train
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -36,15 +45,8 @@ def driver(tmp_path):
 
 
 def torchrun(driver, config, ranks=2, *options):
-    return [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={ranks}",
-        *options,
-        driver,
-        *arguments(config),
-    ]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [*launcher, *options, driver, *arguments(config)]
 
 
 def test_the_number_of_ranks_does_not_matter(make, driver, tmp_path):
@@ -56,25 +58,33 @@ def test_the_number_of_ranks_does_not_matter(make, driver, tmp_path):
         other = make(f"ranks{ranks}", micro_batch_size=micro, **fields)
         status, _, err = finish(start(torchrun(driver, other, ranks), tmp_path, LATE="0.3"))
         assert status == 0, err
-        assert [line.keys() for line in metrics(other.out_dir)] == [
-            line.keys() for line in metrics(one.out_dir)
-        ]  # one writer
+        keys = [[line.keys() for line in metrics(config.out_dir)] for config in (one, other)]
+        assert keys[0] == keys[1]  # one writer
         assert environments(other.out_dir)[0]["ranks"] == ranks
         for key in ("train/loss", "val/loss", "grad_norm"):
             assert losses(other.out_dir, key) == pytest.approx(losses(one.out_dir, key), rel=1e-5)
     assert losses(one.out_dir)[0] > losses(one.out_dir)[-1] + 0.5  # something was learned
     (Path(other.out_dir) / "checkpoints" / "step_50.pt").unlink()
     train(dataclasses.replace(other, resume=True, micro_batch_size=4))
-    assert (
-        losses(other.out_dir) == pytest.approx(losses(one.out_dir), rel=1e-5) and len(environments(other.out_dir)) == 2
-    )
+    assert losses(other.out_dir) == pytest.approx(losses(one.out_dir), rel=1e-5)
+    assert len(environments(other.out_dir)) == 2
+
+
+def test_ranks_draw_alike_and_share_an_auxiliary_loss(make, driver, tmp_path):
+    fields = dict(pos=f"{TOYS}:Stretch+{TOYS}:Penalty", micro_batch_size=2)
+    one, two = make("one", **fields), make("two", **fields)
+    train(one)
+    status, _, err = finish(start(torchrun(driver, two), tmp_path))
+    assert status == 0, err
+    for key in ("train/loss", "train/auxiliary", "val/loss", "grad_norm"):
+        assert losses(two.out_dir, key) == pytest.approx(losses(one.out_dir, key), rel=1e-5)
+    assert len(losses(two.out_dir, "train/auxiliary")) == 12
 
 
 def test_two_ranks_resume_exactly(make, driver, tmp_path):
     """With dropout and accumulation: SIGKILL of everything, SIGTERM to torchrun, SIGUSR1 to one rank alone."""
-    fields = dict(
-        max_steps=40, micro_batch_size=2, checkpoint_interval=5, keep_checkpoints=99, pos="carope", dropout=0.1
-    )
+    fields = dict(max_steps=40, micro_batch_size=2, checkpoint_interval=5, keep_checkpoints=99)
+    fields |= dict(pos="carope", dropout=0.1)
     whole, cut = make("whole", **fields), make("cut", **fields, resume=True)
     status, _, err = finish(start(torchrun(driver, whole), tmp_path))
     assert status == 0, err
@@ -128,45 +138,40 @@ def test_compiled_blocks_under_ddp_with_accumulation(make, driver, tmp_path):
 
 
 def test_torchrun_restarts_and_the_run_resumes_by_itself(make, driver, tmp_path):
-    """A rank is killed in step 13; with --max-restarts the same launch continues, without --resume, and ends as if nothing had happened."""
+    """A rank is killed in step 13. With --max-restarts the same launch continues, without --resume, and ends as if
+    nothing had happened."""
     fields = dict(max_steps=20, micro_batch_size=2, checkpoint_interval=5)
     whole, cut = make("whole", **fields), make("cut", **fields)
     status, _, err = finish(start(torchrun(driver, whole), tmp_path))
     assert status == 0, err
-    status, _, err = finish(
-        start(torchrun(driver, cut, 2, "--max-restarts=2"), tmp_path, DIE_AT="1:12", ONCE=str(tmp_path / "died"))
-    )
+    dying = dict(DIE_AT="1:12", ONCE=str(tmp_path / "died"))
+    status, _, err = finish(start(torchrun(driver, cut, 2, "--max-restarts=2"), tmp_path, **dying))
     assert status == 0, err
     assert (tmp_path / "died").exists() and same_run(whole.out_dir, cut.out_dir)
 
-    before = {p: p.read_bytes() for p in Path(whole.out_dir).rglob("*") if p.is_file()}
-    status, _, err = finish(
-        start(torchrun(driver, dataclasses.replace(whole, max_steps=30), 2, "--max-restarts=1"), tmp_path)
-    )
-    assert (
-        status != 0 and err.count("already holds a run") >= 2
-    )  # a restart of this launch has no claim on another's run
-    assert {p: p.read_bytes() for p in Path(whole.out_dir).rglob("*") if p.is_file()} == before
+    # A restart of this launch has no claim on another's run
+    before = files_of(whole.out_dir)
+    longer = dataclasses.replace(whole, max_steps=30)
+    status, _, err = finish(start(torchrun(driver, longer, 2, "--max-restarts=1"), tmp_path))
+    assert status != 0 and err.count("already holds a run") >= 2
+    assert files_of(whole.out_dir) == before
 
 
 @pytest.mark.parametrize("how", ["DIE_AT", "HANG_AT"])
 def test_a_rank_that_is_gone_ends_the_others(make, driver, tmp_path, how):
-    """Without torchrun's agent, which would end them itself: killed at once, hanging after rank_timeout. The last checkpoint stays."""
+    """Without torchrun's agent, which would end them itself: killed at once, hanging after rank_timeout. The last
+    checkpoint stays."""
     config = make(max_steps=500, micro_batch_size=2, checkpoint_interval=5, rank_timeout=6.0)
     port = 20000 + os.getpid() % 20000
     group = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), SLEEP="0.01", **{how: "1:12"})
-    processes = [
-        start([driver, *arguments(config)], tmp_path, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in (0, 1)
-    ]
+    given = [driver, *arguments(config)]
+    processes = [start(given, tmp_path, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in (0, 1)]
     try:
         started = time.monotonic()
         status, _, err = finish(processes[0], timeout=100)
         assert status == 1 and time.monotonic() - started < 90
-        assert (
-            "Traceback" not in err
-            and "error: rank 0 of 2 lost another rank" in err
-            and "continue with --resume true" in err
-        )
+        assert "Traceback" not in err
+        assert "error: rank 0 of 2 lost another rank" in err and "continue with --resume true" in err
         assert last(config.out_dir)["step"] == 10
     finally:
         processes[1].kill()
@@ -205,18 +210,15 @@ runpy.run_path({str(REPO / "train.py")!r}, run_name="__main__")
 
 @pytest.mark.parametrize("ends", ["interrupted", "finished", "failed"])
 def test_the_job_script_requeues_what_was_interrupted(make, tmp_path, ends):
-    """scripts/train.sbatch with stand-ins: srun runs the command and, like Slurm's, answers SIGTERM with SIGKILL for it; scancel
-    signals the command; scontrol notes its arguments."""
+    """configs/slurm/train.sbatch with stand-ins: srun runs the command and, like Slurm's, answers SIGTERM with SIGKILL for
+    it; scancel signals the command; scontrol notes its arguments."""
     tools, submitted = tmp_path / "tools", tmp_path / "submitted"
     tools.mkdir(), submitted.mkdir()
-    (submitted / "train.py").symlink_to(
-        REPO / "train.py"
-    )  # without the .venv that the repository may have, whose torchrun would be taken
-    config = make(
-        max_steps=100_000 if ends == "interrupted" else 12,
-        schedule="constant",
-        **({"learning_rate": -1.0} if ends == "failed" else {}),
-    )
+    # Without the .venv that the repository may have, whose torchrun would be taken
+    (submitted / "train.py").symlink_to(REPO / "train.py")
+    config = make(max_steps=100_000 if ends == "interrupted" else 12, schedule="constant")
+    if ends == "failed":
+        config.learning_rate = -1.0
     srun = 'while [ "${1#--}" != "$1" ]; do shift; done\n"$@" &\necho $! > $TASK\ntrap "kill -KILL $!" TERM\nwait $!\n'
     (tools / "srun").write_text(f"#!/bin/sh\n{srun}")
     (tools / "scancel").write_text('#!/bin/sh\n[ "$*" = "--signal=TERM 7" ] && kill -TERM $(cat $TASK)\n')
@@ -226,24 +228,12 @@ def test_the_job_script_requeues_what_was_interrupted(make, tmp_path, ends):
     )
     for tool in tools.iterdir():
         tool.chmod(0o755)
-    environment = {
-        **os.environ,
-        "PATH": f"{tools}:{os.environ['PATH']}",
-        "SLURM_JOB_ID": "7",
-        "SLURM_NNODES": "1",
-        "SLURM_JOB_NODELIST": "here",
-        "OMP_NUM_THREADS": "1",
-    }
-    environment |= {"SLURM_SUBMIT_DIR": str(submitted), "SLURM_GPUS_ON_NODE": "1", "TASK": str(tmp_path / "task")}
-    given = [a for a in arguments(config)]
-    process = subprocess.Popen(
-        ["bash", REPO / "scripts" / "train.sbatch", *given],
-        env=environment,
-        cwd=REPO,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    slurm = dict(SLURM_JOB_ID="7", SLURM_NNODES="1", SLURM_JOB_NODELIST="here", SLURM_GPUS_ON_NODE="1")
+    slurm |= dict(SLURM_SUBMIT_DIR=str(submitted), TASK=str(tmp_path / "task"), OMP_NUM_THREADS="1")
+    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", **slurm}
+    command = ["bash", REPO / "configs" / "slurm" / "train.sbatch", *arguments(config)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=environment, cwd=REPO, **pipes)
     if ends == "interrupted":
         wait_for_lines(config.out_dir, 20, process)
         process.send_signal(signal.SIGUSR1)

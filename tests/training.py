@@ -1,9 +1,12 @@
 """Tiny runs for the tests of training: data, configs, processes, and how two runs are compared."""
 
 import contextlib
+import errno
 import json
+import math
 import os
 import random
+import resource
 import subprocess
 import sys
 import time
@@ -12,17 +15,18 @@ from pathlib import Path
 import pytest
 import torch
 
-import train as train_module
 from data.prepare import prepare
 from nanope import REPO, checkpoint
 from nanope.config import RunConfig
-from train import learning_rate, train
+from train import main, train
 
 CPU = torch.device("cpu")
+TOYS = REPO / "tests" / "schemes" / "toys.py"  # schemes that draw positions, or have a loss of their own
 TIMES = ("tokens_per_s", "mfu", "peak_memory")
 TINY = dict(
-    block_size=16, n_layer=1, n_head=2, n_embd=16, batch_tokens=128, micro_batch_size=4, max_steps=12, learning_rate=3e-3, min_lr=3e-4,
-    warmup_steps=3, eval_interval=5, eval_tokens=256, checkpoint_interval=4, log_interval=1, device="cpu",
+    block_size=16, n_layer=1, n_head=2, n_embd=16, batch_tokens=128, micro_batch_size=4, max_steps=12,
+    learning_rate=3e-3, min_lr=3e-4, warmup_steps=3, eval_interval=5, eval_tokens=256, checkpoint_interval=4,
+    log_interval=1, device="cpu",
 )  # fmt: skip
 
 
@@ -71,10 +75,31 @@ def plain(folders, tmp_path_factory):
     return run
 
 
+@pytest.fixture
+def command(capsys):
+    """command(*arguments): the one line that `train.py …` ends with, having failed without a traceback."""
+
+    def run(*given, **options):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as info:
+            main([*map(str, given)], **options)
+        code, err = info.value.code, capsys.readouterr().err
+        message = code if isinstance(code, str) else err.strip()
+        assert code not in (0, None) and message.startswith("error: ") and "\n" not in message, message
+        return message
+
+    return run
+
+
+def words(fields):
+    """The command line of some fields."""
+    text = lambda v: json.dumps(v) if isinstance(v, (bool, dict, list)) else str(v)  # noqa: E731
+    return [word for k, v in fields.items() if v is not None for word in (f"--{k}", text(v))]
+
+
 def arguments(config):
     """The command line of a RunConfig."""
-    given = [(k, v) for k, v in vars(config).items() if v is not None]
-    return [text for k, v in given for text in (f"--{k}", json.dumps(v) if isinstance(v, (bool, dict)) else str(v))]
+    return words(vars(config))
 
 
 def all_lines(run):
@@ -92,6 +117,11 @@ def environments(run):
 
 def losses(run, key="train/loss"):
     return [line[key] for line in metrics(run) if key in line]
+
+
+def files_of(run):
+    """The content of every file of a folder."""
+    return {str(p.relative_to(run)): p.read_bytes() for p in Path(run).rglob("*") if p.is_file()}
 
 
 def last(run):
@@ -118,15 +148,96 @@ def same_run(a, b):
     return True
 
 
-def at_step(monkeypatch, actions):
-    """Call actions[s]() at the beginning of optimizer step s, once each."""
-    rate = learning_rate
+# ---- observers: what a test does at some moment of a run, as train(config, observe=…)
 
-    def hooked(step, config):
-        actions.pop(step, lambda: None)()
-        return rate(step, config)
 
-    monkeypatch.setattr(train_module, "learning_rate", hooked)
+def at_step(actions):
+    """An observer that calls actions[s]() at the beginning of optimizer step s, once each."""
+
+    def observe(event, step, subject):
+        if event == "step":
+            actions.pop(step, lambda: None)()
+
+    return observe
+
+
+def at_write(action):
+    """An observer that calls action(step, path) before a checkpoint's file is written, in the writer's thread."""
+    return lambda event, step, path: action(step, path) if event == "write" else None
+
+
+def after_forward(change):
+    """An observer after which each forward pass returns change(model, x, reduction, loss) instead of its loss."""
+
+    def hook(model, arguments, options, output):
+        if output[1] is None:  # without targets
+            return output
+        return output[0], change(model, arguments[0], options.get("reduction", "mean"), output[1])
+
+    return lambda event, step, model: model.register_forward_hook(hook, with_kwargs=True) if event == "ready" else None
+
+
+def before_forward(look):
+    """An observer after which look(model, x, reduction) is called before each forward pass."""
+
+    def hook(model, arguments, options):
+        look(model, arguments[0], options.get("reduction", "mean"))
+
+    return lambda event, step, model: (
+        model.register_forward_pre_hook(hook, with_kwargs=True) if event == "ready" else None
+    )
+
+
+def together(*observers):
+    """One observer that is several."""
+    return lambda *seen: [observe(*seen) for observe in observers]
+
+
+def poison(bad, rows=2, value=math.nan):
+    """(observer, weights): the loss of each (step, micro-step) in `bad` is multiplied by `value`; there are `rows`
+    micro-steps a step. `weights` is a list that receives the weights at the beginning of each step."""
+    calls, weights = [0], []
+
+    def change(model, idx, reduction, loss):
+        if reduction != "mean":
+            return loss
+        at = divmod(calls[0], rows)
+        calls[0] += 1
+        return loss * value if at in bad else loss
+
+    def observe(event, step, model):
+        if event == "step":
+            weights.append({k: v.clone() for k, v in model.state_dict().items()})
+
+    return together(after_forward(change), observe), weights
+
+
+def scripted_validation(figures, batches=4):
+    """An observer after which the validations of a run, of so many batches each, give these losses."""
+    calls = [0]
+
+    def change(model, idx, reduction, loss):
+        if reduction == "none":
+            loss = torch.full_like(loss, figures[calls[0] // batches])
+            calls[0] += 1
+        return loss
+
+    return after_forward(change)
+
+
+def no_room(step, path):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+@contextlib.contextmanager
+def small_files(limit):
+    """No file may grow beyond `limit` bytes: a write that fails in the middle, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def kill(number):
@@ -170,17 +281,29 @@ def wait_for_lines(run, count, process):
     raise AssertionError(f"no {count} lines: {process.communicate(timeout=60)}")
 
 
+# A program that trains, for ranks as processes; what befalls them stands in their environment
 DRIVER = """
-import os, signal, sys, time
+import atexit, os, signal, sys, time
 from pathlib import Path
-import model, train
-rank, rate = os.environ["RANK"], train.learning_rate
-prepare = train.find_state
-def slow_find_state(*a):  # ranks need not look at the run's folder at the same moment
-    time.sleep(float(os.environ.get("LATE", 0)) * int(rank))
-    return prepare(*a)
-def hooked(step, config):
-    here, once = f"{rank}:{step}", os.environ.get("ONCE")
+import torch
+import train
+
+rank, once, batches = os.environ["RANK"], os.environ.get("ONCE"), 0
+
+def validating(model, arguments, options):
+    global batches
+    batches += options.get("reduction") == "none"
+    if options and f"{rank}:{batches}" == os.environ.get("SIGNAL_IN_VALIDATION"):
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+def observe(event, step, subject):
+    if event == "folder":  # ranks need not look at the run's folder at the same moment
+        time.sleep(float(os.environ.get("LATE", 0)) * int(rank))
+    if event == "ready":
+        subject.register_forward_pre_hook(validating, with_kwargs=True)
+    if event != "step":
+        return
+    here = f"{rank}:{step}"
     if here == os.environ.get("SIGNAL_AT"):
         os.kill(os.getpid(), signal.SIGUSR1)
     if here == os.environ.get("DIE_AT") and not (once and Path(once).exists()):
@@ -190,31 +313,20 @@ def hooked(step, config):
     if here == os.environ.get("HANG_AT"):
         os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(float(os.environ.get("SLEEP", 0)))
-    return rate(step, config)
-to_device, validation_batches = train.to_device, 0
-def counted(*a):
-    global validation_batches
-    validation_batches += 1
-    if f"{rank}:{validation_batches}" == os.environ.get("SIGNAL_IN_VALIDATION"):
-        os.kill(os.getpid(), signal.SIGUSR1)
-    return to_device(*a)
-train.find_state, train.learning_rate, train.to_device = slow_find_state, hooked, counted
-if os.environ.get("COUNT"):
-    import atexit
+
+if os.environ.get("COUNT"):  # the reductions of all gradients over ranks
     from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-    reductions = 0
-    class Counting(train.DistributedDataParallel):  # reductions of all gradients over ranks
-        def __init__(self, *arguments, **options):
-            super().__init__(*arguments, **options)
-            self.register_comm_hook(None, reduce)
+    reductions, init = 0, torch.nn.parallel.DistributedDataParallel.__init__
     def reduce(state, bucket):
         global reductions
         reductions += bucket.is_last()
         return default_hooks.allreduce_hook(None, bucket)
+    def counting(self, *arguments, **options):
+        init(self, *arguments, **options)
+        self.register_comm_hook(None, reduce)
+    torch.nn.parallel.DistributedDataParallel.__init__ = counting
     atexit.register(lambda: print("reductions:", reductions, file=sys.stderr))
-    train.DistributedDataParallel = Counting
 if backend := os.environ.get("BACKEND"):
-    parts, train.compiler_works = model.GPT.compile_parts, lambda device: True
-    model.GPT.compile_parts = lambda self: parts(self, backend=backend)
-train.main()
+    torch.compiler.set_default_backend(backend)
+train.main(observe=observe)
 """

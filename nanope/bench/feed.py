@@ -14,7 +14,8 @@ from data.shards import open_data
 from nanope.bench.turns import spread
 from nanope.config import check, parse
 from nanope.distributed import Ranks, pick_device
-from train import Feed, resolve_batch
+from nanope.feed import Feed
+from nanope.optim import resolve_batch
 
 ROUNDS, TOKENS = 7, 2**21  # a round reads at least so many tokens
 

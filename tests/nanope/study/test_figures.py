@@ -13,12 +13,12 @@ import numpy as np
 import plot
 import pytest
 from matplotlib.text import Text
-from report import Study
 
 from nanope import REPO
 from nanope.study import figures, panels
 from nanope.study.drawing import number, robust_limits
 from nanope.study.labels import spread, wrapped
+from nanope.study.results import Study
 
 STUDIES = ("schemes", "schemes-novels", "carope-1", "crope-2", "comrope-text", "quickstart")
 

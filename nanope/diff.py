@@ -1,0 +1,62 @@
+"""Where a config differs from that of another run: `python train.py --config FILE --diff RUN`."""
+
+import contextlib
+import dataclasses
+from pathlib import Path
+
+import yaml
+
+from data.shards import DataError, open_data
+from model import resolve
+from nanope.checkpoint import read_metrics
+from nanope.config import SINCE, RunConfig, with_vocabulary
+from nanope.distributed import Ranks
+from nanope.optim import resolve_batch
+
+# Fields of which the result does not depend on, beyond rounding
+NEUTRAL = ("data_dir", "verify_data", "out_dir", "eval_interval", "eval_tokens", "checkpoint_interval", "log_interval")
+NEUTRAL += ("keep_checkpoints", "sample_interval", "resume", "wandb", "device", "compile", "micro_batch_size")
+NEUTRAL += ("rank_timeout",)
+
+
+def differences(config: RunConfig, run: Path) -> list[str]:
+    """A line for each field in which `config` differs from that of the run in the folder `run`, and one for other data.
+    Those that change the result come first. What is open until the run starts is not compared. OSError where there is
+    no such run, ValueError where its config.yaml is none."""
+    mine, data_hash = resolved(config)
+    path = run / "config.yaml" if run.is_dir() else run
+    theirs = yaml.safe_load(path.read_text())
+    if not isinstance(theirs, dict) or "pos" not in theirs:
+        raise ValueError(f"{path} is no config of a run")
+    theirs = {**SINCE, **theirs}
+    lines = []  # (whether it leaves the result as it is, text)
+    for field in dataclasses.fields(RunConfig):
+        name = field.name
+        there, here = theirs.get(name, "absent"), mine[name]
+        left_open = here is None and field.default is None
+        if there == here or left_open or name in ("out_dir", "resume"):
+            continue
+        if isinstance(here, dict) and isinstance(there, dict):
+            options = sorted(k for k in here.keys() | there.keys() if here.get(k) != there.get(k))
+            there, here = ({k: d.get(k) for k in options} for d in (there, here))
+        neutral = name in NEUTRAL
+        lines.append((neutral, f"{name}: {there} there, {here} here" + " (changes rounding at most)" * neutral))
+    with contextlib.suppress(OSError, StopIteration):
+        environment = next(line["environment"] for line in read_metrics(path.parent) if "environment" in line)
+        there = environment["data_hash"]
+        if data_hash and there != data_hash:
+            lines.append((False, f"data: its manifest's hash is {there[:12]}… there, {data_hash[:12]}… here"))
+    return [text for _, text in sorted(lines, key=lambda line: line[0])]
+
+
+def resolved(config: RunConfig) -> tuple[dict, str | None]:
+    """The fields of a config as its run would record them, and the hash of its data. Data that is not here yet leaves
+    the vocabulary and the hash None."""
+    data_hash = None
+    with contextlib.suppress(DataError):
+        data = open_data(config.data_dir, verify=False)
+        config, data_hash = with_vocabulary(config, data.vocab_size), data.hash
+    options = resolve(dataclasses.replace(config.model_config(), vocab_size=config.vocab_size or 1)).pos_options
+    micro = config.micro_batch_size
+    micro = resolve_batch(config, Ranks())[1] if micro not in (None, "auto") else None
+    return {**vars(config), "pos_options": options, "micro_batch_size": micro}, data_hash

@@ -1,0 +1,145 @@
+"""A run's folder: whether it holds a run to resume, who trains in it, and the signals that end a run early."""
+
+import contextlib
+import fcntl
+import os
+import platform
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from model import resolve
+from nanope import checkpoint
+from nanope.config import SINCE, RunConfig, merged
+from nanope.distributed import Ranks
+
+# ---- what is there, and whether this run may continue it
+
+# What a resumed run must have in common with its checkpoint: the model and the order of its data
+FIXED_ON_RESUME = ("block_size", "n_layer", "n_head", "n_embd", "bias", "dropout", "vocab_size", "pos", "pos_options")
+FIXED_ON_RESUME += ("window", "batch_tokens", "seed", "data_seed")
+# What may change without a word
+QUIET_ON_RESUME = ("resume", "out_dir", "data_dir", "verify_data", "micro_batch_size")
+
+
+def find_state(config: RunConfig, data_hash: str, ranks: Ranks) -> dict | None:
+    """The checkpoint to resume from, or None to start. Changes nothing. ValueError where the folder holds a run that
+    config does not resume, or may not."""
+    run = Path(config.out_dir)
+    exists = (run / "config.yaml").exists() or (run / "metrics.jsonl").exists() or bool(checkpoint.step_files(run))
+    if exists and not config.resume:
+        raise ValueError(f"{run} already holds a run: continue it with --resume true, or choose another --out_dir")
+    state = checkpoint.load_newest(run) if config.resume else None
+    if state:
+        check_resumable(state, config, data_hash)
+        then = state["config"]
+        shown = [k for k in vars(config) if k in then and k not in (*FIXED_ON_RESUME, *QUIET_ON_RESUME)]
+        changed = [f"{k} {then[k]} → {getattr(config, k)}" for k in shown if then[k] != getattr(config, k)]
+        if changed and ranks.main:
+            text = f"warning: {run} goes on with other settings than it began with: {', '.join(changed)}"
+            print(text, file=sys.stderr)
+    return state
+
+
+def check_resumable(state: dict, config: RunConfig, data_hash: str) -> None:
+    """ValueError where the checkpoint's run differs in what its result depends on."""
+    then = {**SINCE, **state["config"]}
+    if config.init_from:  # options that the config does not name came with the weights
+        options = merged(then["pos_options"], config.pos_options)
+    else:  # they have their defaults
+        options = resolve(config.model_config()).pos_options
+    now = {**vars(config), "pos_options": options}
+    differ = [f"{k} was {then[k]}, now {now[k]}" for k in FIXED_ON_RESUME if then[k] != now[k]]
+    if state["data_hash"] != data_hash:
+        differ.append(f"the data in {config.data_dir} is not what the run began with")
+    if differ:
+        raise ValueError(
+            f"cannot resume {config.out_dir}: {'; '.join(differ)}. Choose another --out_dir for a different run"
+        )
+
+
+def launch() -> str:
+    """The launch that this process belongs to, the same for all its restarts by torchrun --max-restarts."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return name if name != "none" else f"{platform.node()} {os.getppid()}"  # torchrun's own process
+
+
+def resumed_if_restarted(config: RunConfig, ranks: Ranks) -> RunConfig:
+    """The config with resume where torchrun has restarted these ranks, after the same launch had begun the run in this
+    folder."""
+    lock = Path(config.out_dir) / ".lock"
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    restarted = ranks.first(again and lock.is_file() and lock.read_text() == launch())
+    return replace(config, resume=config.resume or restarted)
+
+
+# ---- one process at a time
+
+
+@contextlib.contextmanager
+def locked(run: Path, ranks: Ranks) -> Iterator[None]:
+    """Make the run's folder once every rank has seen what was there, and keep others out of it: two processes that
+    train in one folder would mix their checkpoints. ValueError where another one does. Partial files left by a run
+    that was killed are removed. Only the first rank does any of it."""
+    ranks.wait()
+    if not ranks.main:
+        yield
+        return
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    with open(run / ".lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is training in {run}: wait for it, or choose another --out_dir"
+            ) from None
+        except OSError as error:
+            text = f"{run} is on a file system without locks ({error}): do not start a second run in it"
+            print(f"warning: {text}", file=sys.stderr)
+        lock.truncate(0)
+        lock.write(launch())
+        lock.flush()
+        for left_over in [*run.glob(".*.partial"), *run.glob("checkpoints/.*.partial")]:
+            left_over.unlink()
+        if not os.access(run, os.W_OK):
+            raise PermissionError(f"no permission to write in {run}")
+        yield
+
+
+# ---- signals
+
+
+class Stop:
+    """Within it SIGINT, SIGTERM and SIGUSR1 do not end the process: the run ends itself after its step, with a
+    checkpoint. A second Ctrl-C ends the process at once.
+
+    received: the signal that has reached this process, or 0. agreed: the one that every rank knows of, or 0. Ranks must
+    all stop after the same step, so they act on the second alone.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self):
+        self.received, self.agreed, self.before = 0, 0, {}
+
+    def __enter__(self):
+        self.before = {s: signal.signal(s, self.handle) for s in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, number, frame) -> None:
+        self.received = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def flags(self) -> list[float]:
+        """A 1 for the signal that this process has received, else 0: to be summed over ranks."""
+        return [float(self.received == s) for s in self.SIGNALS]
+
+    def agree(self, flags: list[float]) -> None:
+        """Take over the signal that flags, summed over ranks, tell of."""
+        self.agreed = self.agreed or next((s for s, flag in zip(self.SIGNALS, flags) if flag), 0)

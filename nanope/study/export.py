@@ -1,0 +1,61 @@
+"""Reports of eval.py as one CSV: a line a row of each report, with the fields of its run."""
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from nanope.study.files import open_runs
+from schemes import label
+
+FIGURES = (
+    "nats_per_token", "perplexity", "bits_per_byte", "accuracy", "recall", "tokens", "documents", "trials", "low",
+    "high", "targets_sha256", "reason",
+)  # fmt: skip
+
+
+def write_csv(paths: list[Path], file: TextIO) -> None:
+    """Write the rows of the reports at `paths`, or of all runs of the folders among them. Fields of train.py that all
+    runs share are left out. ValueError for what is no report of eval.py."""
+    lines = [line for path in paths for name, report in reports_of(path) for line in lines_of(name, report)]
+    fields = list(dict.fromkeys(k for line in lines for k in line))
+    same = {k for k in fields if k.startswith("config.") and len({json.dumps(line.get(k)) for line in lines}) == 1}
+    writer = csv.DictWriter(file, [k for k in fields if k not in same])
+    writer.writeheader()
+    writer.writerows({k: v for k, v in line.items() if k not in same} for line in lines)
+
+
+def reports_of(path: Path) -> Iterator[tuple[str, dict]]:
+    """(name, report) of a report's file, or of all reports of a folder of runs or results."""
+    if not path.is_dir():
+        try:
+            yield str(path), json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is no report of eval.py: {type(error).__name__} {error}") from error
+        return
+    files = open_runs(path)
+    for run in files.names():
+        for name in sorted(files.reports(run)):
+            if "results" in (report := files.report(run, name)):  # measurements of other kinds have no rows
+                yield str(path / run / "eval" / name), report
+
+
+def lines_of(name: str, report: dict) -> list[dict]:
+    """One flat mapping for each row of results, and of the probe."""
+    try:
+        rows = [*report["results"], *({"protocol": "probe", **p} for p in report.get("probe", ()))]
+        about = {"report": name, "run": report.get("run") or report.get("model"), "step": report.get("step")}
+        about |= {"pos": label(report["pos"])} | {f"config.{k}": v for k, v in report.get("config", {}).items()}
+        about |= {"data_hash": report["data_hash"], "dtype": report["dtype"]}
+        return [
+            about
+            | {k: row.get(k) for k in ("protocol", "length", "scaling", "factor")}
+            | {"stride": report["stride"], "stream": report["stream"]}
+            | {k: row.get(k) for k in FIGURES}
+            | {k: row[k] for k in ("offset", "largest_change") if k in row}
+            | dict(zip(("low", "high"), row.get("interval") or (None, None)))
+            for row in rows
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{name} is no report of eval.py: {type(error).__name__} {error}") from error

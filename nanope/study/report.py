@@ -1,0 +1,163 @@
+"""The report of a study: its tables with notes on how they came about, as Markdown and as LaTeX, and its figure."""
+
+from pathlib import Path
+
+from nanope.config import RunConfig
+from nanope.study.figures import write_figures
+from nanope.study.grid import Grid, as_list
+from nanope.study.markup import NOISE
+from nanope.study.results import Study, scored_rows, throughput
+from nanope.study.tables import tables
+
+BEGIN, END = "<!-- made by scripts/report.py: begin -->", "<!-- end -->"
+README = """\
+# {title}
+
+{begin}
+{end}
+
+{figure}## Answer
+
+"""
+
+
+def write(folder: Path) -> str:
+    """Make the tables and the figure of a folder: table.md, table.tex, figure.png, figure.pdf. Where there is a
+    README.md, the part of it between two marks is made instead of table.md, and the rest is left alone. Returns the
+    Markdown."""
+    study = Study.read(folder)
+    text, readme = markdown(study), study.folder / "README.md"
+    if readme.is_file():
+        before, _, rest = readme.read_text().partition(BEGIN)
+        readme.write_text(f"{before}{BEGIN}\n{text}{END}{rest.partition(END)[2]}")
+    else:
+        (study.folder / "table.md").write_text(text)
+    (study.folder / "table.tex").write_text(latex_text(study))
+    write_figures(study, study.folder)
+    return text
+
+
+def start_readme(grid: Grid, folder: Path) -> None:
+    """A README.md with the two marks and a heading for the answer, where there is none."""
+    path = Path(folder) / "README.md"
+    if not path.exists():
+        figure = "![figures](figure.png)\n\n" if grid.arms else ""
+        path.write_text(README.format(title=grid.name, begin=BEGIN, end=END, figure=figure))
+
+
+def markdown(study: Study) -> str:
+    grid = study.grid
+    parts = [grid.question.strip()] if grid.question else []
+    parts += [table.markdown() for table in tables(study)]
+    parts.append("\n".join(f"- {note}" for note in notes(study)))
+    if grid.decisions:
+        parts.append("Decisions:\n\n" + "\n".join(f"- {' '.join(decision.split())}" for decision in grid.decisions))
+    where = environment(study)
+    parts.append(f"Made by `{grid.command}`" + (f" ({where})" if where else "") + ".")
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def latex_text(study: Study) -> str:
+    text = "\n\n".join(table.latex() for table in tables(study))
+    return "% needs booktabs\n" + text + "\n\n" + "\n".join(f"% {note}" for note in notes(study)) + "\n"
+
+
+def environment(study: Study) -> str:
+    """Where the runs were made, as their metrics and evaluations say. Without runs: where speed was measured."""
+    for by_seed in study.runs.values():
+        for run in by_seed.values():
+            found = next((line["environment"] for line in run.metrics() if "environment" in line), {})
+            reports = filter(None, map(run.report, study.grid.eval))
+            evaluated = next((report for report in reports if "torch" in report), {})
+            found = {k: evaluated[k] for k in ("torch", "device", "threads") if k in evaluated} | found
+            return ", ".join(f"{k} {v}" for k, v in found.items() if isinstance(v, (str, int, float)))
+    bench = throughput(study) or {}
+    return ", ".join(f"{k} {bench[k]}" for k in ("torch", "device", "threads", "compile") if k in bench)
+
+
+# ---- notes
+
+
+def notes(study: Study) -> list[str]:
+    """What a reader must know to judge the tables, a sentence or a few each."""
+    grid, found = study.grid, []
+    for setting in grid.settings if grid.arms else ():
+        if config := study.any_config(setting):
+            found.append(set_up_note(study, setting, config))
+    if grid.arms:
+        found += [tuning_note(study), seeds_note(len(grid.seeds))]
+        marks = f"{NOISE}: inside noise, the interval contains 0; bold: better than what is subtracted, beyond noise"
+        found.append(f"Differences are in nats per {study.unit}, negative is better; {marks}.")
+    for name in grid.eval:
+        found += evaluation_notes(study, name)
+    if grid.reduced:
+        found.append(f"Reduced: {' '.join(grid.reduced.split())}")
+    if study.missing:
+        found.append(
+            f"Missing, not done or diverged: {'; '.join(study.missing)}. Means are over an arm's other seeds, "
+            "differences over those that both arms have; where these are one, brackets are over documents alone, "
+            "and nothing is bold."
+        )
+    return found
+
+
+def set_up_note(study: Study, setting: str, c: RunConfig) -> str:
+    decay = {
+        "cosine": f"cosine to {c.min_lr:g}",
+        "step": f"times {c.lr_gamma:g} every {c.lr_step:,} steps",
+        "wsd": "constant, then linear",
+    }
+    data = study.grid.data_of(setting) or {"corpus": Path(c.data_dir).name}
+    return (
+        f"{setting + ': ' if setting else ''}{c.n_layer} layers × {c.n_embd}, {c.n_head} heads, "
+        f"vocabulary {c.vocab_size:,}, {data['corpus']}; length {c.block_size}, {c.max_steps:,} steps × "
+        f"{c.batch_tokens:,} {study.unit}s = {c.max_steps * c.batch_tokens / 1e6:,.2f} M; "
+        f"warm-up {c.warmup_steps}, {decay.get(c.schedule, c.schedule)}."
+    )
+
+
+def tuning_note(study: Study) -> str:
+    grid = study.grid
+    if not grid.tune:
+        return "Learning rates are the same for all arms and were not tuned."
+    rates = sorted(float(rate) for rate in as_list(grid.tune["learning_rate"]))
+    seeds = ", ".join(map(str, as_list(grid.tune.get("seeds") or [0])))
+    budget = [f"{', '.join(f'{rate:g}' for rate in rates)} with seed(s) {seeds}"]
+    budget += [f"{k} {v}" for k, v in (grid.tune.get("fields") or {}).items()]
+    text = f"Learning rates were tuned for each arm with the same budget: {', '.join(budget)}; "
+    text += "lowest final validation loss."
+    chosen = {key: grid.best_rate(study.files, *key) for key in study.runs}
+    edge = [", ".join(filter(None, key)) for key, rate in chosen.items() if rate in (rates[0], rates[-1])]
+    return text + (f" At the end of the range, so perhaps not the best: {'; '.join(edge)}." if edge else "")
+
+
+def seeds_note(n: int) -> str:
+    if n == 1:
+        return (
+            "One seed: brackets are over documents, and say nothing about what another seed would give. "
+            "Nothing is bold for that reason."
+        )
+    return (
+        f"{n} paired seeds. Brackets at means: 95 % t interval over seeds; at differences of validation loss: "
+        "the same of paired differences; at differences of evaluations: over seeds and documents (intervals.py). "
+        "They are for each difference alone, not for all at once."
+        + (" Two seeds leave one degree of freedom: such intervals are wide." if n == 2 else "")
+    )
+
+
+def evaluation_notes(study: Study, name: str) -> list[str]:
+    """What an evaluation scored, and why figures are missing."""
+    reports = study.all_reports(name)
+    reasons = [row["reason"] for report in reports for row in report.get("results", ()) if row.get("reason")]
+    found = [f"n/a: {reason}." for reason in dict.fromkeys(reasons)]
+    scored = [row for report in reports for row in scored_rows(report) if row["tokens"]]
+    if not scored:
+        return found
+    about = next(report for report in reports if scored_rows(report))
+    span = "the split as one text" if about["stream"] else f"{about['documents']} whole documents"
+    # an arm that ends at its training length has the start of the windows of a curve, not all their targets
+    curve = all(row["protocol"] == "per-position" for row in scored)
+    same = "in whole windows" if curve else "the same for all arms and lengths"
+    targets = f"{max(row['tokens'] for row in scored):,} target {study.unit}s, {same}"
+    what = f"Report {name}: split {about['split']}, {span}, {targets}; stride {about['stride']}; {about['dtype']}."
+    return [what, *found]

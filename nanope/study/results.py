@@ -1,0 +1,156 @@
+"""What a study found: its finished runs, read from a folder of runs or from runs.jsonl, and how that is made."""
+
+import itertools
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nanope.config import RunConfig
+from nanope.study.files import RUNS_FILE, CollectedRuns, Files, open_runs, write_runs
+from nanope.study.grid import Grid, bench_variants
+from nanope.study.run import Run, digest
+
+
+@dataclass
+class Study:
+    """A grid and those of its runs that are done, by setting, arm and seed."""
+
+    folder: Path
+    grid: Grid
+    runs: dict[tuple[str, str], dict[int, Run]]  # (setting, arm) → seed → run
+    missing: list[str]  # runs that are not done, or diverged
+    files: Files
+    cache: dict = field(default_factory=dict, repr=False)  # of reports: each is read once
+
+    @classmethod
+    def read(cls, folder: Path) -> "Study":
+        """The study in a folder. ValueError where it has no grid, or where runs that are to be compared were trained on
+        different data."""
+        grid, files = Grid.of_folder(folder), open_runs(folder)
+        study = cls(Path(folder), grid, {}, [], files)
+        for setting, arm in itertools.product(grid.settings, grid.arms):
+            study.add(setting, arm)
+        for setting in grid.settings:
+            study.check_data(setting)
+        return study
+
+    def add(self, setting: str, arm: str) -> None:
+        """Read the runs of an arm: those that are done, and what is missing."""
+        rate = self.grid.best_rate(self.files, setting, arm) if self.grid.tune else None
+        waiting = self.grid.tune and rate is None
+        known = {} if waiting else {s: self.grid.run(self.files, setting, arm, s, rate) for s in self.grid.seeds}
+        done = {seed: run for seed, run in known.items() if run.done() and run.val_loss() is not None}
+        label = ", ".join(filter(None, (setting, arm)))
+        for seed in self.grid.seeds:
+            if seed not in done:
+                diverged = " (diverged)" if seed in known and known[seed].diverged() else ""
+                self.missing.append(f"{label}, seed {seed}{diverged}")
+        self.runs[setting, arm] = done
+
+    def check_data(self, setting: str) -> None:
+        lines = [line for arm in self.grid.arms for run in self.runs[setting, arm].values() for line in run.metrics()]
+        if len({line["environment"].get("data_hash") for line in lines if "environment" in line}) > 1:
+            where = f" of {setting}" if setting else ""
+            raise ValueError(
+                f"{self.folder}: runs{where} were trained on different data, so they do not compare: "
+                "was their data folder made anew?"
+            )
+
+    def config(self, setting: str, arm: str) -> RunConfig | None:
+        """The resolved config of one of an arm's runs."""
+        for run in self.runs[setting, arm].values():
+            there = self.files.config(run.name)
+            return RunConfig(**{k: v for k, v in there.items() if k in RunConfig.__dataclass_fields__})
+        return None
+
+    def any_config(self, setting: str) -> RunConfig | None:
+        """The config of the first arm that has runs, for what all arms share."""
+        return next((config for arm in self.grid.arms if (config := self.config(setting, arm))), None)
+
+    def losses(self, setting: str, arm: str) -> dict[int, float]:
+        """Final validation losses by seed, nats per token."""
+        return {seed: run.val_loss() for seed, run in self.runs[setting, arm].items()}
+
+    def reports(self, setting: str, arm: str, name: str) -> dict[int, dict]:
+        """The reports of an evaluation of the grid, by seed."""
+        key = setting, arm, name
+        if key not in self.cache:
+            found = {seed: run.report(name) for seed, run in self.runs[setting, arm].items()}
+            self.cache[key] = {seed: report for seed, report in found.items() if report is not None}
+        return self.cache[key]
+
+    def all_reports(self, name: str) -> list[dict]:
+        """The reports of an evaluation of the grid, of all settings, arms and seeds."""
+        return [report for key in self.runs for report in self.reports(*key, name).values()]
+
+    def rows(self, setting: str, name: str) -> dict:
+        """The rows of an evaluation: (protocol, arm, scaling) → length → seed → row, arms in the grid's order. Those of
+        shifted positions are in the reports' "shift"."""
+        found = {}
+        for arm in self.grid.arms:
+            for seed, report in self.reports(setting, arm, name).items():
+                for row in scored_rows(report):
+                    by_length = found.setdefault((row["protocol"], arm, row["scaling"]), {})
+                    by_length.setdefault(row["length"], {})[seed] = row
+        return found
+
+    @property
+    def unit(self) -> str:
+        """What one target is: a byte, or a token."""
+        names = {made["tokenizer"] for made in map(self.grid.data_of, self.grid.settings) if made}
+        reports = [report for name in self.grid.eval for report in self.all_reports(name)]
+        names |= {report["tokenizer"]["name"] for report in reports if "tokenizer" in report}
+        return "byte" if names == {"byte"} else "token"
+
+
+def scored_rows(report: dict) -> list[dict]:
+    """The rows of a report by context length: all but those of shifted positions."""
+    return [row for row in report.get("results", ()) if row["protocol"] != "shift"]
+
+
+def bench_file(grid: Grid) -> str:
+    """The name of the file of the measured speeds. It tells the arguments of scripts/bench.py."""
+    return f"throughput-{digest([grid.throughput, bench_variants(grid)])}.json"
+
+
+def throughput(study: Study) -> dict | None:
+    """What scripts/bench.py measured for the grid. None where it asks for nothing, or nothing was measured yet."""
+    return study.files.bench(bench_file(study.grid)) if study.grid.throughput else None
+
+
+# ---- runs.jsonl
+
+
+def collect(grid: Grid, files: Files, target: Path) -> None:
+    """Write what tables and figures are made of to `target`: runs.jsonl and grid.yaml. Runs that an earlier collection
+    left there and the grid no longer has stay, and are named on stderr. ValueError where runs are not done."""
+    runs, target = grid.runs(files), Path(target)
+    undone = [run.name for run in runs if not run.done()]
+    undone += ["runs that wait for their learning rate"] * (None in grid.main_runs(files))
+    if undone:
+        many = f"{len(undone)} runs in {files.folder} are not done ({', '.join(undone[:3])} …)"
+        raise ValueError(f"{many}: run the sweep first")
+    lines = [line_of(run) for run in runs]
+    if grid.throughput:
+        report = files.bench(bench_file(grid))
+        if report is None:
+            raise ValueError(f"{files.folder} lacks the measurement of speed: run the sweep first")
+        lines.append({"bench": bench_file(grid), "report": report})
+
+    grid.write(target)
+    before = CollectedRuns(target).runs if (target / RUNS_FILE).is_file() else {}
+    old = {name: line for name, line in before.items() if name not in {run.name for run in runs}}
+    write_runs(target, [*lines, *old.values()])
+    if old:
+        print(
+            f"{target / RUNS_FILE} also holds {', '.join(sorted(old))}, no longer in this grid and in no table: "
+            "delete the lines that you do not need",
+            file=sys.stderr,
+        )
+
+
+def line_of(run: Run) -> dict:
+    """A run as a line of runs.jsonl. A run that diverged has no evaluations."""
+    names = [run.report_file(evaluation) for evaluation in run.evaluations] if run.trained() else []
+    reports = {name: run.files.report(run.name, name) for name in names}
+    return {"run": run.name, "config": run.files.config(run.name), "metrics": run.metrics(), "eval": reports}

@@ -1,0 +1,112 @@
+"""One training run of a grid with its evaluations, and how far it has come."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanope.config import RunConfig
+from nanope.study.files import Files
+
+ELSEWHERE = ("out_dir", "resume", "device", "wandb", "verify_data")  # fields that say where and how, not what
+
+
+@dataclass
+class Run:
+    """What a grid asks for, and what there is of it. The latter is read from the run's files, never remembered."""
+
+    arm: str
+    setting: str
+    seed: int
+    fields: dict  # of train.py, without out_dir
+    evaluations: dict[str, dict]  # name → arguments of eval.py
+    files: Files
+    tuning: float | None = None  # the learning rate that this run is a trial of
+
+    # ---- what it is
+
+    @property
+    def name(self) -> str:
+        """Arm, setting, seed, and a digest of every field that is not train.py's default."""
+        given, defaults = dataclasses.asdict(self.config), RunConfig()
+        differ = {k: v for k, v in given.items() if v != getattr(defaults, k) and k not in ELSEWHERE}
+        trial = [] if self.tuning is None else ["tune"]
+        rate = [] if self.tuning is None else [f"{self.tuning:g}"]
+        words = filter(None, map(slug, [*trial, self.setting, self.arm, *rate]))
+        return "-".join([*words, f"seed{self.seed}", digest(differ)])
+
+    @property
+    def config(self) -> RunConfig:
+        """The fields as the grid gives them: vocab_size is not filled in."""
+        return RunConfig(**self.fields)
+
+    @property
+    def max_steps(self) -> int:
+        return self.config.max_steps
+
+    @property
+    def folder(self) -> Path:
+        return self.files.folder / self.name
+
+    def report_file(self, evaluation: str) -> str:
+        """The name of a report's file. It tells the evaluation's arguments."""
+        return f"{slug(evaluation)}-{digest(self.evaluations[evaluation])}.json"
+
+    def report_path(self, evaluation: str) -> Path:
+        """Where eval.py is to write a report."""
+        return self.folder / "eval" / self.report_file(evaluation)
+
+    # ---- what there is of it
+
+    def metrics(self) -> list[dict]:
+        """The lines of metrics.jsonl."""
+        return self.files.metrics(self.name)
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """(tokens, values) of a metric that lines of metrics.jsonl hold, such as train/loss."""
+        found = [(m.get("tokens", 0), m[name]) for m in self.metrics() if m.get(name) is not None]
+        return tuple(map(list, zip(*found))) if found else ([], [])
+
+    def step(self) -> int:
+        """The last step that was logged."""
+        return max((m["step"] for m in self.metrics()), default=0)
+
+    def val_loss(self) -> float | None:
+        """Validation loss at the last step, nats per token. None where the run has not ended, or it was not finite."""
+        losses = [m["val/loss"] for m in self.metrics() if m["step"] == self.max_steps and "val/loss" in m]
+        return losses[-1] if losses else None
+
+    def report(self, evaluation: str) -> dict | None:
+        return self.files.report(self.name, self.report_file(evaluation))
+
+    def missing_reports(self) -> list[str]:
+        there = self.files.reports(self.name)
+        return [evaluation for evaluation in self.evaluations if self.report_file(evaluation) not in there]
+
+    def trained(self) -> bool:
+        """Whether training has ended. The last checkpoint may be gone only where every report is there."""
+        if not any(m["step"] == self.max_steps and "val/loss" in m for m in self.metrics()):
+            return False
+        return self.files.last_checkpoint(self.name) == self.max_steps or not self.missing_reports()
+
+    def diverged(self) -> bool:
+        """Whether max_bad_steps steps in a row that were not finite ended it. Started again, it would do so again."""
+        steps = [m for m in self.metrics() if "skipped" in m or "train/loss" in m]
+        n = self.config.max_bad_steps
+        in_a_row = len(steps) >= n and steps[-1]["step"] - steps[-n]["step"] == n - 1
+        return in_a_row and all(m.get("skipped") for m in steps[-n:])
+
+    def done(self) -> bool:
+        return self.trained() and not self.missing_reports() or self.diverged()
+
+
+def slug(text: str) -> str:
+    """A part of a file's name."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
+
+
+def digest(value) -> str:
+    """Eight hexadecimal digits for a value of plain types."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]

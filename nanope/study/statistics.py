@@ -1,0 +1,70 @@
+"""Means, differences and intervals over seeds, and what they say about a published figure."""
+
+import math
+
+import numpy as np
+import scipy.stats
+
+from nanope.evaluation.statistics import paired_difference
+
+
+def seed_interval(values) -> list[float] | None:
+    """95 % t interval of a mean over seeds, (n,); None for fewer than two."""
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        return None
+    reach = scipy.stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return [float(values.mean() - reach), float(values.mean() + reach)]
+
+
+def difference_of_losses(ours: dict[int, float], base: dict[int, float]) -> dict | None:
+    """Mean paired difference of two arms' losses by seed, over the seeds that both have, with its t interval."""
+    seeds = sorted(ours.keys() & base.keys())
+    if not seeds:
+        return None
+    each = [ours[s] - base[s] for s in seeds]
+    return {"difference": float(np.mean(each)), "interval": seed_interval(each), "seeds": len(seeds)}
+
+
+def difference_of_rows(ours: dict[int, dict], base: dict[int, dict]) -> dict | None:
+    """Mean paired difference of two rows of reports by seed, in nats per token, with an interval over seeds and
+    documents (paired_difference). ValueError where they scored different tokens."""
+    both = sorted(ours.keys() & base.keys())
+    seeds = [s for s in both if ours[s]["nats_per_token"] is not None and base[s]["nats_per_token"] is not None]
+    if not seeds:
+        return None
+    if len({r[s]["targets_sha256"] for r in (ours, base) for s in seeds}) > 1:
+        raise ValueError("two runs' evaluations scored different tokens: they are of different data")
+    a, b = (np.array([r[s]["per_document"]["nll"] for s in seeds]) for r in (base, ours))
+    found = paired_difference(a, b, np.array(ours[seeds[0]]["per_document"]["tokens"]), True)
+    return {"difference": found["difference"], "interval": found["interval"], "seeds": len(seeds)}
+
+
+def verdict(published: float | None, interval: list[float] | None, seeds: int) -> str:
+    """Whether a published figure lies in the measured interval."""
+    if published is None:
+        return ""
+    if seeds < 2 or interval is None:
+        return "one seed"
+    return "within interval" if interval[0] <= published <= interval[1] else "differs"
+
+
+def direction(published: float, found: dict) -> str:
+    """Whether a measured difference has the published one's sign."""
+    if found["seeds"] < 2 or found["interval"] is None:
+        return "one seed"
+    if found["interval"][0] <= 0 <= found["interval"][1]:
+        return "inside noise"
+    return "same direction" if found["difference"] * published > 0 else "other direction"
+
+
+def speed_ratios(bench: dict, variant: str) -> tuple[float, list[float]]:
+    """Median over rounds of a variant's speed relative to rope's in the same round, with its 95 % bootstrap interval.
+    `bench` is a report of scripts/bench.py."""
+    ratios = np.array(bench["seconds"]["rope"]) / np.array(bench["seconds"][variant])
+    if len(ratios) < 2 or np.ptp(ratios) == 0:
+        return float(np.median(ratios)), [float(ratios.min()), float(ratios.max())]
+    drawn = scipy.stats.bootstrap(
+        (ratios,), np.median, n_resamples=2000, confidence_level=0.95, method="percentile", rng=np.random.default_rng(0)
+    )
+    return float(np.median(ratios)), [float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)]

@@ -1,0 +1,240 @@
+"""The tables of a study: training, evaluations, a paper's figures beside the measured ones, and speed."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanope.study.costs import model_cost
+from nanope.study.grid import as_list, bench_variants
+from nanope.study.markup import Table, difference_cell, mean_cell, row_cell
+from nanope.study.results import Study, throughput
+from nanope.study.statistics import (
+    difference_of_losses,
+    difference_of_rows,
+    direction,
+    seed_interval,
+    speed_ratios,
+    verdict,
+)
+
+
+def tables(study: Study) -> list[Table]:
+    """All tables that there is something for, in the order of the report."""
+    grid, found = study.grid, []
+    if grid.arms and (grid.published or {}).get("rows"):
+        found.append(published_table(study))
+    for setting in grid.settings if grid.arms else ():
+        found.append(training_table(study, setting))
+        for name in grid.eval:
+            found += report_tables(study, setting, name)
+    if bench := throughput(study):
+        found.append(throughput_table(study, bench))
+    return found
+
+
+def titled(setting: str, title: str) -> str:
+    return f"{setting}: {title}" if setting else title
+
+
+def training_table(study: Study, setting: str) -> Table:
+    baseline, base = study.grid.baseline, study.losses(setting, study.grid.baseline)
+    columns = ["arm", "parameters", "seeds", "learning rate", "training loss", "validation loss", f"less {baseline}"]
+    table = Table(titled(setting, "training"), columns)
+    for arm in study.grid.arms:
+        runs, config, losses = study.runs[setting, arm], study.config(setting, arm), study.losses(setting, arm)
+        if not runs:
+            table.rows.append([arm, "none is done", *[""] * 5])
+            continue
+        last = np.mean([np.mean(run.series("train/loss")[1][-5:]) for run in runs.values()])
+        values = [*losses.values()]
+        table.rows.append([
+            arm, f"{model_cost(config)[0]:,}", str(len(runs)), f"{config.learning_rate:g}", f"{last:.4f}",
+            mean_cell(values, seed_interval(values)),
+            "" if arm == baseline else difference_cell(difference_of_losses(losses, base)),
+        ])  # fmt: skip
+    return table
+
+
+# ---- evaluations
+
+
+def report_tables(study: Study, setting: str, name: str) -> list[Table]:
+    """Of one evaluation: the tables of each protocol, and that of shifted positions."""
+    everything, found = study.rows(setting, name), []
+    for protocol in dict.fromkeys(key[0] for key in everything if key[0] != "per-position"):  # a curve, for the figure
+        rows = {(arm, scaling): by_length for (p, arm, scaling), by_length in everything.items() if p == protocol}
+        rows = {key: by_length for key, by_length in rows.items() if key[1] == "none" or has_figure(by_length)}
+        found += protocol_tables(study, setting, name, protocol, rows)
+    if any("shift" in report for arm in study.grid.arms for report in study.reports(setting, arm, name).values()):
+        found.append(shift_table(study, setting, name))
+    return found
+
+
+def has_figure(by_length: dict[int, dict[int, dict]]) -> bool:
+    return any(row["nats_per_token"] is not None for rows in by_length.values() for row in rows.values())
+
+
+def protocol_tables(study: Study, setting: str, name: str, protocol: str, rows: dict) -> list[Table]:
+    """Figures by length, differences from the baseline, and, where lengths share their targets, from the arm's own
+    figure at the training length. rows: (arm, scaling) → length → seed → row."""
+    grid, unit, trained = study.grid, study.unit, study.any_config(setting).block_size
+    lengths = sorted({n for by_length in rows.values() for n in by_length})
+    mean, less, growth = (
+        Table(titled(setting, f"{what}, {protocol} ({name})"), ["arm", *map(str, lengths)])
+        for what in (
+            f"{'perplexity' if grid.figure == 'perplexity' else 'nats'} per {unit} at context lengths",
+            f"nats per {unit} less {grid.baseline}",
+            f"nats per {unit} less the arm's own at the training length",
+        )
+    )
+    base = rows.get((grid.baseline, "none"), {})
+    for (arm, scaling), by_length in rows.items():
+        at = {n: by_length.get(n, {}) for n in lengths}
+        own = rows.get((arm, "none"), {}).get(trained, {})
+        itself = trained if scaling == "none" else None
+        factor = next((row["factor"] for of_length in by_length.values() for row in of_length.values()), 1)
+        title = arm if scaling == "none" else f"{arm}, {scaling} ×{factor:g}"
+
+        mean.rows.append([title, *(row_cell(at[n], grid.figure) for n in lengths)])
+        if title != grid.baseline:
+            from_base = (difference_cell(difference_of_rows(at[n], base.get(n, {}))) for n in lengths)
+            less.rows.append([title, *from_base])
+        from_own = ("" if n == itself else difference_cell(difference_of_rows(at[n], own)) for n in lengths)
+        growth.rows.append([title, *from_own])
+    return [mean] + [less] * bool(less.rows) + [growth] * (protocol == "same-targets" and len(lengths) > 1)
+
+
+def shift_table(study: Study, setting: str, name: str) -> Table:
+    """By how much the NLL of any token changes when all positions move; the largest over seeds."""
+    changes = {}  # arm → offset → [a seed each]
+    for arm in study.grid.arms:
+        changes[arm] = {}
+        for report in study.reports(setting, arm, name).values():
+            for row in report.get("shift", ()):
+                changes[arm].setdefault(row["offset"], []).append(row["largest_change"])
+    offsets = sorted({n for by_offset in changes.values() for n in by_offset})
+    title = titled(setting, f"largest change of any token's NLL, nats, when all positions are shifted ({name})")
+    rows = [[arm, *(f"{max(by[n]):.1e}" if n in by else "n/a" for n in offsets)] for arm, by in changes.items()]
+    return Table(title, ["arm", *(f"by {n:,}" for n in offsets)], rows)
+
+
+# ---- a paper's figures
+
+
+@dataclass
+class Measured:
+    """An arm's figure for a row of `published`, in nats."""
+
+    by_seed: dict
+    nats: list[float]  # one a seed
+    difference: Callable[[dict, dict], dict | None]  # from another arm's by_seed
+
+    @property
+    def interval(self) -> list[float] | None:
+        return seed_interval(self.nats)
+
+
+def published_table(study: Study) -> Table:
+    """A paper's figures beside the measured ones, and differences from the baseline beside each other. Of a reduced
+    set-up only the direction of a difference compares."""
+    grid, p = study.grid, study.grid.published
+    title = f"{p['source']}: {p['what']}" + ("; measured in a reduced set-up" if grid.reduced else "")
+    less = f"less {grid.baseline}, nats"
+    head = ["setting", "arm", "published", "measured", "seeds", "less published", "verdict"]
+    table = Table(title, [*head, f"published {less}", f"measured {less}", "verdict on the difference"], left=2)
+    for row in p["rows"]:
+        if row.get("setting", "") in grid.settings:
+            table.rows += published_rows(study, row)
+    return table
+
+
+def published_rows(study: Study, row: dict) -> list[list[str]]:
+    """The cells of a row of `published`, a line an arm."""
+    grid, setting, found = study.grid, row.get("setting", ""), []
+    nats, show, digits = (math.log, math.exp, 2) if grid.figure == "perplexity" else (float, float, 4)
+    length = f"{row['length'] / row['trained']:g}× the training length" if "length" in row else ""
+    label = ", ".join(filter(None, [setting, length]))
+    texts = {arm: as_list(value) for arm, value in row["values"].items()}  # figure, spread; or a word
+    published = {arm: value[0] for arm, value in texts.items() if isinstance(value[0], (int, float))}
+    figures = {arm: measured(study, setting, arm, row) for arm in grid.arms}
+    base = figures[grid.baseline]
+    for arm, ours in figures.items():
+        text = " ± ".join(f"{v:g}" if isinstance(v, (int, float)) else v for v in texts.get(arm, ["–"]))
+        if ours is None:
+            found.append([label, arm, text, "n/a", "0", *[""] * 5])
+            continue
+        seeds, number = len(ours.by_seed), published.get(arm)
+        cells = [label, arm, text, mean_cell(ours.nats, ours.interval, show, digits), str(seeds)]
+        if number is None or grid.reduced:
+            cells += ["", "" if number is None else "not comparable"]
+        else:
+            change = show(np.mean(ours.nats)) - number
+            cells += [f"{change:+.{digits}f}", verdict(nats(number), ours.interval, seeds)]
+        less = theirs = None
+        if arm != grid.baseline and base is not None:
+            less = ours.difference(ours.by_seed, base.by_seed)
+        if arm != grid.baseline and number is not None and grid.baseline in published:
+            theirs = nats(number) - nats(published[grid.baseline])
+        cells += ["" if theirs is None else f"{theirs:+.4f}", difference_cell(less) if less else ""]
+        if theirs is None or less is None:
+            judged = ""
+        else:
+            judged = direction(theirs, less) if grid.reduced else verdict(theirs, less["interval"], less["seeds"])
+        found.append([*cells, judged])
+    return found
+
+
+def measured(study: Study, setting: str, arm: str, row: dict) -> Measured | None:
+    """What an arm has for a row of `published`: the last validation loss, or a row of a report. In a reduced set-up,
+    lengths are the same multiples of the training length."""
+    where = study.grid.published.get("from")
+    if not study.runs[setting, arm]:
+        return None
+    if where:
+        length = round(row["length"] / row["trained"] * study.config(setting, arm).block_size)
+        rows = study.rows(setting, where["report"]).get((where["protocol"], arm, "none"), {}).get(length, {})
+        found = Measured(rows, [r["nats_per_token"] for r in rows.values()], difference_of_rows)
+    else:
+        losses = study.losses(setting, arm)
+        found = Measured(losses, [*losses.values()], difference_of_losses)
+    return None if not found.nats or None in found.nats else found
+
+
+# ---- speed
+
+
+def throughput_table(study: Study, bench: dict) -> Table:
+    """Speeds of training; beside a paper's where it has some. `bench` is a report of scripts/bench.py."""
+    labels = {variant: label for label, variant in bench_variants(study.grid).items()}
+    published = (study.grid.published or {}).get("tokens_per_s", {})
+    table = Table(
+        f"training speed: medians over {bench['rounds']} interleaved rounds, of tokens/s and of ratios within a round, "
+        f"on {bench['device']}, {bench['threads']} thread(s)",
+        ["arm", "tokens/s", "relative to rope", "peak memory, MB"]
+        + ["published, tokens/s", "published, relative", "verdict"] * bool(published),
+    )
+    for variant, seconds in bench["seconds"].items():
+        ratio, interval = speed_ratios(bench, variant)
+        relation = "1" if variant == "rope" else f"{ratio:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+        speed = f"{bench['tokens_a_step'] / np.median(seconds):,.0f}"
+        cells = [labels.get(variant, variant), speed, relation, f"{bench['memory'][variant] / 1e6:,.0f}"]
+        if published:
+            cells += published_speed(study, published, variant, ratio, interval, len(seconds))
+        table.rows.append(cells)
+    return table
+
+
+def published_speed(
+    study: Study, published: dict, variant: str, ratio: float, interval: list[float], rounds: int
+) -> list[str]:
+    """Three cells: the published speed, that relative to rope's, and the verdict on the measured ratio."""
+    theirs, base = published.get(variant), published.get("rope")
+    relative = theirs / base if theirs and base and variant != "rope" else None
+    if study.grid.reduced and relative:
+        found = {"difference": ratio - 1, "interval": [bound - 1 for bound in interval], "seeds": rounds}
+        judged = direction(relative - 1, found)
+    else:
+        judged = verdict(relative, interval, rounds)
+    return [f"{theirs:,.0f}" if theirs else "–", f"{relative:.3f}" if relative else "", judged]

@@ -1,0 +1,119 @@
+"""Studies, read from folders of runs and from runs.jsonl, and the committed results."""
+
+import json
+import re
+import shutil
+
+import pytest
+from studies import EVAL, diverge, finish, report_row, write_grid
+
+from nanope import REPO
+from nanope.study import report
+from nanope.study.files import CollectedRuns, RunFolders, open_runs
+from nanope.study.grid import Grid
+from nanope.study.results import Study, collect
+from nanope.study.status import state_of
+
+
+@pytest.fixture
+def study(tmp_path):
+    """A finished study: (grid, its runs, the folder for results)."""
+    grid = Grid.read(write_grid(tmp_path / "g.yaml", eval=EVAL, question="Which?"))
+    grid.command = "the same"
+    files = RunFolders(tmp_path / "out")
+    for run in grid.runs(files):
+        rows = [report_row([10 + run.seed, 1 / 3], n) for n in (16, 32)]
+        finish(run, 2.0 + 0.1 * run.seed + 1e-17 * (run.arm == "crope"), rows, data_hash="a")
+    grid.write(tmp_path / "out")
+    return grid, files, tmp_path / "results"
+
+
+def test_a_folder_of_runs_and_runs_jsonl_are_read_alike(study):
+    grid, files, target = study
+    collect(grid, files, target)
+    assert sorted(path.name for path in target.iterdir()) == ["grid.yaml", "runs.jsonl"]
+    collected = open_runs(target)
+    assert isinstance(collected, CollectedRuns) and sorted(collected.names()) == files.names()
+    for name in files.names():
+        assert collected.config(name) == files.config(name)
+        assert collected.metrics(name) == files.metrics(name)
+        assert collected.reports(name) == files.reports(name) != set()
+        assert all(collected.report(name, file) == files.report(name, file) for file in files.reports(name))
+    assert all(run.done() for run in grid.runs(collected))
+    assert collected.report(files.names()[0], "other.json") is None is collected.bench("other.json")
+    assert collected.metrics("other") == [] and collected.reports("other") == set()
+
+
+def test_runs_jsonl_alone_gives_the_same_tables_and_figure(study):
+    grid, files, target = study
+    collect(grid, files, target)
+    report.start_readme(grid, target)
+    before = report.markdown(Study.read(files.folder))
+    shutil.rmtree(files.folder)
+    assert report.write(target) == before and before.startswith("Which?")
+    readme = (target / "README.md").read_text()
+    assert before in readme and (target / "figure.png").is_file() and (target / "table.tex").is_file()
+    (target / "README.md").write_text(readme + "By hand.\n")
+    report.write(target)  # the answer stays, and the tables are there once
+    assert (target / "README.md").read_text() == readme + "By hand.\n"
+
+
+def test_collect_keeps_and_names_runs_that_the_grid_no_longer_has(study, capsys):
+    grid, files, target = study
+    collect(grid, files, target)
+    assert capsys.readouterr().err == ""
+    fewer = Grid.read(files.folder.parent / "g.yaml", changes={"arms": ["rope"]})
+    collect(fewer, files, target)
+    said, left = capsys.readouterr().err, [name for name in files.names() if name.startswith("crope")]
+    assert {*left} < {*open_runs(target).names()} and len(left) == 2
+    assert all(name in said for name in left) and not any(run.name in said for run in fewer.runs(files))
+
+
+def test_collect_refuses_what_is_not_done(study):
+    grid, files, target = study
+    for run in grid.runs(files)[:2]:
+        shutil.rmtree(run.folder)
+    with pytest.raises(ValueError, match="2 runs .* are not done"):
+        collect(grid, files, target)
+    assert not target.exists()
+
+
+def test_a_line_that_is_no_run_is_named(tmp_path):
+    for text in ("{", "[]", '{"a": 1}', '{"bench": "b"}'):
+        (tmp_path / "runs.jsonl").write_text(json.dumps({"run": "a"}) + f"\n{text}\n")
+        with pytest.raises(ValueError, match="runs.jsonl: line 2 is no run"):
+            open_runs(tmp_path)
+
+
+def test_a_diverged_run_is_collected_and_named_in_the_table(tmp_path):
+    grid = Grid.read(write_grid(tmp_path / "g.yaml", eval={}))
+    files, target = RunFolders(tmp_path / "out"), tmp_path / "results"
+    for run in grid.runs(files):
+        diverge(run) if (run.arm, run.seed) == ("crope", 2) else finish(run, 3.0 + (run.arm == "crope"))
+        (run.folder / "checkpoints").mkdir()
+        (run.folder / "checkpoints" / f"step_{run.max_steps}.pt").touch()
+    assert [state_of(run) for run in grid.runs(files)] == ["done", "done", "done", "diverged"]
+    collect(grid, files, target)
+    text = report.markdown(Study.read(target))
+    assert "diverged: crope, seed 2 (diverged). Means are over" in text
+    assert re.search(r"^\| crope \| [\d,]+ \| 1 \|.*\| 4.0000 \| \+1.0000 \|$", text, re.M)
+
+
+def test_runs_on_different_data_are_not_compared(tmp_path):
+    """The same fields and the same folder of data, which somebody has made anew between two runs."""
+    for name, second in (("same", "a"), ("other", "b")):
+        grid = Grid.read(write_grid(tmp_path / "g.yaml", seeds=1))
+        for run, data_hash in zip(grid.runs(RunFolders(tmp_path / name)), ("a", second)):
+            finish(run, 3.0, data_hash=data_hash)
+        grid.write(tmp_path / name)
+    assert not Study.read(tmp_path / "same").missing
+    with pytest.raises(ValueError, match="trained on different data"):
+        Study.read(tmp_path / "other")
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "results").glob("*/grid.yaml")), ids=lambda path: path.parent.name)
+def test_every_committed_table_is_what_the_committed_runs_give(path):
+    study = Study.read(path.parent)
+    assert all(run.endswith("(diverged)") for run in study.missing)
+    assert report.markdown(study) in (path.parent / "README.md").read_text(), "run scripts/report.py on it"
+    assert (path.parent / "table.tex").read_text() == report.latex_text(study)

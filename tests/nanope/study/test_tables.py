@@ -1,0 +1,221 @@
+"""Statistics over seeds, cells, tables, and what stands beside a paper's figures."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+from studies import EVAL, SWEEPS, report_row, study_of, write_grid
+
+from nanope.study import report
+from nanope.study.files import RunFolders
+from nanope.study.grid import Grid
+from nanope.study.markup import Table, difference_cell, latex
+from nanope.study.results import Study, bench_file, collect
+from nanope.study.statistics import (
+    difference_of_losses,
+    difference_of_rows,
+    direction,
+    seed_interval,
+    speed_ratios,
+    verdict,
+)
+from nanope.study.tables import published_table, tables
+
+# ---- statistics
+
+
+def test_seed_interval_is_students():
+    values = [1.0, 1.2, 0.9, 1.3]
+    low, high = scipy.stats.t.interval(0.95, 3, np.mean(values), scipy.stats.sem(values))
+    assert seed_interval(values) == pytest.approx([low, high]) and seed_interval([1.0]) is None
+
+
+def test_differences_are_paired_by_seed():
+    """Seeds differ by far more than arms: only pairs can tell, here 0.01 ± t(0.975, 2)·0.001/√3 by hand."""
+    base, ours = {1: 3.0, 2: 5.0, 3: 4.0, 9: 0.0}, {3: 4.011, 1: 3.009, 2: 5.010}
+    found = difference_of_losses(ours, base)
+    reach = 4.302652729911275 * 0.001 / math.sqrt(3)
+    assert found["difference"] == pytest.approx(0.01) and found["seeds"] == 3
+    assert found["interval"] == pytest.approx([0.01 - reach, 0.01 + reach])
+    assert difference_of_losses({1: 1.0}, {2: 1.0}) is None
+
+
+def test_differences_of_evaluations_are_on_the_same_tokens():
+    base, ours = {1: report_row([10, 20]), 2: report_row([12, 22])}, {1: report_row([9, 20]), 2: report_row([11, 22])}
+    found = difference_of_rows(ours, base)
+    assert found["difference"] == pytest.approx(-1 / 30) and found["seeds"] == 2
+    assert found["interval"][0] < -1 / 30 < found["interval"][1]
+    with pytest.raises(ValueError, match="different tokens"):
+        difference_of_rows({1: report_row([9, 20], targets="other")}, base)
+    assert difference_of_rows({1: report_row(None)}, base) is None
+
+
+@pytest.mark.parametrize("published,interval,seeds,expected", [
+    (1.0, [0.9, 1.1], 3, "within interval"), (1.0, [1.0, 1.1], 2, "within interval"), (1.2, [0.9, 1.1], 3, "differs"),
+    (0.8, [0.9, 1.1], 3, "differs"), (1.0, [0.9, 1.1], 1, "one seed"), (1.0, None, 1, "one seed"),
+    (None, [0, 1], 3, ""),
+])  # fmt: skip
+def test_verdicts(published, interval, seeds, expected):
+    assert verdict(published, interval, seeds) == expected
+
+
+@pytest.mark.parametrize("published,difference,interval,seeds,expected", [
+    (0.5, 0.02, [0.01, 0.03], 2, "same direction"), (-0.5, -0.02, [-0.03, -0.01], 2, "same direction"),
+    (0.5, -0.02, [-0.03, -0.01], 2, "other direction"), (0.5, 0.02, [-0.01, 0.05], 2, "inside noise"),
+    (0.5, 0.02, [0.01, 0.03], 1, "one seed"), (0.5, 0.02, None, 1, "one seed"),
+])  # fmt: skip
+def test_directions(published, difference, interval, seeds, expected):
+    assert direction(published, {"difference": difference, "interval": interval, "seeds": seeds}) == expected
+
+
+def test_ratios_of_speed_are_within_a_round():
+    """The machine slows down by half; crope takes 1.25 times rope's time in every round but one."""
+    bench = {"seconds": {"rope": [1.0, 1.0, 2.0, 2.0, 2.0], "crope": [1.25, 1.25, 2.5, 2.5, 2.0]}}
+    ratio, (low, high) = speed_ratios(bench, "crope")
+    assert ratio == pytest.approx(0.8) == low and high > 0.85
+    assert speed_ratios(bench, "rope") == (1.0, [1.0, 1.0])
+
+
+# ---- cells
+
+
+@pytest.mark.parametrize("difference,interval,seeds,expected", [
+    (-0.02, [-0.03, -0.01], 3, "**-0.0200 [-0.0300, -0.0100]**"),  # better beyond noise
+    (0.02, [0.01, 0.03], 3, "+0.0200 [+0.0100, +0.0300]"),  # worse beyond noise
+    (-0.02, [-0.05, 0.01], 3, "-0.0200 [-0.0500, +0.0100] ≈"),
+    (-0.02, [-0.03, -0.01], 1, "-0.0200 [-0.0300, -0.0100]"),  # over documents only: not bold
+    (-0.02, None, 1, "-0.0200"),
+])  # fmt: skip
+def test_noise_is_marked_and_only_significance_is_bold(difference, interval, seeds, expected):
+    assert difference_cell({"difference": difference, "interval": interval, "seeds": seeds}) == expected
+
+
+def test_tables_in_markdown_and_latex():
+    rows = [["rope & co", "**-0.02 [-0.03, -0.01]**", "2"], ["x^2 #1 ~ {y} \\", "+0.5 ≈", "1-2"]]
+    table = Table("a_b: 50 % of |x|", ["arm", "γ ± 1", "n"], rows)
+    assert table.markdown().splitlines()[2:] == [
+        "| arm | γ ± 1 | n |",
+        "|---|--:|--:|",
+        "| rope & co | **-0.02 [-0.03, -0.01]** | 2 |",
+        "| x^2 #1 ~ {y} \\ | +0.5 ≈ | 1-2 |",
+    ]
+    text = table.latex()
+    assert r"\caption{a\_b: 50 \% of |x|}" in text and r"\begin{tabular}{lrr}" in text
+    assert r"arm & $\gamma$ $\pm$ 1 & n \\" in text
+    assert r"rope \& co & \textbf{$-0.02$ [$-0.03$, $-0.01$]} & 2 \\" in text
+    assert r"x\textasciicircum{}2 \#1 \textasciitilde{} \{y\} \textbackslash{} & $+0.5$ $\approx$ & 1-2 \\" in text
+    wide = Table("", ["a", "b", "c"], left=2)
+    assert "{llr}" in wide.latex() and "|---|---|--:|" in wide.markdown()
+    assert latex("100 %_") == r"100 \%\_"
+    assert Table("", ["a|b"], []).markdown().splitlines()[2] == "| a\\|b |"
+
+
+# ---- evaluations
+
+
+def test_rows_of_shifted_positions_have_a_table_of_their_own(tmp_path):
+    """eval.py --protocol shift: rows of one length, and the same figures in "shift"; null ones for other schemes."""
+
+    def rows(run):
+        def row(offset):
+            there = report_row(None if run.arm == "alibi" else [10, 20], protocol="shift")
+            return there | {"offset": offset, "largest_change": offset * run.seed / 1e6}
+
+        return {"far": [report_row([10, 20])], "shift": [row(0), row(256)]}
+
+    losses = {"rope": [1.0, 1.0], "alibi": [1.0, 1.0]}
+    evaluations = {"far": EVAL["far"], "shift": {"protocol": "shift", "offsets": [0, 256]}}
+    study = study_of(tmp_path, write_grid(tmp_path / "g.yaml"), losses, rows=rows, eval=evaluations)
+    assert {key[0] for name in evaluations for key in study.rows("", name)} == {"same-targets"}
+    (table,) = [table for table in tables(study) if "are shifted (shift)" in table.title]
+    assert table.head == ["arm", "by 0", "by 256"]
+    assert table.rows == [["rope", "0.0e+00", "5.1e-04"], ["alibi", "n/a", "n/a"]]  # the largest over seeds
+    notes = report.notes(study)
+    assert notes[-1] == "n/a: too long." and sum(note.startswith("Report") for note in notes) == 1
+
+
+# ---- a paper's figures
+
+
+def test_published_figures_stand_beside_measured_ones(tmp_path):
+    """CRoPE, table 1, WikiText-2: RoPE as published, CRoPE 0.1 better where the paper has it 0.0086 worse; one arm that
+    the paper lacks."""
+    losses = {
+        "sinusoidal": [5.7, 5.8],
+        "rope": [5.36, 5.37],
+        "crope": [5.261, 5.269],
+        "rope, grouped Q/K/V": [5.3, 5.3],
+    }
+    study = study_of(tmp_path, SWEEPS / "crope-1.yaml", losses, settings=["WikiText-2"])
+    (table,) = [t for t in tables(study) if t.title.startswith("Lou & Xu")]
+    rows = {row[1]: dict(zip(table.head, row)) for row in table.rows}
+    assert list(rows) == list(losses)
+    assert all(row["setting"] == "WikiText-2" and row["seeds"] == "2" for row in rows.values())
+    rope, crope, control = rows["rope"], rows["crope"], rows["rope, grouped Q/K/V"]
+    assert rope["published"] == "5.3644 ± 0.0279" and rope["verdict"] == "within interval"
+    assert rope["less published"] == f"{5.365 - 5.3644:+.4f}"
+    assert crope["verdict"] == "differs" and crope["published less rope, nats"] == "+0.0086"
+    assert crope["measured less rope, nats"].startswith("**-0.1000 [")
+    assert crope["verdict on the difference"] == "differs"
+    assert control["published"] == "–" and control["verdict"] == control["verdict on the difference"] == ""
+    assert control["measured"].startswith("5.3000 [")
+    assert "all of PG-19's training books" in report.markdown(study)
+    assert r"5.3644 $\pm$ 0.0279" in report.latex_text(study)
+
+
+def test_a_reduced_set_up_compares_directions_only(tmp_path):
+    losses = {"sinusoidal": [9.0, 9.2], "rope": [8.0, 8.1], "crope": [8.1, 8.0]}
+    study = study_of(tmp_path, SWEEPS / "crope-2.yaml", losses, "cpu")
+    (table,) = [t for t in tables(study) if t.title.startswith("Lou & Xu")]
+    rows = {row[1]: dict(zip(table.head, row)) for row in table.rows}
+    assert len(table.rows) == 3  # one setting is left
+    assert {row["verdict"] for row in rows.values()} == {"not comparable"}
+    assert {row["less published"] for row in rows.values()} == {""}
+    sinusoidal, crope = rows["sinusoidal"], rows["crope"]
+    same = sinusoidal["verdict on the difference"] == "same direction"
+    assert same or "≈" in sinusoidal["measured less rope, nats"]
+    assert crope["verdict on the difference"] == "inside noise" and "≈" in crope["measured less rope, nats"]
+    text = report.markdown(study)
+    assert "measured in a reduced set-up" in text and "2,000 of 10,000 steps" in text
+
+
+def test_perplexities_are_compared_as_such_and_differences_in_nats(tmp_path):
+    """CARoPE, table 1: rows of a report, at multiples of the training length, null figures as n/a."""
+    nats = {"rope": {512: 3.06, 1024: 4.0}, "carope": {512: 3.05, 1024: 3.1}, "learned": {512: 3.1, 1024: None}}
+
+    def rows(run):
+        for length, base in nats[run.arm].items():
+            nll = None if base is None else np.array([10, 20]) * (base + 0.001 * run.seed)
+            yield report_row(nll, length, protocol="nonoverlapping")
+
+    losses = dict.fromkeys(nats, [1.0] * 3)
+    study = study_of(tmp_path, SWEEPS / "carope-1.yaml", losses, rows=rows, settings=["Small"])
+    table = published_table(study)
+    found = {(row[0], row[1]): dict(zip(table.head, row)) for row in table.rows}
+    far = found["Small, 2× the training length", "carope"]
+    assert far["published"] == "21.39" and far["measured"].startswith(f"{math.exp(3.102):.2f} [")
+    assert far["published less rope, nats"] == f"{math.log(21.39 / 56.61):+.4f}"
+    assert far["measured less rope, nats"].startswith("**-0.9000 [") and far["verdict"] == "differs"
+    assert found["Small, 2× the training length", "learned"]["measured"] == "n/a"
+    assert found["Small, 1× the training length", "rope"]["less published"] == f"{math.exp(3.062) - 21.31:+.2f}"
+
+
+@pytest.mark.parametrize("scale,judged", [("paper", "differs"), ("cpu", "other direction")])
+def test_speeds_are_compared_by_their_ratio(scale, judged, tmp_path):
+    grid, files = Grid.read(SWEEPS / "carope-throughput.yaml", scale), RunFolders(tmp_path / "out")
+    grid.command = "c"
+    grid.write(files.folder)
+    seconds = {"rope": [1.0, 2.0, 1.0], "carope": [1.1, 2.2, 1.1], "carope content=false": [1.0, 2.0, 1.0]}
+    bench = {"seconds": seconds, "memory": dict.fromkeys(seconds, 1e6), "tokens_a_step": 1000, "rounds": 3}
+    (files.folder / bench_file(grid)).write_text(json.dumps(bench | {"device": "cpu", "threads": 1}))
+    (table,) = tables(Study.read(files.folder))
+    rows = {row[0]: row for row in table.rows}
+    assert rows["rope"][1:4] == ["1,000", "1", "1"] and rows["carope"][2].startswith("0.909 [0.909, 0.909]")
+    assert rows["carope"][-3:] == ["760,000", "1.206", judged] and rows["carope content=false"][-3:] == ["–", "", ""]
+    collect(grid, files, tmp_path / "results")
+    report.start_readme(grid, tmp_path / "results")
+    report.write(tmp_path / "results")
+    readme = (tmp_path / "results" / "README.md").read_text()
+    assert "Made by `c` (device cpu, threads 1)." in readme and "figure.png" not in readme  # there are no runs to draw

@@ -1,0 +1,111 @@
+"""nanope/checkpoint.py: files that are whole, errors that name what is wrong, and the state of random generators."""
+# ruff: noqa: F811 - pytest finds fixtures by their names; those of training.py are imported
+
+import os
+import random
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from training import CPU, files_of, folders, one_thread, plain, same, small_files  # noqa: F401 - fixtures
+
+from nanope import checkpoint
+
+
+def test_every_generator_is_restored(tmp_path):
+    state = {"model": {}, "config": {}, "step": 1, "generators": checkpoint.generators()}
+    checkpoint.save(tmp_path / "step_1.pt", state)
+    draw = lambda: (torch.rand(3), random.gauss(0, 1), random.random(), np.random.rand(3).tolist())  # noqa: E731
+    first = draw()
+    checkpoint.restore_generators(checkpoint.load(tmp_path / "step_1.pt")["generators"], CPU)
+    assert same(first, draw())
+
+
+def test_loading_names_what_is_wrong(plain, tmp_path):
+    path = tmp_path / "step_1.pt"
+    state = checkpoint.load(plain / "last.pt")
+    checkpoint.save(path, state)
+    assert same(checkpoint.load(path), state)
+    content = path.read_bytes()
+    for altered in (content[:-1], content[:1000], b"", content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]):
+        path.write_bytes(altered)
+        with pytest.raises(ValueError, match="step_1.pt is truncated or altered"):
+            checkpoint.load(path)
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="no checkpoint of train.py: it lacks model"):
+        checkpoint.load(tmp_path / "other.pt")
+    with pytest.raises(OSError, match="nothing.pt"):
+        checkpoint.load(tmp_path / "nothing.pt")
+    with pytest.raises(OSError, match="no run"):
+        checkpoint.find(tmp_path / "nothing")
+    with pytest.raises(OSError, match="no checkpoint '7'; it has last.pt, best.pt, step_12.pt, step_8.pt"):
+        checkpoint.find(plain, "7")
+
+
+@pytest.mark.parametrize("size", [2000, 100_000, 3_000_000])
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, size):
+    path = tmp_path / "step_1.pt"
+    state = {"model": {"w": torch.arange(10)}, "config": {}, "step": 1}
+    checkpoint.save(path, state)
+    before = files_of(tmp_path)
+    with small_files(5000), pytest.raises(OSError, match="File too large.*step_1.pt"):
+        checkpoint.save(path, {**state, "model": {"w": torch.zeros(size)}})
+    assert files_of(tmp_path) == before and same(checkpoint.load(path), state)
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """After a power loss a name never leads to a part of the content, nor a new checkpoint to an old hash."""
+    order, fsync, replace = [], os.fsync, os.replace
+
+    def synced(descriptor):
+        order.append(("fsync", os.fstat(descriptor).st_ino))
+        fsync(descriptor)
+
+    def renamed(source, target):
+        if Path(target).name == "step_1.pt":
+            assert not checkpoint.hash_path(Path(target)).exists()
+        order.append(("replace", os.stat(source).st_ino))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    for value in 1, 2:
+        checkpoint.save(tmp_path / "step_1.pt", {"model": {"w": torch.tensor(value)}, "config": {}, "step": 1})
+    renames = [i for i, (what, _) in enumerate(order) if what == "replace"]
+    assert len(renames) == 4
+    for i in renames:
+        assert order[i - 1] == ("fsync", order[i][1]) and order[i + 1][0] == "fsync"  # the file, then its folder
+
+
+def test_one_write_at_a_time():
+    writer, running, most = checkpoint.Writer(), [0], []
+
+    def job():
+        running[0] += 1
+        most.append(running[0])
+        threading.Event().wait(0.02)
+        running[0] -= 1
+
+    for _ in range(5):
+        writer.submit(job)
+    writer.wait()
+    assert most == [1] * 5 and running == [0]
+
+
+def test_checkpoints_that_are_deleted_while_one_is_written(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def renamed(source, target):
+        replace(source, target)
+        if Path(target).name == "step_3.pt.sha256":
+            shutil.rmtree(Path(target).parent)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", renamed)
+        checkpoint.save_step(tmp_path, {"model": {}, "config": {}, "step": 3}, 2)
+    for step in 9, 4, 5, 6:  # 9 was found damaged by the run that resumed before it
+        checkpoint.save_step(tmp_path, {"model": {}, "config": {}, "step": step}, 2)
+    assert [f.name for f in checkpoint.step_files(tmp_path)] == ["step_6.pt", "step_5.pt"]

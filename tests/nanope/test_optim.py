@@ -1,0 +1,113 @@
+"""nanope/optim.py: parameters in groups, the arithmetic of batches, and what memory holds."""
+
+import dataclasses
+import itertools
+import types
+
+import pytest
+import torch
+
+from model import GPT, SCHEMES, GPTConfig
+from nanope.config import RunConfig
+from nanope.distributed import Ranks
+from nanope.optim import largest_micro_batch, make_optimizer, resolve_batch, step_seed
+
+CPU = torch.device("cpu")
+
+
+def test_resolve_batch():
+    config = RunConfig(block_size=16, batch_tokens=16 * 24)
+    assert resolve_batch(config, Ranks()) == (24, 24)
+    assert resolve_batch(dataclasses.replace(config, micro_batch_size=3), Ranks(1, 4)) == (6, 3)
+    # At most 16,384 tokens, and at least one window
+    assert resolve_batch(RunConfig(block_size=4096, batch_tokens=4096 * 30), Ranks()) == (30, 3)
+    assert resolve_batch(RunConfig(block_size=32768, batch_tokens=32768 * 2), Ranks()) == (2, 1)
+    with pytest.raises(ValueError, match="micro_batch_size 5 .*these do: 1, 2, 3, 4, 6, 8, 12, 24"):
+        resolve_batch(dataclasses.replace(config, micro_batch_size=5), Ranks())
+    with pytest.raises(ValueError, match="24 windows of 16, which .* over 5 ranks.*: 1, 2, 3, 4, 6, 8, 12, 24"):
+        resolve_batch(config, Ranks(0, 5))
+
+
+def groups_of(model, **fields):
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = make_optimizer(model, RunConfig(**fields)).param_groups
+    return [{names[id(p)] for p in group["params"]} for group in groups], groups
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("pos", SCHEMES)
+def test_every_parameter_is_in_one_group(pos, bias):
+    model = GPT(GPTConfig(16, 64, 2, 2, 16, pos=pos, bias=bias))
+    (decayed, plain, positional), _ = groups_of(model)
+    names = [name for name, _ in model.named_parameters()]
+    assert sorted([*decayed, *plain, *positional]) == sorted(names)
+    assert "transformer.wte.weight" in decayed and "lm_head.weight" not in decayed  # tied: once
+    assert {"transformer.ln_f.weight", "transformer.h.0.ln_1.weight"} <= plain
+
+
+@pytest.mark.parametrize(
+    "pos, options, own_decayed, own_positional",
+    [
+        ("learned", {}, {"transformer.wpe.weight", "attn.c_attn.weight"}, set()),
+        ("sinusoidal", {}, {"attn.c_attn.weight"}, set()),
+        ("none", {}, {"attn.c_attn.weight"}, set()),
+        ("rope", {}, {"attn.c_attn.weight"}, set()),
+        ("crope", {}, {"attn.c_attn.A", "attn.c_attn.B"}, set()),
+        ("comrope", {}, {"attn.c_attn.weight"}, {"attn.pos.P"}),
+        ("comrope", {"kind": "ld"}, {"attn.c_attn.weight"}, {"attn.pos.P", "attn.pos.theta"}),
+        ("carope", {}, {"attn.c_attn.weight", "attn.pos.c_pos.weight"}, {"attn.pos.c_pos.bias"}),
+        ("alibi", {}, {"attn.c_attn.weight"}, set()),
+    ],
+)
+def test_what_is_decayed_and_what_is_positional(pos, options, own_decayed, own_positional):
+    model = GPT(GPTConfig(16, 64, 1, 2, 16, bias=True, pos=pos, pos_options=options))
+    (decayed, plain, positional), groups = groups_of(model, weight_decay=0.2, pos_lr_multiplier=3.0)
+    short = lambda names: {name.removeprefix("transformer.h.0.") for name in names}  # noqa: E731
+    common = {"transformer.wte.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"}
+    assert short(decayed) == common | own_decayed and short(positional) == own_positional
+    assert all(model.get_parameter(name).dim() == 1 for name in plain)
+    assert [g["weight_decay"] for g in groups] == [0.2, 0.0, 0.0]
+    assert [g["lr_multiplier"] for g in groups] == [1.0, 1.0, 3.0]
+
+
+class LessElsewhere(Ranks):
+    """Two ranks, of which the other has memory for 3 windows."""
+
+    def max(self, tensor):
+        return torch.maximum(tensor, torch.tensor(-3))
+
+
+def gpu(monkeypatch, model, rows, reserved=10):
+    """What stands for a GPU, of whose 100 bytes of memory `reserved` are in use and which ends above `rows` windows."""
+    names = dict(reset_peak_memory_stats=None, empty_cache=None, max_memory_reserved=reserved, get_device_name="a GPU")
+    for name, value in names.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(total_memory=100))
+
+    def hungry(model, arguments):
+        if len(arguments[0]) > rows:
+            raise torch.OutOfMemoryError("no")
+
+    return model.register_forward_pre_hook(hungry)
+
+
+def test_the_largest_micro_batch(monkeypatch):
+    model = GPT(GPTConfig(16, 320, 1, 2, 16))
+    largest = lambda ranks: largest_micro_batch(model, 24, ranks, CPU, torch.float32)  # noqa: E731
+    for rows, expected in ((1, 1), (5, 4), (7, 6), (100, 24)):
+        with gpu(monkeypatch, model, rows):
+            assert largest(Ranks()) == expected
+            assert largest(LessElsewhere()) == min(3, expected)
+    with gpu(monkeypatch, model, 8, reserved=95):  # nine tenths are full
+        assert largest(Ranks()) == 1
+    with gpu(monkeypatch, model, 0):
+        with pytest.raises(ValueError, match="not even one window of 16 tokens fits the memory of a GPU"):
+            largest(Ranks())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_seeds_depend_on_seed_step_and_what_is_drawn():
+    cases = itertools.product((1, 2), (0, 1), (0, 1, "positions"))
+    seeds = {step_seed(RunConfig(seed=seed), step, what) for seed, step, what in cases}
+    assert len(seeds) == 12 and all(0 <= seed < 2**63 for seed in seeds)
+    assert step_seed(RunConfig(), 3, 0) == step_seed(RunConfig(data_seed=7), 3, 0)

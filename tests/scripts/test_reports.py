@@ -1,0 +1,42 @@
+"""Reports of eval.py as a CSV file, and drawn."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+from evaluating import data, rows, runs  # noqa: F401
+
+from eval import main
+from nanope import REPO
+
+
+@pytest.mark.slow
+def test_reports_become_a_csv_and_a_figure(runs, tmp_path):  # noqa: F811
+    for pos in ("rope1", "none1"):
+        given = ["--run", str(runs / pos), "--lengths", "32", "64", "--protocol", "same-targets", "per-position"]
+        main([*given, "--json", str(tmp_path / f"{pos}.json")])
+    reports = [str(tmp_path / f"{pos}.json") for pos in ("rope1", "none1")]
+    assert "| same-targets | 64 |" in (tmp_path / "rope1.md").read_text()
+
+    def script(name, *arguments):
+        command = [sys.executable, str(REPO / "scripts" / name), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+
+    made = script("report.py", "--csv", "all.csv", *reports)
+    assert made.returncode == 0, made.stderr
+    with open(tmp_path / "all.csv") as file:
+        lines = list(csv.DictReader(file))
+    report = json.loads((tmp_path / "rope1.json").read_text())
+    assert len(lines) == 8 and {line["pos"] for line in lines} == {"rope", "none"}
+    key = ("rope", "same-targets", "64")
+    (cell,) = [line for line in lines if (line["pos"], line["protocol"], line["length"]) == key]
+    assert float(cell["nats_per_token"]) == rows(report)[64]["nats_per_token"]
+    assert "config.n_embd" not in cell and "config.pos" in cell  # what all runs share is left out
+    drawn = script("plot.py", *reports, "--out", "figure.png")
+    assert drawn.returncode == 0 and (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG"), drawn.stderr
+    (tmp_path / "other.json").write_text(json.dumps({"a": 1}))
+    for name, option in (("report.py", "--csv"), ("plot.py", "--out")):
+        wrong = script(name, str(tmp_path / "other.json"), option, "x.png")
+        assert wrong.returncode and wrong.stderr.startswith("error: ") and "Traceback" not in wrong.stderr
