@@ -9,6 +9,7 @@ import pytest
 
 from nanope import REPO
 from nanope.bench.data import CUT, documents, memory_of, table
+from nanope.bench.train import scheme_of
 from nanope.bench.turns import Worker, heading, ratios, row, spread, take_turns, workers
 
 SHAPE = "--n_layer 1 --n_head 2 --n_embd 16 --vocab_size 64 --block_size 16 --batch 2".split()
@@ -62,6 +63,19 @@ def test_text():
 
 
 # ---- train
+
+
+def test_variants():
+    assert scheme_of("comrope block=2 kind=ld") == {
+        "pos": "comrope",
+        "pos_options": {"block": 2, "kind": "ld"},
+        "window": 0,
+    }
+    assert scheme_of('[rope+alibi,none] rope={"base":5000.0} window=[64,0]') == {
+        "pos": ["rope+alibi", "none"],
+        "pos_options": {"rope": {"base": 5000.0}},
+        "window": [64, 0],
+    }
 
 
 @pytest.mark.slow
