@@ -48,8 +48,9 @@ def largest_difference(folder: Path, model: GPT) -> float:
     return (written(input_ids=idx).logits - model(idx)[0]).abs().max().item()
 
 
-def export(run: str, which: str, out: Path) -> str:
-    """Write the run's checkpoint to `out` and return a line about it. ValueError for what cannot be exported."""
+def export(run: str, which: str, out: Path, tolerance: float = TOLERANCE) -> str:
+    """Write the run's checkpoint to `out` and return a line about it. ValueError for what cannot be exported, and where
+    a logit differs by more than the tolerance."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -62,9 +63,9 @@ def export(run: str, which: str, out: Path) -> str:
     theirs.save_pretrained(out)
     tokenizer_of(tokenizer["name"]).save_pretrained(out)
     difference = largest_difference(out, model)
-    if not difference < TOLERANCE:
+    if not difference < tolerance:
         raise ValueError(
-            f"{out} was written, but its logits differ from the run's by {difference:.1e}, more than {TOLERANCE}: "
+            f"{out} was written, but its logits differ from the run's by {difference:.1e}, more than {tolerance}: "
             "do not use it, and report this"
         )
     kind = type(theirs).__name__

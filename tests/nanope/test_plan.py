@@ -14,8 +14,8 @@ from nanope import checkpoint
 from nanope.config import RunConfig
 from nanope.costs import memory, simulate
 from nanope.ops import chunk_rows
+from nanope.optim import make_optimizer
 from nanope.plan import plan, plan_text, scheme_table, show
-from train import make_optimizer
 
 # Small models. The vocabulary is large enough for the loss head to work in chunks: 2^23 / 20,032 = 418 rows
 ROWS, LENGTH, VOCAB = 5, 96, 20032

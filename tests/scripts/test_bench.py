@@ -9,6 +9,7 @@ import pytest
 
 from nanope import REPO
 from nanope.bench.data import CUT, documents, memory_of, table
+from nanope.bench.train import scheme_of
 from nanope.bench.turns import Worker, heading, ratios, row, spread, take_turns, workers
 
 SHAPE = "--n_layer 1 --n_head 2 --n_embd 16 --vocab_size 64 --block_size 16 --batch 2".split()
@@ -64,6 +65,19 @@ def test_text():
 # ---- train
 
 
+def test_variants():
+    assert scheme_of("comrope block=2 kind=ld") == {
+        "pos": "comrope",
+        "pos_options": {"block": 2, "kind": "ld"},
+        "window": 0,
+    }
+    assert scheme_of('[rope+alibi,none] rope={"base":5000.0} window=[64,0]') == {
+        "pos": ["rope+alibi", "none"],
+        "pos_options": {"rope": {"base": 5000.0}},
+        "window": [64, 0],
+    }
+
+
 @pytest.mark.slow
 def test_train(tmp_path):
     """A row for each variant, once, and every round's seconds in the file."""
@@ -112,6 +126,17 @@ def test_refuses_before_anything_starts(arguments, words, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         importlib.import_module("bench").main()
     assert words in capsys.readouterr().err + str(stopped.value)
+
+
+# ---- eval
+
+
+@pytest.mark.slow
+def test_eval():
+    shape = "--lengths 64 --n_layer 1 --n_embd 16 --n_head 2 --vocab_size 128 --batch_tokens 128".split()
+    done = command("eval", *shape, "--rounds", 1, "--threads", 1)
+    assert done.returncode == 0, done.stderr
+    assert "| nonoverlapping | 64 |" in done.stdout and "| sliding | 64 |" in done.stdout
 
 
 # ---- data and feed
