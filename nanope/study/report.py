@@ -139,7 +139,7 @@ def seeds_note(n: int) -> str:
         )
     return (
         f"{n} paired seeds. Brackets at means: 95 % t interval over seeds; at differences of validation loss: "
-        "the same of paired differences; at differences of evaluations: over seeds and documents (intervals.py). "
+        "the same of paired differences; at differences of evaluations: over seeds and documents. "
         "They are for each difference alone, not for all at once."
         + (" Two seeds leave one degree of freedom: such intervals are wide." if n == 2 else "")
     )
