@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import schemes
 from nanope import attention, convert, hf
 from nanope.ops import Linear, double_device, linear_cross_entropy, linear_nll, wide
-from schemes import SCHEMES as SCHEMES
+from schemes import SCHEMES as SCHEMES  # for those who import it from here
 from schemes.base import Context
 
 LOSSES = {"mean": linear_cross_entropy, "none": linear_nll}  # by `reduction`
@@ -46,13 +46,16 @@ class GPTConfig:
     bias: bool = False
     pos: str | list[str] = "rope"
     pos_options: dict = field(default_factory=dict)
-    window: int | list[int] = (
-        0  # a token sees itself and the window - 1 before it; 0: all. A list cycles over the layers
-    )
+    # A token sees itself and the window - 1 before it; 0: all. A list cycles over the layers
+    window: int | list[int] = 0
 
 
 class Attention(nn.Module):
-    """Causal self-attention, softmax(q kᵀ / √D + bias) v, with the positional scheme of its layer."""
+    """Causal self-attention with the positional scheme of its layer.
+
+    Without a bias and a window, `ctx.attend` is F.scaled_dot_product_attention(q, k, v, is_causal=True), which is
+    softmax(q kᵀ / √D) v over the keys up to each query. nanope/attention.py adds the scheme's bias, windows and caches.
+    """
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -130,9 +133,9 @@ class GPT(nn.Module):
         self.config = config = resolve(config)
         with torch.random.fork_rng(devices=[]):  # the layers' own initial values are replaced below
             blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-            self.kinds = layers_of_a_kind(config)
+            self.groups = groups_of_layers(config)
             self.transformer = nn.ModuleDict({"wte": nn.Embedding(config.vocab_size, config.n_embd)})
-            tables = [blocks[kind[0]].attn.pos.embedding(config) for kind in self.kinds]
+            tables = [blocks[group[0]].attn.pos.embedding(config) for group in self.groups]
             if tables := [table for table in tables if table is not None]:
                 if len(tables) > 1:
                     raise ValueError(f"pos {schemes.label(config.pos)} adds two tables of positions to one embedding")
@@ -141,14 +144,14 @@ class GPT(nn.Module):
             self.transformer["ln_f"] = LayerNorm(config.n_embd, config.bias)
             self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer["wte"].weight
-        self.losses, self.attend = dict(LOSSES), attention.attend  # parameters, for tools that need others
-        self.fixed, self.draws = None, None  # the schemes' constants and seed, within parameters_fixed
+        self.losses, self.attend = dict(LOSSES), attention.attend  # tools and compile_parts put their own here
+        self.fixed_constants, self.draw_seed = None, None  # set within parameters_fixed
         self.initialise(seed)
 
     def __getstate__(self):
         """What copies and pickles have: neither compiled code, which nn.Module leaves out of the blocks' too, nor fixed
         constants."""
-        return super().__getstate__() | {"losses": dict(LOSSES), "fixed": None, "draws": None}
+        return super().__getstate__() | {"losses": dict(LOSSES), "fixed_constants": None, "draw_seed": None}
 
     # ---- parameters
 
@@ -195,8 +198,9 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self) -> int:
-        """Training FLOPs of a token at length block_size: 6 per parameter of a matrix product and 12·L·C·T
-        for attention (PaLM 2204.02311, appendix B, without its causal halving)."""
+        """Training FLOPs of a token at length block_size by the convention of MFU: 6 per parameter of a dense GPT-2's
+        matrix products and 12·L·C·T for attention, whatever the scheme and the window (PaLM 2204.02311, appendix B,
+        without its causal halving)."""
         c = self.config
         n = c.n_layer * 12 * c.n_embd**2 + c.vocab_size * c.n_embd
         return 6 * n + 12 * c.n_layer * c.n_embd * c.block_size
@@ -237,56 +241,50 @@ class GPT(nn.Module):
             x = x + self.transformer["wpe"](positions).to(x.dtype)
         x = F.dropout(x, self.config.dropout, self.training)
         positions = positions.to(double_device(idx.device), torch.float64)  # exact for every length
-        # As a view, so that no compiled block depends on whether its input is the embedding itself
-        ctx = Context(
-            positions, start, wide(x.dtype), idx.device, idx, embedding.view_as(embedding), self.draws, self.attend
-        )
+        # A view: torch.compile would make another graph for the first layer, whose x is the embedding itself
+        embedding = embedding.view_as(embedding)
+        ctx = Context(positions, start, wide(x.dtype), idx.device, idx, embedding, self.draw_seed, self.attend)
         for block, own in zip(self.transformer["h"], self.contexts(ctx, caches)):
             x = block(x, own)
         return self.transformer["ln_f"](x)
 
     def contexts(self, ctx: Context, caches: list[dict] | None) -> list[Context]:
-        """What each layer is told: what its scheme makes for all layers at once, its cache, its mask."""
-        layers, found = [block.attn for block in self.transformer["h"]], [ctx] * self.config.n_layer
-        members = [attn.pos for attn in layers]
+        """A Context for each layer, with what its scheme made for all layers of its group, its mask and its cache."""
+        layers, found = [block.attn for block in self.transformer["h"]], {}
         dropout = self.config.dropout if self.training else 0.0
-        flexible = attention.flex_fits(ctx.device, ctx.start, dropout)
-        for kind, constants in zip(self.kinds, self.constants() if self.fixed is None else self.fixed):
-            pos = [members[i] for i in kind]
-            positions = pos[0].positions(ctx) if self.training else ctx.positions
+        made = self.constants() if self.fixed_constants is None else self.fixed_constants
+        for group, constants in zip(self.groups, made):
+            members = [layers[i].pos for i in group]
+            positions = members[0].positions(ctx) if self.training else ctx.positions
             shared = dataclasses.replace(ctx, positions=positions, constants=constants)
-            prepared = pos[0].prepare(pos, shared)
-            for n, i in enumerate(kind):
-                mask = None
-                if flexible and not pos[n].dense and (layers[i].window or pos[n].claims("bias")):
-                    mask = attention.causal_block_mask(ctx.length, layers[i].window, ctx.device)
+            prepared = members[0].prepare(members, shared)
+            for n, i in enumerate(group):
                 found[i] = dataclasses.replace(
                     shared,
                     constants=constants and constants[n],
                     prepared=prepared and prepared[n],
-                    block_mask=mask,
+                    block_mask=attention.block_mask(members[n], layers[i].window, ctx, dropout),
                     cache=caches and caches[i],
                 )
-        return found
+        return [found[i] for i in range(self.config.n_layer)]
 
     def constants(self) -> list[list | None]:
-        """What the schemes make of parameters alone, for each kind of layer."""
+        """What the schemes make of parameters alone, for each group of layers."""
         members = [block.attn.pos for block in self.transformer["h"]]
-        return [members[kind[0]].constants([members[i] for i in kind]) for kind in self.kinds]
+        return [members[group[0]].constants([members[i] for i in group]) for group in self.groups]
 
     @contextlib.contextmanager
     def parameters_fixed(self, seed: int | None = None):
         """Within `with model.parameters_fixed():` the parameters do not change, as over the micro-batches of an
         optimizer step. What depends on them alone and takes no gradient (comrope's frames and frequencies) is
-        computed once, at the entry. Values and gradients are those without it, bit for bit. Nothing is kept beyond
-        it, or found by itself: an optimizer's update need not show in a parameter's version. `seed`: of what schemes
-        draw in this step."""
-        before = self.fixed, self.draws
-        self.fixed, self.draws = self.constants(), seed
+        computed once, at the entry. Values and gradients have the same bits as without it. Nothing is cached outside
+        of it. `seed`: of what schemes draw in this step."""
+        before = self.fixed_constants, self.draw_seed
+        self.fixed_constants, self.draw_seed = self.constants(), seed
         try:
             yield
         finally:
-            self.fixed, self.draws = before
+            self.fixed_constants, self.draw_seed = before
 
     def auxiliary(self) -> torch.Tensor | None:
         """The losses of the schemes' own after a forward pass in training, a scalar to be added to the loss; None
@@ -383,7 +381,7 @@ class GPT(nn.Module):
         return hf.load_gpt2(name, lambda **fields: cls(GPTConfig(**fields)))
 
 
-def layers_of_a_kind(config: GPTConfig) -> list[list[int]]:
+def groups_of_layers(config: GPTConfig) -> list[list[int]]:
     """Layers that have the same schemes, which prepare their work together."""
     kinds = {}
     for layer in range(config.n_layer):

@@ -49,7 +49,8 @@ def train(config: RunConfig, observe: Callable = unobserved, ahead: int | None =
         "step"      before an optimizer step is launched; subject: the model
         "launched"  when it has been, before its outcome is read; subject: the model
         "write"     before a checkpoint's file is written, in the thread that writes it; subject: its path
-    ahead: how many steps may be launched before the outcome of the oldest is read; None is 1 on CUDA and else 0.
+    ahead: how many steps may be launched before the outcome of the oldest is read; None is 1 on CUDA, so that a GPU
+    never waits for the host, and else 0. Both are for tests and tools.
     """
     check(config)
     with ranks_of(config.device, config.rank_timeout, config.dtype == "tf32") as (ranks, device):
@@ -62,8 +63,8 @@ class Outcome:
 
     step: int  # steps completed with it
     rate: float  # its learning rate
-    numbers: Callable[[], list[float]]  # waits for: gradient norm, means, with several ranks Stop.flags summed
-    means: list[str]  # their names
+    read: Callable[[], list[float]]  # waits for them: gradient norm, mean losses, with several ranks Stop.flags summed
+    names: list[str]  # of the mean losses
     losses: list[torch.Tensor]  # of this rank's micro-steps
 
 
@@ -147,7 +148,8 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
 
         if progress.watched != progress.step:  # before the first step, or put off by a signal
             lowest = validate_and_sample()
-            keeper.save(step=bool(stop.agreed) or 0 < progress.step == config.max_steps, best=lowest)
+            finished = progress.step > 0 and progress.step == config.max_steps
+            keeper.save(step=bool(stop.agreed) or finished, best=lowest)
 
         # ---- The loop
         pending: deque[Outcome] = deque()
@@ -181,20 +183,20 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
             gradient = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
 
             # Step. One whose loss or gradient is not finite is skipped, by all ranks and on the device itself
-            means = {"train/loss": losses} | ({"train/auxiliary": auxiliaries} if auxiliaries else {})
-            numbers = torch.stack([sum(part * weight for part in parts) for parts in means.values()]) / ranks.world
+            by_name = {"train/loss": losses} | ({"train/auxiliary": auxiliaries} if auxiliaries else {})
+            means = torch.stack([sum(part * weight for part in parts) for parts in by_name.values()]) / ranks.world
             if ranks.world > 1:
                 flags = pinned(torch.tensor(stop.flags()), device).to(device, non_blocking=True)
-                numbers = ranks.sum(torch.cat((numbers, flags)))
-            finite = torch.isfinite(gradient) & torch.isfinite(numbers[: len(means)]).all()
+                means = ranks.sum(torch.cat((means, flags)))
+            finite = torch.isfinite(gradient) & torch.isfinite(means[: len(by_name)]).all()
             if device.type != "mps" or finite:
                 optimizer.found_inf = (~finite).float()  # fused AdamW does nothing where this is 1
                 optimizer.step()  # not scaler.step(), which looks at the gradients alone
             scaler.update()  # float16: a lower scale where a gradient was not finite
             optimizer.zero_grad(set_to_none=True)
             progress.step += 1
-            numbers = to_host(torch.cat((gradient.reshape(1), numbers)))
-            pending.append(Outcome(progress.step, rate, numbers, [*means], losses))
+            read = to_host(torch.cat((gradient.reshape(1), means)))
+            pending.append(Outcome(progress.step, rate, read, [*by_name], losses))
             observe("launched", progress.step, model)
 
             # Log. A GPU must not wait for the host: a step's outcome is read after the next step has been launched, or
@@ -207,16 +209,16 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
             now = end or checkpoint_owed or any(due(progress.step, n) for n in intervals)
             while len(pending) > (0 if now or stop.agreed else ahead):
                 outcome = pending.popleft()
-                norm, *numbers = outcome.numbers()
-                means = dict(zip(outcome.means, numbers))
-                stop.agree(numbers[len(means) :])
-                if all(map(math.isfinite, (norm, *means.values()))):
+                norm, *numbers = outcome.read()
+                logged = dict(zip(outcome.names, numbers))
+                stop.agree(numbers[len(logged) :])
+                if all(map(math.isfinite, (norm, *logged.values()))):
                     progress.bad_steps = 0
                     if due(outcome.step, config.log_interval) or outcome.step == config.max_steps:
-                        log.training(outcome.step, means, outcome.rate, norm)
+                        log.training(outcome.step, logged, outcome.rate, norm)
                 else:
                     progress.bad_steps += 1
-                    log.skipped(outcome.step, means["train/loss"], outcome.rate, norm)
+                    log.skipped(outcome.step, logged["train/loss"], outcome.rate, norm)
                     if progress.bad_steps >= config.max_bad_steps:
                         good = keeper.good_until(outcome.step - progress.bad_steps)
                         why = diverged(outcome.step, outcome.rate, outcome.losses, progress.bad_steps, feed, config)

@@ -132,6 +132,13 @@ def flex_fits(device: torch.device, start: int, dropout: float) -> bool:
     return device.type == "cuda" and start == 0 and dropout == 0 and torch.is_grad_enabled()
 
 
+def block_mask(scheme, window: int, ctx, dropout: float):
+    """The mask with which a layer's attention goes through FlexAttention, or None where it goes another way."""
+    if scheme.dense or not flex_fits(ctx.device, ctx.start, dropout) or not (window or scheme.claims("bias")):
+        return None
+    return causal_block_mask(ctx.length, window, ctx.device)
+
+
 @functools.lru_cache(maxsize=8)
 def causal_block_mask(length: int, window: int, device: torch.device):
     """FlexAttention's mask, made outside compiled blocks and kept: building it costs more than using it."""

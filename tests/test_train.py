@@ -442,7 +442,7 @@ def test_what_schemes_draw_depends_on_seed_and_step_alone(make):
     whole, cut, other, small = (make(name, pos=pos) for name in ("whole", "cut", "other", "small"))
 
     def drawn(seeds):
-        return before_forward(lambda model, x, reduction: seeds.append(model.draws) if model.training else None)
+        return before_forward(lambda model, x, reduction: seeds.append(model.draw_seed) if model.training else None)
 
     first, second = [], []
     train(whole, drawn(first))

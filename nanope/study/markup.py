@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from nanope.study.statistics import seed_interval
+from nanope.study.seed_statistics import seed_interval
 
 NOISE = "≈"
 

@@ -13,7 +13,7 @@ from nanope.study.costs import model_cost
 from nanope.study.drawing import Curve, Forest, Lines, Points
 from nanope.study.grid import bench_variants
 from nanope.study.results import Study, throughput
-from nanope.study.statistics import difference_of_losses, difference_of_rows, seed_interval, speed_ratios
+from nanope.study.seed_statistics import difference_of_losses, difference_of_rows, seed_interval, speed_ratios
 from schemes import label
 
 # Of known schemes. The colours stay apart under simulated protanopia, deuteranopia and tritanopia (OKLab distance of at

@@ -10,7 +10,7 @@ from nanope.study.costs import model_cost
 from nanope.study.grid import as_list, bench_variants
 from nanope.study.markup import Table, difference_cell, mean_cell, row_cell
 from nanope.study.results import Study, throughput
-from nanope.study.statistics import (
+from nanope.study.seed_statistics import (
     difference_of_losses,
     difference_of_rows,
     direction,

@@ -70,7 +70,9 @@ def test_a_scheme_that_raises_is_reported_by_the_checks(tmp_path):
         "        return qk + ctx.position\n"
     )
     found = run(Case(f"{file}:Mine"))
-    assert "has no attribute 'position'" in found["causality"] and found["options_are_announced"] is None
+    assert (
+        "has no attribute 'position' (mine.py, line 4)" in found["causality"] and found["options_are_announced"] is None
+    )
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from nanope.study.files import RunFolders
 from nanope.study.grid import Grid
 from nanope.study.markup import Table, difference_cell, latex
 from nanope.study.results import Study, bench_file, collect
-from nanope.study.statistics import (
+from nanope.study.seed_statistics import (
     difference_of_losses,
     difference_of_rows,
     direction,
