@@ -76,7 +76,7 @@ class Attention(nn.Module):
         qk = self.pos.encode(qk.unflatten(2, (2, self.n_head, -1)), x, ctx)  # (B, T, 2, H, D)
         q, k = (part.transpose(1, 2) for part in qk.unbind(2))  # (B, H, T, D)
         v = v.unflatten(2, (self.n_head, -1)).transpose(1, 2)  # (B, H, T, D)
-        k, v = ctx.joined("k", k, 2), ctx.joined("v", v, 2)  # (B, H, start + T, D): behind those in the cache
+        k, v = ctx.appended("k", k, 2), ctx.appended("v", v, 2)  # (B, H, start + T, D): behind those in the cache
         dropout = self.dropout if self.training else 0.0
         y = ctx.attend(self.pos, q, k, v, x, ctx, self.window, dropout)  # (B, H, T, D), with the scheme's bias
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
@@ -135,11 +135,12 @@ class GPT(nn.Module):
             blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
             self.groups = groups_of_layers(config)
             self.transformer = nn.ModuleDict({"wte": nn.Embedding(config.vocab_size, config.n_embd)})
-            tables = [blocks[group[0]].attn.pos.embedding(config) for group in self.groups]
-            if tables := [table for table in tables if table is not None]:
-                if len(tables) > 1:
-                    raise ValueError(f"pos {schemes.label(config.pos)} adds two tables of positions to one embedding")
-                self.transformer["wpe"] = tables[0]
+            owners = {blocks[group[0]].attn.pos.owner("embedding"): n for n, group in enumerate(self.groups)}
+            if len(owners := {owner: n for owner, n in owners.items() if owner}) > 1:
+                raise ValueError(f"pos {schemes.label(config.pos)} adds two tables of positions to one embedding")
+            self.table_group = next(iter(owners.values()), None)  # the group whose scheme adds a table of positions
+            if self.table_group is not None:
+                self.transformer["wpe"] = blocks[self.groups[self.table_group][0]].attn.pos.embedding(config)
             self.transformer["h"] = blocks
             self.transformer["ln_f"] = LayerNorm(config.n_embd, config.bias)
             self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
@@ -173,7 +174,7 @@ class GPT(nn.Module):
 
             if own:
                 value = pos.initial(own, parameter.shape, normal)
-            elif isinstance(self.get_submodule(parent), LayerNorm):
+            elif isinstance(self.get_submodule(parent), (LayerNorm, nn.LayerNorm, nn.RMSNorm)):
                 value = torch.full(parameter.shape, float(last == "weight"))
             elif last == "bias":
                 value = torch.zeros(parameter.shape)
@@ -235,37 +236,40 @@ class GPT(nn.Module):
         end = start + idx.size(1)
         self.check_length(end)
         self.check_tokens(idx, 0, "idx")
-        x = embedding = self.transformer["wte"](idx)  # (B, T, C)
-        positions = torch.arange(start + offset, end + offset, device=idx.device)  # (T,)
-        if "wpe" in self.transformer:
-            x = x + self.transformer["wpe"](positions).to(x.dtype)
+        x = self.transformer["wte"](idx)  # (B, T, C)
+        # Positions in float64, which is exact for every length. The embedding as a view: torch.compile would make
+        # another graph for the first layer, whose x is the embedding itself
+        steps = torch.arange(start + offset, end + offset, dtype=torch.float64, device=double_device(idx.device))
+        ctx = Context(steps, start, wide(x.dtype), idx.device, idx, x.view_as(x), self.draw_seed, self.attend)
+        first = [self.transformer["h"][group[0]].attn.pos for group in self.groups]
+        positions = [pos.positions(ctx) if self.training else steps for pos in first]  # of each group of layers
+        if self.table_group is not None:
+            whole = positions[self.table_group].round().to(torch.int64).to(idx.device)
+            x = x + self.transformer["wpe"](whole).to(x.dtype)
         x = F.dropout(x, self.config.dropout, self.training)
-        positions = positions.to(double_device(idx.device), torch.float64)  # exact for every length
-        # A view: torch.compile would make another graph for the first layer, whose x is the embedding itself
-        embedding = embedding.view_as(embedding)
-        ctx = Context(positions, start, wide(x.dtype), idx.device, idx, embedding, self.draw_seed, self.attend)
-        for block, own in zip(self.transformer["h"], self.contexts(ctx, caches)):
+        for block, own in zip(self.transformer["h"], self.contexts(ctx, positions, caches)):
             x = block(x, own)
         return self.transformer["ln_f"](x)
 
-    def contexts(self, ctx: Context, caches: list[dict] | None) -> list[Context]:
-        """A Context for each layer, with what its scheme made for all layers of its group, its mask and its cache."""
+    def contexts(self, ctx: Context, positions: list[torch.Tensor], caches: list[dict] | None) -> list[Context]:
+        """A Context for each layer: with the positions of its group of layers, what their scheme made for all of
+        them, its own mask and its cache."""
         layers, found = [block.attn for block in self.transformer["h"]], {}
         dropout = self.config.dropout if self.training else 0.0
         made = self.constants() if self.fixed_constants is None else self.fixed_constants
-        for group, constants in zip(self.groups, made):
+        for group, seen, constants in zip(self.groups, positions, made):
             members = [layers[i].pos for i in group]
-            positions = members[0].positions(ctx) if self.training else ctx.positions
-            shared = dataclasses.replace(ctx, positions=positions, constants=constants)
+            shared = dataclasses.replace(ctx, positions=seen, constants=constants)
             prepared = members[0].prepare(members, shared)
             for n, i in enumerate(group):
-                found[i] = dataclasses.replace(
+                own = dataclasses.replace(
                     shared,
-                    constants=constants and constants[n],
-                    prepared=prepared and prepared[n],
+                    constants=None if constants is None else constants[n],
+                    prepared=None if prepared is None else prepared[n],
                     block_mask=attention.block_mask(members[n], layers[i].window, ctx, dropout),
-                    cache=caches and caches[i],
+                    cache=None if caches is None else caches[i],
                 )
+                found[i] = members[n].told(own)
         return [found[i] for i in range(self.config.n_layer)]
 
     def constants(self) -> list[list | None]:
@@ -304,6 +308,9 @@ class GPT(nn.Module):
 
         # A block is the grain that overlaps: without this, dynamo cuts its graph again at the sizes of DDP's buckets
         torch._dynamo.config.optimize_ddp = False
+        # One graph a kind of layer and shape: of training, validation, and its shorter last batch
+        limit = 8 * len(self.groups) * len({block.attn.window for block in self.transformer["h"]})
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
         options = {"fullgraph": True, "dynamic": False, **options}
         for block in self.transformer["h"]:
             block.compile(**options)

@@ -4,8 +4,9 @@
 
 What a scheme asks for decides the way:
     nothing, or `encode`   the fused causal kernel (flash attention)
-    `bias`, or a window    on CUDA, in training: FlexAttention. Else the fused kernel for a chunk of queries at a time,
-                           with a dense mask of those queries and the keys that they may see
+    `bias`, or a window    on CUDA, in training: FlexAttention. Else sdpa for a chunk of queries at a time, with a dense
+                           mask of those queries and the keys that they may see. It is fused unless a bias has
+                           parameters in training; then each chunk is computed again in the backward pass
     `scores`, `weights`    no fused kernel: dense scores of a chunk of queries, computed again in the backward pass
 
 Shapes: B batch, H heads, T queries of this pass, S = start + T keys, D width of a head's values.
@@ -34,6 +35,8 @@ def attend(scheme, q, k, v, x, ctx, window: int = 0, dropout: float = 0.0, chunk
     if scheme.dense:
         return attend_densely(scheme, q, k, v, x, ctx, window, dropout, chunk)
     bias = scheme.bias(x, q, k, ctx)
+    if q.dtype != v.dtype:  # under autocast, of a scheme that computes in float32
+        q, k = q.to(v.dtype), k.to(v.dtype)
     width = v.size(-1)
     if q.size(-1) == width:
         return attend_fused(q, k, v, bias, ctx, window, dropout, chunk)
@@ -58,22 +61,37 @@ def attend_fused(
     if ctx.block_mask is not None:
         return flex_attend(q, k, v, bias, ctx.block_mask, scale)
     B, H, T, S = q.size(0), q.size(1), ctx.length, k.size(2)
-    rows, out = queries_at_a_time(B, H, T, S, bias, window, chunk, q.device), []
-    for i in range(0, T, rows):
-        part = q[:, :, i : i + rows]
-        end = ctx.start + i + part.size(2)
-        low = max(0, ctx.start + i - window + 1) if window else 0
-        batch, heads, m, n = indices(B, H, ctx.start + i, end, low, q.device)
+    share, trained = of_bias(bias, B, H, q.device)
+    rows = queries_at_a_time(share, B, H, T, S, window, chunk)
+
+    def part(q, k, v, i: int):
+        start, end = ctx.start + i, ctx.start + min(i + rows, T)
+        low = max(0, start - window + 1) if window else 0
+        batch, heads, m, n = indices(B, H, start, end, low, q.device)
         mask = visible(m, n, window)
-        parts = part, k[:, :, low:end], v[:, :, low:end]
+        parts = q[:, :, i : i + rows], k[:, :, low:end], v[:, :, low:end]
         if bias is not None:
-            # All four dimensions, so that a CPU's fused kernel takes it
+            # All four dimensions, so that a CPU's fused kernel takes it. Without autocast, which would round the bias,
+            # large at a distance, to bfloat16
             mask = bias(batch, heads, m, n).to(ctx.dtype).masked_fill(~mask, -math.inf).expand(B, H, -1, -1)
-            parts = [t.to(mask.dtype) for t in parts]  # autocast would round the bias, large at a distance, to bfloat16
+            parts = [t.to(mask.dtype) for t in parts]
         with no_autocast(q.device):
             y = F.scaled_dot_product_attention(*parts, attn_mask=mask, dropout_p=dropout, scale=scale)
-        out.append(y.to(v.dtype))
-    return torch.cat(out, 2)
+        return y.to(v.dtype)
+
+    if trained and rows < T:  # no fused kernel gives a mask's gradient: keep no scores, compute each chunk again
+        return torch.cat([checkpoint(part, q, k, v, i, use_reentrant=False) for i in range(0, T, rows)], 2)
+    return torch.cat([part(q, k, v, i) for i in range(0, T, rows)], 2)
+
+
+def of_bias(bias, B: int, H: int, device: torch.device) -> tuple[int, bool]:
+    """How many dense biases a batch has, 1 where sequences share it, and whether its gradient is asked for."""
+    if bias is None:
+        return 1, False
+    one = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    batch, heads, *_ = indices(B, H, 0, 1, 0, device)
+    value = bias(batch, heads, one, one)
+    return value.size(0) if value.dim() == 4 else 1, value.requires_grad
 
 
 def attend_densely(scheme, q, k, v, x, ctx, window: int, dropout: float, chunk: int) -> torch.Tensor:
@@ -111,15 +129,10 @@ def visible(m, n, window: int):
     return (n <= m) & (m - n < window) if window else n <= m
 
 
-def queries_at_a_time(B: int, H: int, T: int, S: int, bias, window: int, chunk: int, device: torch.device) -> int:
-    """How many queries at a time, so that their dense mask has at most `chunk` elements. Within a window about as
-    many as it is long: then the masks of all chunks together are linear in T."""
+def queries_at_a_time(share: int, B: int, H: int, T: int, S: int, window: int, chunk: int) -> int:
+    """How many queries at a time, so that their dense mask has at most `chunk` elements; share: masks of a batch.
+    Within a window about as many as it is long: then the masks of all chunks together are linear in T."""
     rows, span = (min(T, max(window, 128)), 2 * max(window, 128)) if window else (T, S)
-    if B * H * rows * span <= chunk:
-        return rows
-    one = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    batch, heads, *_ = indices(B, H, 0, 1, 0, device)
-    share = 1 if bias is None else bias(batch, heads, one, one).size(0)  # B where the bias differs by sequence
     return min(rows, max(1, chunk // (share * H * span)))
 
 

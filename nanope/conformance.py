@@ -65,9 +65,9 @@ class Case:
         return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(2))
 
 
-def loss_of(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
+def loss_of(model: GPT, tokens: torch.Tensor, seed: int = 3) -> torch.Tensor:
     """The training loss, with what the scheme adds to it; draws are those of one seed."""
-    with model.parameters_fixed(seed=3):
+    with model.parameters_fixed(seed):
         loss = model(tokens[:, :-1], tokens[:, 1:])[1]
         auxiliary = model.auxiliary()
     return loss if auxiliary is None else loss + auxiliary
@@ -247,6 +247,7 @@ def compilation(case: Case) -> None:
     model.zero_grad()
     model.compile_parts(backend="aot_eager")
     try:
+        loss_of(model, tokens, seed=5)  # another step's draws must not make another graph
         loss = loss_of(model, tokens)
         loss.backward()
     except Exception as error:
@@ -278,6 +279,16 @@ def saving(case: Case) -> None:
     )
 
 
+def plain_rope(case: Case) -> None:
+    """Where to_rope() gives an equivalent model, it has the same logits."""
+    model, tokens = case.model(), case.tokens()
+    try:
+        rope = model.to_rope()
+    except ValueError:
+        return
+    assert not far(rope(tokens)[0], model(tokens)[0]), "the model of to_rope() has other logits: see as_rope"
+
+
 CHECKS: dict[str, Callable[[Case], None]] = {
     check.__name__: check
     for check in (
@@ -293,6 +304,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
         gradients,
         low_precision,
         saving,
+        plain_rope,
         compilation,
     )
 }

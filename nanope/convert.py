@@ -14,6 +14,10 @@ SCALINGS = ("pi", "ntk", "yarn")
 def to_rope(model):
     """The equivalent GPT that is plain `rope`, with explicit frequencies and dense weights. ValueError where a layer's
     scheme has no such form."""
+    for pos in (block.attn.pos for block in model.transformer["h"]):
+        for hook in ("project", "encode", "bias", "scores", "weights"):
+            if not issubclass(definer(pos, "as_rope"), definer(pos, hook)):
+                raise ValueError(f"{pos.name} has a {hook} of its own, and no as_rope that knows of it")
     config = dataclasses.replace(model.config, pos="rope", pos_options={"explicit": True})
     state = {k: v for k, v in model.state_dict().items() if ".attn." not in k or ".c_proj." in k}
     for i, block in enumerate(model.transformer["h"]):
@@ -28,6 +32,11 @@ def to_rope(model):
     return rope.train(model.training)
 
 
+def definer(pos, hook: str) -> type:
+    """The class that defines a scheme's hook."""
+    return next(c for c in type(pos).__mro__ if hook in vars(c))
+
+
 @torch.no_grad()
 def scaled(model, rule: str, factor: float):
     """The plain rope GPT whose frequencies are scaled by `rule` (see scale_frequencies) for contexts of factor ×
@@ -36,7 +45,7 @@ def scaled(model, rule: str, factor: float):
     for before, block in zip(model.transformer["h"], rope.transformer["h"]):
         old, new, c_attn = before.attn.pos, block.attn.pos, block.attn.c_attn
         width = round(getattr(old, "fraction", 1.0) * old.head_width)
-        freqs, logits = scale_frequencies(new.frequencies(), rule, factor, length, width, old.base)
+        freqs, logits = scale_frequencies(new.frequencies(), rule, factor, length, width, getattr(old, "base", 10000.0))
         new.freqs.copy_(freqs)
         for parameter in c_attn.parameters():  # the model's own copy: q carries the factor of the logits
             parameter[: old.n_embd] *= logits

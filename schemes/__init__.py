@@ -19,7 +19,8 @@ import math
 import pkgutil
 import sys
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 from nanope.errors import first_line, nearest
 from schemes._combined import Combined
@@ -46,7 +47,7 @@ SCHEMES: dict[str, type[Scheme]] = registry()
 
 def pattern(pos: str | list[str]) -> list[list[str]]:
     """The schemes of each layer of the pattern, as they stand in `pos`: [["rope", "alibi"]] for rope+alibi."""
-    return [entry.split("+") for entry in ([pos] if isinstance(pos, str) else pos)]
+    return [[name.strip() for name in entry.split("+")] for entry in ([pos] if isinstance(pos, str) else pos)]
 
 
 def names_in(pos: str | list[str]) -> list[str]:
@@ -74,6 +75,8 @@ def scheme_class(name: str) -> type[Scheme]:
     if name in SCHEMES:
         return SCHEMES[name]
     path, _, own = name.rpartition(":")
+    if not path and name.endswith(".py"):
+        raise ValueError(f"pos {name} names a file alone: give the class too, {name}:MyScheme")
     if not path:
         raise ValueError(f"pos {name!r} is no scheme{nearest(name, SCHEMES)} (schemes: {', '.join(SCHEMES)})")
     content = vars(module_of(Path(path).resolve()))
@@ -125,8 +128,10 @@ def fits(value, annotation) -> bool:
         return True
     if get_origin(annotation) is Literal:
         return any(value == valid and type(value) is type(valid) for valid in get_args(annotation))
-    if get_args(annotation):  # X | None
+    if get_origin(annotation) in (Union, UnionType):  # X | None
         return any(fits(value, part) for part in get_args(annotation))
+    if get_origin(annotation):  # list[float]
+        return isinstance(value, get_origin(annotation))
     if annotation is float:
         return type(value) in (int, float) and math.isfinite(value)
     if annotation is type(None):
@@ -136,7 +141,8 @@ def fits(value, annotation) -> bool:
 
 def problems_of(pos: str | list[str], options: dict) -> list[str]:
     """What is wrong with `pos` and its options, a sentence each."""
-    if not pos or not all(isinstance(entry, str) for entry in ([pos] if isinstance(pos, str) else pos)):
+    entries = [pos] if isinstance(pos, str) else pos
+    if not pos or not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
         return [f"pos must be a scheme's name or a list of them, not {pos!r}"]
     names = names_in(pos)
     try:
@@ -144,13 +150,13 @@ def problems_of(pos: str | list[str], options: dict) -> list[str]:
             scheme_class(name)
     except ValueError as error:
         return [str(error)]
-    for entry in pattern(pos):
+    for entry in [*pattern(pos), names]:
         if len({*map(short, entry)}) < len(entry):
-            return [f"pos {'+'.join(entry)} names a scheme twice"]
+            return [f"pos {label(pos)} has two schemes of one name in {', '.join(entry)}"]
     if not isinstance(options, dict):
         return []
     if single(pos):
-        return problems_of_options(pos, options, "pos_options")
+        return problems_of_options(names[0], options, "pos_options")
     by_name, found = {short(name): name for name in names}, []
     for key, own in options.items():
         if key not in by_name:
@@ -176,6 +182,9 @@ def problems_of_options(name: str, given: dict, where: str) -> list[str]:
             kind = known[option][0]
             expected = get_args(kind) if get_origin(kind) is Literal else getattr(kind, "__name__", kind)
             found.append(f"{where}: {option} of {short(name)} cannot be {value!r}; expected {expected}")
+    for option, (_, default) in known.items():
+        if default is inspect.Parameter.empty and option not in given:
+            found.append(f"{where}: {short(name)} needs a value of {option}, which has no default")
     return found
 
 
@@ -187,7 +196,7 @@ def complete_options(config) -> dict:
         return cls.complete_options({**{k: default for k, (_, default) in options_of(cls).items()}, **given}, config)
 
     if single(config.pos):
-        return complete(config.pos, config.pos_options)
+        return complete(names_in(config.pos)[0], config.pos_options)
     return {short(name): complete(name, config.pos_options.get(short(name), {})) for name in names_in(config.pos)}
 
 
@@ -198,9 +207,21 @@ def make(config, layer: int) -> Scheme:
     """The scheme of a layer, of a config with all options written out."""
     names = layer_schemes(config.pos, layer)
     if single(config.pos):
-        return scheme_class(config.pos)(config, layer, **config.pos_options)
-    parts = {short(name): scheme_class(name)(config, layer, **config.pos_options[short(name)]) for name in names}
+        return build(config.pos.strip(), config, layer, config.pos_options)
+    parts = {short(name): build(name, config, layer, config.pos_options[short(name)]) for name in names}
     return Combined(config, layer, parts) if len(parts) > 1 else next(iter(parts.values()))
+
+
+def build(name: str, config, layer: int, options: dict) -> Scheme:
+    """One scheme of a layer. ValueError also for other errors of a class from outside, which is no one's crash."""
+    try:
+        return scheme_class(name)(config, layer, **options)
+    except ValueError:
+        raise
+    except Exception as error:
+        if name in SCHEMES:
+            raise
+        raise ValueError(f"{name} cannot be built: {type(error).__name__}: {first_line(error)}") from error
 
 
 def layer_schemes(pos: str | list[str], layer: int) -> tuple[str, ...]:

@@ -31,11 +31,16 @@ class Combined(Scheme):
         self.extends = all(part.extends for part in parts.values())
         self.dense = any(part.dense for part in parts.values())
 
+    def told(self, ctx):
+        parts = {}
+        for name in self.names:
+            own = {"constants": ctx.constants[name], "prepared": ctx.prepared[name], "part": f"{name}."}
+            parts[name] = dataclasses.replace(ctx, **own)
+        return dataclasses.replace(ctx, parts=parts)
+
     def of(self, name: str, ctx: Context) -> Context:
-        """What one part is told."""
-        constants = ctx.constants and ctx.constants[name]
-        prepared = ctx.prepared and ctx.prepared[name]
-        return dataclasses.replace(ctx, constants=constants, prepared=prepared, part=f"{name}.")
+        """What one part is told. Not made here: a compiled block would then depend on each of its fields."""
+        return ctx.parts[name]
 
     def part(self, name: str) -> Scheme:
         return self._modules[name]
@@ -52,7 +57,7 @@ class Combined(Scheme):
 
     def positions(self, ctx):
         owner = self.owners["positions"]
-        return self.part(owner).positions(self.of(owner, ctx)) if owner else ctx.positions
+        return self.part(owner).positions(ctx) if owner else ctx.positions
 
     def project(self, c_attn, x, ctx):
         owner = self.owners["project"]
@@ -77,7 +82,7 @@ class Combined(Scheme):
     @classmethod
     def prepare(cls, layers, ctx):
         def item(name, kind, parts):
-            constants = ctx.constants and [c[name] for c in ctx.constants]
+            constants = None if ctx.constants is None else [c[name] for c in ctx.constants]
             return kind.prepare(parts, dataclasses.replace(ctx, constants=constants, part=f"{name}."))
 
         return each_part(layers, item)
@@ -108,6 +113,9 @@ class Combined(Scheme):
     def name(self):
         return "+".join(self.names)
 
+    def owner(self, hook):
+        return self.owners[hook]
+
     def claims(self, hook):
         return any(part.claims(hook) for part in self._modules.values())
 
@@ -123,5 +131,6 @@ def each_part(layers: list[Combined], make) -> list[dict]:
     columns = {}
     for name in layers[0].names:
         parts = [layer.part(name) for layer in layers]
-        columns[name] = make(name, type(parts[0]), parts) or [None] * len(layers)
+        made = make(name, type(parts[0]), parts)
+        columns[name] = [None] * len(layers) if made is None else made
     return [{name: column[i] for name, column in columns.items()} for i in range(len(layers))]

@@ -31,6 +31,7 @@ class Context:
     prepared: Any = None  # this layer's item of what `prepare` made
     cache: dict | None = None  # what this layer keeps for later tokens; None where nothing follows, as in training
     part: str = ""  # of a combination: the scheme that is asked, before its names in the cache
+    parts: dict | None = None  # of a combination: what each of its schemes is told
 
     @property
     def length(self) -> int:
@@ -43,9 +44,15 @@ class Context:
 
     def joined(self, name: str, new: torch.Tensor, dim: int = 1) -> torch.Tensor:
         """`new`, of these tokens, behind the same of all tokens before; without a cache `new` itself."""
+        return self.appended(self.key(name), new, dim)
+
+    def key(self, name: str) -> str:
+        """The name in the cache of what a scheme keeps, apart from attention's own k and v."""
+        return f"pos.{self.part}{name}"
+
+    def appended(self, key: str, new: torch.Tensor, dim: int) -> torch.Tensor:
         if self.cache is None:
             return new
-        key = self.part + name
         self.cache[key] = torch.cat((self.cache[key], new), dim) if key in self.cache else new
         return self.cache[key]
 
@@ -157,6 +164,14 @@ class Scheme(nn.Module):
         """Whether this scheme overrides a hook."""
         own, base = getattr(type(self), hook), getattr(Scheme, hook)
         return getattr(own, "__func__", own) is not getattr(base, "__func__", base)
+
+    def owner(self, hook: str) -> str | None:
+        """The name of the scheme that overrides a hook."""
+        return self.name if self.claims(hook) else None
+
+    def told(self, ctx: Context) -> Context:
+        """The context of this layer, completed outside of compiled code."""
+        return ctx
 
     def undecayed_names(self) -> set[str]:
         """Names of own parameters that take no weight decay."""

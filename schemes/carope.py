@@ -103,7 +103,7 @@ class CARoPE(Scheme):
         log_f = self.log_frequencies(x if self.source == "hidden" else ctx.embedding)
         if ctx.cache is None:
             return PathRotation.apply(qk, log_f)
-        key = f"{ctx.part}phase"  # the phase of the last token
+        key = ctx.key("phase")  # of the last token
         phases = path_phases(log_f, self.head_width // 2) + ctx.cache.get(key, 0.0)
         ctx.cache[key] = phases[:, -1:]
         phases = phases.unsqueeze(2)  # (B, T, 1, H, D/2)

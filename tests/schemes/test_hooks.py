@@ -125,6 +125,53 @@ def test_auxiliary_losses_add_up_and_have_gradients():
     assert build("rope").auxiliary() is None
 
 
+def test_drawn_positions_reach_a_table_of_positions():
+    model = build(toy("learned", "Skip")).train()
+
+    def loss(seed):
+        with model.parameters_fixed(seed):
+            return model(TOKENS, TOKENS)[1].item()
+
+    assert len({loss(seed) for seed in range(4)}) > 1 and loss(1) == loss(1)
+
+
+def test_what_a_scheme_keeps_is_apart_from_attentions_own_cache():
+    model = build(toy("KeepsK"))
+    prompt = TOKENS[:, :5]
+    tokens = model.generate(prompt, 6, temperature=0)
+    for n in range(5, 11):
+        assert torch.equal(model(tokens[:, :n])[0][:, -1].argmax(-1), tokens[:, n])
+
+
+@pytest.mark.parametrize(("name", "expected"), [("alibi", (1, False)), ("Forget", (2, True)), ("Penalty", (1, True))])
+def test_a_chunk_counts_a_bias_once_where_sequences_share_it(name, expected):
+    found = []
+
+    def spy(scheme, q, k, v, x, ctx, window, dropout):
+        found.append(attention.of_bias(scheme.bias(x, q, k, ctx), 2, 2, q.device))
+        return attention.attend(scheme, q, k, v, x, ctx, window, dropout)
+
+    model = build(toy(name))
+    model.attend = spy
+    model(TOKENS)
+    assert set(found) == {expected}
+
+
+def test_a_scheme_that_adds_to_rope_has_no_plain_form():
+    with pytest.raises(ValueError, match="Biased has a bias of its own"):
+        build(toy("Biased")).to_rope()
+
+
+@pytest.mark.slow
+def test_many_kinds_of_layers_compile_for_training_and_validation():
+    model = build("rope", n_layer=4, window=[4, 8, 16, 0])
+    model.compile_parts(backend="aot_eager")
+    for rows in (2, 1):
+        model.train()(TOKENS[:rows], TOKENS[:rows])[1].backward()
+        with torch.no_grad():
+            model.eval()(TOKENS[:rows], TOKENS[:rows], reduction="none")
+
+
 # ---- combinations
 
 
@@ -234,10 +281,15 @@ def test_a_model_of_an_outside_scheme_is_copied_pickled_and_loaded(tmp_path):
     assert schemes.label(model.config.pos) == "rope+Forget" and schemes.label(["rope", toy("Slope")]) == "rope, Slope"
 
 
+def test_spaces_and_a_table_that_two_kinds_of_layers_share():
+    assert same_logits(build("rope + alibi"), build("rope+alibi"))
+    assert "transformer.wpe.weight" in build(["learned", "learned+alibi"]).state_dict()
+
+
 @pytest.mark.parametrize(("fields", "text"), [
     ({"pos": "learned+sinusoidal"}, "learned and sinusoidal cannot be combined: each has its own embedding"),
     ({"pos": "comrope+rope"}, "comrope cannot be combined with rope"),
-    ({"pos": toy("DenseSlope") + "+" + toy("rope") + "+rope"}, "names a scheme twice"),
+    ({"pos": toy("DenseSlope") + "+" + toy("rope") + "+rope"}, "has two schemes of one name in"),
     ({"pos": "rope+rop"}, "did you mean rope?"),
     ({"pos": []}, "pos must be a scheme's name or a list of them, not []"),
     ({"pos": ["rope", 3]}, "pos must be a scheme's name or a list of them"),
@@ -249,6 +301,11 @@ def test_a_model_of_an_outside_scheme_is_copied_pickled_and_loaded(tmp_path):
     ({"pos": "rope+alibi", "pos_options": {"rope": 3.0}}, "rope must be a mapping of option to value"),
     ({"pos": "rope+alibi", "pos_options": {"rope": {"bas": 3.0}}}, "unknown option 'bas'; did you mean base?"),
     ({"pos": toy("Forget"), "pos_options": {"start": "now"}}, "start of Forget cannot be 'now'; expected float"),
+    ({"pos": 3}, "pos must be a scheme's name or a list of them"),
+    ({"pos": ("rope", "none")}, "pos must be a scheme's name or a list of them"),
+    ({"pos": str(TOYS)}, "names a file alone: give the class too"),
+    ({"pos": toy("NoDefault")}, "NoDefault needs a value of start, which has no default"),
+    ({"pos": toy("NoLayer")}, "NoLayer cannot be built: TypeError"),
     ({"window": -1}, "window must be a whole number from 0 on"),
     ({"window": [4, 0, 0, 0]}, "window has 4 entries for 3 layers"),
     ({"window": []}, "window must be"),

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from nanope.ops import Linear
 from schemes import Scheme
+from schemes.rope import RoPE
 
 
 class Slope(Scheme):
@@ -103,6 +104,37 @@ class Halved(Scheme):
 
     def project(self, c_attn, x, ctx):
         return c_attn(x) / 2
+
+
+class Skip(Scheme):
+    """positions: from a drawn start on, within a table of 64."""
+
+    def positions(self, ctx):
+        return ctx.positions + torch.randint(20, (1,), generator=ctx.generator()).to(ctx.positions)
+
+
+class KeepsK(Scheme):
+    """joined under a name that attention has too."""
+
+    def bias(self, x, q, k, ctx):
+        total = ctx.joined("k", x[..., : self.n_head])  # (B, S, H)
+        return lambda batch, head, m, n: total[batch, n, head]
+
+
+class Biased(RoPE):
+    """bias beside rope's rotation."""
+
+    bias = Slope.bias
+
+
+class NoDefault(Scheme):
+    def __init__(self, config, layer, *, start: float):
+        super().__init__(config, layer)
+
+
+class NoLayer(Scheme):
+    def __init__(self, config):
+        super().__init__(config, 0)
 
 
 # ---- wrong ones, and the check that must say so
