@@ -977,7 +977,7 @@ def test_a_wandb_that_does_not_start_does_not_end_the_run(make, plain, monkeypat
         (dict(window="[4, x]"), ["window", "x"]),
         (dict(window=1.5), ["window", "int", "1.5"]),
         (dict(pos="[rope, ropes]"), ["pos 'ropes' is no scheme", "did you mean rope?"]),
-        (dict(pos="rope+rope"), ["pos rope+rope names a scheme twice"]),
+        (dict(pos="rope+rope"), ["pos rope+rope has two schemes of one name"]),
         (dict(pos="[]"), ["pos must be a scheme's name or a list of them, not []"]),
         (dict(pos="nowhere.py:My"), ["nowhere.py, which is not there"]),
         (dict(learning_rate=1e-4), ["min_lr 0.0003 exceeds learning_rate 0.0001"]),
