@@ -14,14 +14,14 @@ SCALINGS = ("pi", "ntk", "yarn")
 def to_rope(model):
     """The equivalent GPT that is plain `rope`, with explicit frequencies and dense weights. ValueError where a layer's
     scheme has no such form."""
-    for pos in (block.attn.pos for block in model.transformer["h"]):
-        for hook in ("project", "encode", "bias", "scores", "weights"):
-            if not issubclass(definer(pos, "as_rope"), definer(pos, hook)):
-                raise ValueError(f"{pos.name} has a {hook} of its own, and no as_rope that knows of it")
     config = dataclasses.replace(model.config, pos="rope", pos_options={"explicit": True})
     state = {k: v for k, v in model.state_dict().items() if ".attn." not in k or ".c_proj." in k}
     for i, block in enumerate(model.transformer["h"]):
-        weight, bias, freqs = block.attn.pos.as_rope(block.attn.c_attn)
+        pos = block.attn.pos
+        weight, bias, freqs = pos.as_rope(block.attn.c_attn)
+        for hook in ("project", "encode", "bias", "scores", "weights"):
+            if not issubclass(definer(pos, "as_rope"), definer(pos, hook)):
+                raise ValueError(f"{pos.name} has a {hook} of its own, and no as_rope that knows of it")
         prefix = f"transformer.h.{i}.attn."
         state |= {f"{prefix}c_attn.weight": weight, f"{prefix}pos.freqs": freqs}
         if bias is not None:
