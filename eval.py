@@ -102,6 +102,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--model needs --data, a folder prepared with the model's tokenizer")
     if args.compare and len(args.compare) < 2:
         parser.error("--compare needs two runs or more")
+    for name in ("offsets", "windows"):
+        if "shift" not in args.protocol and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} is for --protocol shift")
     if args.compare and "shift" in args.protocol:
         parser.error("--compare takes every protocol but shift, whose rows are differences already")
     return args

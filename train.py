@@ -44,7 +44,7 @@ def train(config: RunConfig, observe: Callable = unobserved, ahead: int | None =
     validation loss in nats per token, the signal that ended it or 0. ValueError or OSError for what a user can mend.
 
     observe(event, step, subject) is called, on every rank, with the number of steps completed:
-        "folder"    before it is looked at whether out_dir holds a run to resume; subject: the config
+        "folder"    before the run looks in out_dir for a run to resume; subject: the config
         "ready"     before the first validation and step; subject: the model
         "step"      before an optimizer step is launched; subject: the model
         "launched"  when it has been, before its outcome is read; subject: the model
@@ -270,6 +270,13 @@ def main(arguments: list[str] | None = None, observe: Callable = unobserved) -> 
     after a signal from a scheduler, which asks it to start the job again; with 130 after Ctrl-C."""
     try:
         config, mode = parse(arguments, modes)
+        of_plan = [name for name in ("schemes", "gpus", "price_per_hour") if mode[name] not in (None, False)]
+        if of_plan and not mode["plan"]:
+            raise ValueError(
+                f"--{of_plan[0]} goes with --plan, which trains nothing; without it this would start a run"
+            )
+        if mode["plan"] and mode["diff"]:
+            raise ValueError("--plan and --diff are two questions: give one of them")
         if mode["diff"]:
             check(config)
             lines = differences(config, Path(mode["diff"]))

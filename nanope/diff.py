@@ -13,7 +13,7 @@ from nanope.config import SINCE, RunConfig, with_vocabulary
 from nanope.distributed import Ranks
 from nanope.optim import resolve_batch
 
-# Fields of which the result does not depend on, beyond rounding
+# Fields that do not change the result, beyond rounding
 NEUTRAL = ("data_dir", "verify_data", "out_dir", "eval_interval", "eval_tokens", "checkpoint_interval", "log_interval")
 NEUTRAL += ("keep_checkpoints", "sample_interval", "resume", "wandb", "device", "compile", "micro_batch_size")
 NEUTRAL += ("rank_timeout",)

@@ -267,7 +267,7 @@ class Log:
         self.file = None
 
     def sync(self) -> None:
-        """Put what is logged on the disk, where that is possible; before a checkpoint that continues it."""
+        """Flush metrics.jsonl to the disk. Called before a checkpoint, which must not be ahead of it."""
         with contextlib.suppress(OSError, ValueError, AttributeError):  # no file, or closed in another thread
             os.fsync(self.file.fileno())
 

@@ -49,7 +49,7 @@ def as_on(kind: str):
 
 
 def kind_of(device: torch.device) -> str:
-    """The kind of device that fast paths are chosen for: the device's own, but within `as_on`."""
+    """The kind of device that fast paths are chosen for: the device's own; within `as_on`, the kind given there."""
     return acting_kind or device.type
 
 

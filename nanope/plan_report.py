@@ -153,7 +153,7 @@ def size(n: float) -> str:
 
 
 def duration(hours: float) -> str:
-    """In the largest unit of which there is one."""
+    """In hours, minutes or seconds: the largest unit with a value of at least 1."""
     if hours >= 1:
         return f"{hours:,.1f} h"
     return f"{hours * 60:.1f} min" if hours * 60 >= 1 else f"{hours * 3600:.1f} s"

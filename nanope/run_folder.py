@@ -141,5 +141,5 @@ class Stop:
         return [float(self.received == s) for s in self.SIGNALS]
 
     def agree(self, flags: list[float]) -> None:
-        """Take over the signal that flags, summed over ranks, tell of."""
+        """Set `agreed` from flags that were summed over ranks."""
         self.agreed = self.agreed or next((s for s, flag in zip(self.SIGNALS, flags) if flag), 0)

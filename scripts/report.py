@@ -10,14 +10,27 @@ tokens. The CSV has the fields of the run that differ, so it can be grouped by t
 """
 
 import argparse
-import contextlib
+import io
 import sys
 from pathlib import Path
 
 import _root
 
+from nanope.files import write_atomically
 from nanope.study.export import write_csv
 from nanope.study.report import write
+
+
+def save_csv(out: str, paths: list[Path]) -> None:
+    """Write the CSV of reports to a file, or - for the terminal: only once all of them are read."""
+    if Path(out).suffix == ".json" or Path(out).resolve() in [path.resolve() for path in paths]:
+        raise ValueError(f"--csv {out} would overwrite a report: name the CSV first, then the reports")
+    text = io.StringIO(newline="")
+    write_csv(paths, text)
+    if out == "-":
+        sys.stdout.write(text.getvalue())
+    else:
+        write_atomically(Path(out), lambda file: file.write(text.getvalue().encode()))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -36,9 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("tables are of one folder; --csv OUT takes several reports")
     try:
         if args.csv:
-            to_terminal = contextlib.nullcontext(sys.stdout)
-            with to_terminal if args.csv == "-" else open(args.csv, "w", newline="") as file:
-                write_csv(args.paths, file)
+            save_csv(args.csv, args.paths)
         else:
             print(write(args.paths[0]))
     except (OSError, ValueError) as error:

@@ -43,7 +43,7 @@ def row_figures(
     """Figures of one row from its scored tokens.
 
     nll in nats, hits (the likeliest token was right), n_bytes of text, document indices: (n,) each. Means are over
-    tokens. Bits per byte divide by the bytes of the text, of which an end-of-text token has none.
+    tokens. Bits per byte divide by the bytes of the text. An end-of-text token counts 0 bytes.
     """
     mean = nll.sum() / len(nll)
     present = np.flatnonzero(np.bincount(document))

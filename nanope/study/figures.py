@@ -1,4 +1,4 @@
-"""Figures of a study at a paper's width: by default figures by length and paired differences, a row for each setting.
+"""Figures of a study at a paper's width: by default loss by length and paired differences, a row for each setting.
 
     draw(study, Path("figure.png"), ["loss", "position"])
     write_figures(study, folder)                       # figure.png and figure.pdf there

@@ -148,6 +148,10 @@ class Grid:
             raise ValueError(f"figure must be nats or perplexity, not {self.figure!r}")
         self.check_tune()
         for name, report in self.eval.items():
+            if "program" in report:
+                raise ValueError(
+                    f"the report {name!r} of eval has a program: scripts/shift.py is now `protocol: shift`"
+                )
             if "lengths" not in report and as_list(report.get("protocol")) != ["shift"]:
                 raise ValueError(f"the report {name!r} of eval lacks lengths")
         for data in map(self.data_of, self.settings):

@@ -68,7 +68,7 @@ def grid_path(name: str, root: Path) -> Path:
     folder = Path(root) / "configs" / "sweeps"
     if Path(name).is_file() or Path(name).name != name or Path(name).suffix in (".yaml", ".yml"):
         return Path(name)
-    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    names = sorted(path.stem for path in folder.glob("*.yaml") if path.stem != "wandb")  # wandb's own sweep, no grid
     if name not in names:
         raise ValueError(f"no grid {name!r}{nearest(name, names)} (configs/sweeps has {', '.join(names)})")
     return folder / f"{name}.yaml"

@@ -125,6 +125,8 @@ def collect(grid: Grid, files: Files, target: Path) -> None:
     """Write what tables and figures are made of to `target`: runs.jsonl and grid.yaml. Runs that an earlier collection
     left there and the grid no longer has stay, and are named on stderr. ValueError where runs are not done."""
     runs, target = grid.runs(files), Path(target)
+    if target.resolve() == Path(files.folder).resolve():
+        raise ValueError(f"--collect {target} is the sweep's own folder: collect into another, such as results/NAME")
     undone = [run.name for run in runs if not run.done()]
     undone += ["runs that wait for their learning rate"] * (None in grid.main_runs(files))
     if undone:
@@ -138,15 +140,26 @@ def collect(grid: Grid, files: Files, target: Path) -> None:
         lines.append({"bench": bench_file(grid), "report": report})
 
     grid.write(target)
-    before = CollectedRuns(target).runs if (target / RUNS_FILE).is_file() else {}
-    old = {name: line for name, line in before.items() if name not in {run.name for run in runs}}
-    write_runs(target, [*lines, *old.values()])
+    before = CollectedRuns(target) if (target / RUNS_FILE).is_file() else None
+    old = kept_from_before(lines, before) if before else []
+    write_runs(target, [*lines, *old])
     if old:
+        names = ", ".join(sorted(line.get("run") or line["bench"] for line in old))
         print(
-            f"{target / RUNS_FILE} also holds {', '.join(sorted(old))}, no longer in this grid and in no table: "
+            f"{target / RUNS_FILE} also holds {names}, no longer in this grid and in no table: "
             "delete the lines that you do not need",
             file=sys.stderr,
         )
+
+
+def kept_from_before(lines: list[dict], before: CollectedRuns) -> list[dict]:
+    """Lines of an earlier collection that the new one lacks. Evaluations of a run in both join its new line."""
+    runs = {line["run"]: line for line in lines if "run" in line}
+    benches = {line["bench"] for line in lines if "bench" in line}
+    for name in runs.keys() & before.runs.keys():
+        runs[name]["eval"] = {**before.runs[name]["eval"], **runs[name]["eval"]}
+    old = [line for name, line in before.runs.items() if name not in runs]
+    return old + [{"bench": name, "report": report} for name, report in before.benches.items() if name not in benches]
 
 
 def line_of(run: Run) -> dict:

@@ -94,7 +94,7 @@ class Work:
         return self.run.files.folder / "logs" / f"{self.run.name}.log"
 
     def next_stage(self) -> str | None:
-        """What is to be done next, by what is there: training, or the name of an evaluation."""
+        """The next stage that is missing: training, or the name of an evaluation."""
         if not self.run.trained():
             return "training"
         return next(iter(self.run.missing_reports()), None)

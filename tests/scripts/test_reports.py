@@ -10,6 +10,7 @@ from evaluating import data, rows, runs  # noqa: F401
 
 from eval import main
 from nanope import REPO
+from scripts.report import save_csv
 
 
 @pytest.mark.slow
@@ -40,3 +41,14 @@ def test_reports_become_a_csv_and_a_figure(runs, tmp_path):  # noqa: F811
     for name, option in (("report.py", "--csv"), ("plot.py", "--out")):
         wrong = script(name, str(tmp_path / "other.json"), option, "x.png")
         assert wrong.returncode and wrong.stderr.startswith("error: ") and "Traceback" not in wrong.stderr
+
+
+@pytest.mark.parametrize("order", ["a report first", "a missing report"])
+def test_a_csv_overwrites_nothing_where_it_cannot_be_made(tmp_path, order):
+    report, table = tmp_path / "a.json", tmp_path / "all.csv"
+    report.write_text("{}")
+    table.write_text("before")
+    out, paths = (report, [table]) if order == "a report first" else (table, [report, tmp_path / "gone.json"])
+    with pytest.raises((ValueError, OSError)):
+        save_csv(str(out), paths)
+    assert report.read_text() == "{}" and table.read_text() == "before"

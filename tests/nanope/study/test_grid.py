@@ -105,6 +105,7 @@ def test_arms_as_the_benchmark_takes_them(fields, variant):
     ({"tune": {"learning_rate": [1e-3], "fields": {"max_step": 3}}},
      "tune: fields: max_step is no field .*did you mean max_steps"),
     ({"eval": {"far": {"protocol": "sliding"}}}, "'far' of eval lacks lengths"),
+    ({"eval": {"far": {"program": "scripts/shift.py"}}}, "scripts/shift.py is now `protocol: shift`"),
     ({"figure": "bits"}, "figure must be nats or perplexity"),
     ({"arms": {"rope a": {}, "rope, a": {}}}, "differ in punctuation only"),
     ({"settings": {"a": {"data": {"corpus": "novel"}}}}, "unknown corpus 'novel'; did you mean 'novels'"),

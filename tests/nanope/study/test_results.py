@@ -9,7 +9,7 @@ from studies import EVAL, diverge, finish, report_row, write_grid
 
 from nanope import REPO
 from nanope.study import report
-from nanope.study.files import CollectedRuns, RunFolders, open_runs
+from nanope.study.files import CollectedRuns, RunFolders, open_runs, write_runs
 from nanope.study.grid import Grid
 from nanope.study.results import Study, collect
 from nanope.study.status import state_of
@@ -67,6 +67,27 @@ def test_collect_keeps_and_names_runs_that_the_grid_no_longer_has(study, capsys)
     said, left = capsys.readouterr().err, [name for name in files.names() if name.startswith("crope")]
     assert {*left} < {*open_runs(target).names()} and len(left) == 2
     assert all(name in said for name in left) and not any(run.name in said for run in fewer.runs(files))
+
+
+def test_collecting_again_keeps_measurements_that_only_the_earlier_collection_had(study):
+    grid, files, target = study
+    collect(grid, files, target)
+    collected = open_runs(target)
+    name, *others = collected.names()
+    lines = [{**collected.runs[other], "run": other} for other in (name, *others)]
+    lines[0]["eval"]["earlier-0.json"] = {"results": []}
+    write_runs(target, [*lines, {"bench": "throughput-earlier.json", "report": {"rounds": 1}}])
+    collect(grid, files, target)
+    again = open_runs(target)
+    assert again.report(name, "earlier-0.json") == {"results": []} and files.reports(name) < again.reports(name)
+    assert again.bench("throughput-earlier.json") == {"rounds": 1}
+
+
+def test_collect_refuses_the_sweeps_own_folder(study):
+    grid, files, _ = study
+    with pytest.raises(ValueError, match="is the sweep's own folder"):
+        collect(grid, files, files.folder)
+    assert not (files.folder / "runs.jsonl").exists()
 
 
 def test_collect_refuses_what_is_not_done(study):
