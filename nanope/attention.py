@@ -61,8 +61,8 @@ def attend_fused(
     if ctx.block_mask is not None:
         return flex_attend(q, k, v, bias, ctx.block_mask, scale)
     B, H, T, S = q.size(0), q.size(1), ctx.length, k.size(2)
-    share, trained = of_bias(bias, B, H, q.device)
-    rows = queries_at_a_time(share, B, H, T, S, window, chunk)
+    share, trained = of_bias(bias, B, H, q.device) if B * H * T * S > chunk else (1, False)
+    rows = queries_at_a_time(share, H, T, S, window, chunk)
 
     def part(q, k, v, i: int):
         start, end = ctx.start + i, ctx.start + min(i + rows, T)
@@ -79,9 +79,7 @@ def attend_fused(
             y = F.scaled_dot_product_attention(*parts, attn_mask=mask, dropout_p=dropout, scale=scale)
         return y.to(v.dtype)
 
-    if trained and rows < T:  # no fused kernel gives a mask's gradient: keep no scores, compute each chunk again
-        return torch.cat([checkpoint(part, q, k, v, i, use_reentrant=False) for i in range(0, T, rows)], 2)
-    return torch.cat([part(q, k, v, i) for i in range(0, T, rows)], 2)
+    return by_chunks(part, (q, k, v), T, rows, again=trained)  # no fused kernel gives a mask's gradient
 
 
 def of_bias(bias, B: int, H: int, device: torch.device) -> tuple[int, bool]:
@@ -99,21 +97,28 @@ def attend_densely(scheme, q, k, v, x, ctx, window: int, dropout: float, chunk: 
     B, H, T, S = q.size(0), q.size(1), ctx.length, k.size(2)
     bias = scheme.bias(x, q, k, ctx)
 
-    def part(q, k, v, x, start: int, stop: int):
-        rows, end = slice(start, stop), ctx.start + stop
+    size = max(1, chunk // (B * H * S))
+
+    def part(q, k, v, x, i: int):
+        rows = slice(i, min(i + size, T))
+        end = ctx.start + rows.stop
         scores = scheme.scores(q[:, :, rows], k[:, :, :end], x, rows, ctx).to(ctx.dtype)  # (B, H, R, N)
-        batch, heads, m, n = indices(B, H, ctx.start + start, end, 0, q.device)
+        batch, heads, m, n = indices(B, H, ctx.start + i, end, 0, q.device)
         if bias is not None:
             scores = scores + bias(batch, heads, m, n)
         weights = scheme.weights(scores.masked_fill(~visible(m, n, window), -math.inf), ctx)
         weights = F.dropout(weights, dropout, dropout > 0)
         return weights.to(v.dtype) @ v[:, :, :end]
 
-    size = max(1, chunk // (B * H * S))
-    edges = [(i, min(i + size, T)) for i in range(0, T, size)]
-    if len(edges) > 1 and torch.is_grad_enabled():  # keep no scores: each chunk is computed again in the backward pass
-        return torch.cat([checkpoint(part, q, k, v, x, *edge, use_reentrant=False) for edge in edges], 2)
-    return torch.cat([part(q, k, v, x, *edge) for edge in edges], 2)
+    return by_chunks(part, (q, k, v, x), T, size, again=torch.is_grad_enabled())
+
+
+def by_chunks(part, tensors: tuple, T: int, rows: int, again: bool) -> torch.Tensor:
+    """part(*tensors, first query) of `rows` queries at a time, joined: (B, H, T, D). With `again`, several chunks
+    keep no scores: each is computed again in the backward pass."""
+    if again and rows < T:
+        part = functools.partial(checkpoint, part, use_reentrant=False)
+    return torch.cat([part(*tensors, i) for i in range(0, T, rows)], 2)
 
 
 def indices(B: int, H: int, start: int, end: int, low: int, device: torch.device) -> tuple[torch.Tensor, ...]:
@@ -129,7 +134,7 @@ def visible(m, n, window: int):
     return (n <= m) & (m - n < window) if window else n <= m
 
 
-def queries_at_a_time(share: int, B: int, H: int, T: int, S: int, window: int, chunk: int) -> int:
+def queries_at_a_time(share: int, H: int, T: int, S: int, window: int, chunk: int) -> int:
     """How many queries at a time, so that their dense mask has at most `chunk` elements; share: masks of a batch.
     Within a window about as many as it is long: then the masks of all chunks together are linear in T."""
     rows, span = (min(T, max(window, 128)), 2 * max(window, 128)) if window else (T, S)
@@ -149,7 +154,7 @@ def block_mask(scheme, window: int, ctx, dropout: float):
     """The mask with which a layer's attention goes through FlexAttention, or None where it goes another way."""
     if scheme.dense or not flex_fits(ctx.device, ctx.start, dropout) or not (window or scheme.claims("bias")):
         return None
-    return causal_block_mask(ctx.length, window, ctx.device)
+    return causal_block_mask(ctx.length, 0 if window >= ctx.length else window, ctx.device)
 
 
 @functools.lru_cache(maxsize=8)

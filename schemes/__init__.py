@@ -206,9 +206,8 @@ def complete_options(config) -> dict:
 def make(config, layer: int) -> Scheme:
     """The scheme of a layer, of a config with all options written out."""
     names = layer_schemes(config.pos, layer)
-    if single(config.pos):
-        return build(config.pos.strip(), config, layer, config.pos_options)
-    parts = {short(name): build(name, config, layer, config.pos_options[short(name)]) for name in names}
+    options = {short(names[0]): config.pos_options} if single(config.pos) else config.pos_options
+    parts = {short(name): build(name, config, layer, options[short(name)]) for name in names}
     return Combined(config, layer, parts) if len(parts) > 1 else next(iter(parts.values()))
 
 

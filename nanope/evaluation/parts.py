@@ -7,9 +7,10 @@ from pathlib import Path
 
 import schemes
 from model import GPT
-from nanope import REPO, checkpoint
+from nanope import REPO
 from nanope.distributed import Ranks
 from nanope.evaluation.models import Model
+from nanope.files import write_atomically
 
 
 class Parts:
@@ -49,4 +50,4 @@ def source_hashes(model: Model) -> list[str]:
 
 def write_json(path: Path, content: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_atomically(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
+    write_atomically(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))

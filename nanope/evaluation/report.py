@@ -6,10 +6,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from nanope import checkpoint
 from nanope.config import RunConfig
 from nanope.errors import first_line
 from nanope.evaluation.parts import write_json
+from nanope.files import write_atomically
 from nanope.log import start_wandb
 
 # What a report's name tells where it is not the default
@@ -50,7 +50,7 @@ def joined(numbers: list[int]) -> str:
 def write_report(report: dict, path: Path) -> None:
     """The report as JSON, and its table beside it as .md."""
     write_json(path, report)
-    checkpoint.write_atomically(path.with_suffix(".md"), lambda file: file.write((table(report) + "\n").encode()))
+    write_atomically(path.with_suffix(".md"), lambda file: file.write((table(report) + "\n").encode()))
 
 
 # ---- tables

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import yaml
 
-from nanope.checkpoint import read_metrics, step_files, step_of, write_atomically
+from nanope.checkpoint import read_metrics, step_files, step_of
+from nanope.files import write_atomically
 
 RUNS_FILE = "runs.jsonl"
 

@@ -34,9 +34,9 @@ import yaml
 
 from data.corpora import CORPORA
 from data.shards import unknown
-from nanope.checkpoint import write_atomically
 from nanope.config import RunConfig, check
 from nanope.errors import nearest
+from nanope.files import write_atomically
 from nanope.study.files import Files
 from nanope.study.run import Run, slug
 from schemes import label, problems_of
