@@ -2,7 +2,9 @@
 
 import hashlib
 import math
+import random
 
+import numpy as np
 import torch
 
 from model import GPT
@@ -53,6 +55,13 @@ def step_seed(config: RunConfig, step: int, what: int | str) -> int:
     `what` is a rank's number for its dropout, and a name for what all ranks draw alike."""
     digest = hashlib.sha256(f"{config.seed}/{step}/{what}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+def seed_generators(seed: int) -> None:
+    """Seed torch's, Python's and NumPy's generators, all that a scheme may draw from."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # it takes no larger one
 
 
 # ---- batches
