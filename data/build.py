@@ -12,7 +12,6 @@ import concurrent.futures
 import contextlib
 import errno
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from data.encode import encode_unit
 from data.hub import download
 from data.plan import RECORD, Request, make_plan, unfinished_plan
 from data.progress import Progress
-from data.publish import join_units, publish
+from data.publish import join_units, publish, resolved
 from data.readers import File
 from data.shards import Data, DataError, open_data, write_json
 from data.tokenizer import Tokenizer
@@ -67,19 +66,17 @@ def prepare(
     options = {"shard_tokens": shard_tokens, "val_tokens": val_tokens, "long_tokens": long_tokens, "skip_bad": skip_bad}
     request = Request.checked(corpus_name, subset, source, tokenizer_name, options)
     corpus = request.corpus
-    out = Path(out) if out else Path(__file__).resolve().parent / f"{corpus_name}-{request.tokenizer.name}"
-    folder = Path(os.path.abspath(out) + ".partial")
+    out = resolved(out or Path(__file__).parent / f"{corpus_name}-{request.tokenizer.name}")
+    folder = out.with_name(f"{out.name}.partial")
 
     finished = open_data(out, verify) if (out / "COMPLETE").exists() else None
-    if not finished and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out} is in the way: it is not a finished data folder and not empty; give another --out")
     plan = finished.manifest if finished else unfinished_plan(folder)
     if merge and plan is None:
         raise DataError(f"there is nothing to merge: {folder} holds no parts")
     files = None
     if plan:
-        # Merging reads no source. For a folder that is finished the hub is not asked again.
-        read_source = not merge and (source is not None or not finished)
+        # Merging reads no source. For shards that are complete the hub is not asked again.
+        read_source = not merge and (source is not None or not (finished or (folder / "COMPLETE").exists()))
         files = request.check(plan, out if finished else folder, read_source)
     if finished:
         print(f"{out} is complete and as it should be; nothing to do")
@@ -95,7 +92,7 @@ def prepare(
                 write_json(folder / "plan.json", plan)
             downloads = folder / (f"downloads-{part[0]}" if part else "downloads")
             if keep_downloads:
-                downloads = Path(f"{os.path.abspath(out)}.downloads")
+                downloads = out.with_name(f"{out.name}.downloads")
             Part(plan, files, folder, part, downloads, keep_downloads).do(workers, sizes)
         if part and not merge:
             print(
@@ -248,6 +245,8 @@ def _lock(folder: Path, part: tuple[int, int] | None) -> TextIO:
 
 def _discard_if_empty(folder: Path) -> None:
     """Remove DIR.partial where nothing in it is worth continuing from."""
+    if (folder / "COMPLETE").exists():
+        return
     shards = any(path.with_suffix(".json").exists() for path in folder.glob("*.bin"))
     downloads = any(path.is_file() for path in folder.glob("downloads*/**/*"))
     if shards or downloads or finished_units(folder):
