@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from data.corpora import CORPORA, Corpus
+from data.corpora import Corpus, planned
 from data.encode import encode_unit
 from data.hub import download
 from data.plan import RECORD, Request, make_plan, unfinished_plan
@@ -51,10 +51,13 @@ def prepare(
     part: tuple[int, int] | None = None,
     merge: bool = False,
     verify: bool | None = None,
+    field: str | None = None,
+    separator: str | None = None,
     sizes: Sizes = SIZES,
 ) -> Data | None:
     """Make the data folder `out`, continue it, or verify it where it is already there with these options.
 
+    field, separator: instead of the corpus's own, as --field and --separator; they are in the plan where they differ.
     part: (i, n) does only the i-th of n parts, and returns None. merge: only joins what the parts made.
     verify: as for open_data, of a folder that is complete.
     DataError for what the user can put right. Then `out` was not touched, and `out`.partial keeps what is finished.
@@ -64,7 +67,7 @@ def prepare(
     if part and not 1 <= part[0] <= part[1]:
         raise DataError(f"--part must be i/n with i from 1 to n, not {part[0]}/{part[1]}")
     options = {"shard_tokens": shard_tokens, "val_tokens": val_tokens, "long_tokens": long_tokens, "skip_bad": skip_bad}
-    request = Request.checked(corpus_name, subset, source, tokenizer_name, options)
+    request = Request.checked(corpus_name, subset, source, tokenizer_name, options, field, separator)
     corpus = request.corpus
     out = resolved(out or Path(__file__).parent / f"{corpus_name}-{request.tokenizer.name}")
     folder = out.with_name(f"{out.name}.partial")
@@ -119,7 +122,7 @@ class Part:
     def __init__(
         self, plan: dict, files: list[File], folder: Path, part: tuple[int, int] | None, downloads: Path, keep: bool
     ):
-        self.corpus: Corpus = CORPORA[plan["dataset"]]
+        self.corpus: Corpus = planned(plan)
         self.plan, self.files, self.folder, self.downloads, self.keep = plan, files, folder, downloads, keep
         self.number, self.parts = part or (1, 1)
 

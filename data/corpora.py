@@ -1,5 +1,6 @@
 """The corpora that data/prepare.py knows, one entry of CORPORA each: licence, source, revision, fields, validation."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,7 +35,8 @@ class Corpus:
     repo: str | None = None  # data set on the Hugging Face hub, or with `archive` a repository on GitHub
     revision: str | None = None  # its commit, or what else identifies the published text
     subsets: dict[str, Subset] = field(default_factory=dict)  # by name; the first is the default
-    field: str = "text"
+    field: str = "text"  # or --field
+    separator: str | None = None  # --separator: it stands between the documents of a .txt file
     join: str = "rows"  # a row is a document; or "articles", "whole": see JOINS in data/documents.py
     reader: Callable[[File], Documents] | None = None  # instead of data/readers.py
     val: tuple[str, ...] = ()
@@ -49,11 +51,27 @@ class Corpus:
         return any("val" in subset.files for subset in self.subsets.values())
 
 
-def named(name: str) -> Corpus:
-    """The corpus of CORPORA called `name`. DataError for an unknown name."""
+def named(name: str, field: str | None = None, separator: str | None = None) -> Corpus:
+    """The corpus of CORPORA called `name`, read with that --field and --separator where they are given.
+
+    DataError for an unknown name, and for options that do not apply.
+    """
     if name not in CORPORA:
         raise unknown("corpus", name, CORPORA)
-    return CORPORA[name]
+    given = {key: value for key, value in (("field", field), ("separator", separator)) if value is not None}
+    for key, value in given.items():
+        if not value:
+            raise DataError(f"--{key} is empty")
+        if CORPORA[name].reader:
+            raise DataError(
+                f"--{key} does not apply: corpus {name} is not read from rows with fields or separated text"
+            )
+    return dataclasses.replace(CORPORA[name], **given)
+
+
+def planned(plan: dict) -> Corpus:
+    """The corpus of a plan or manifest, as it is read there."""
+    return named(plan["dataset"], plan.get("field"), plan.get("separator"))
 
 
 def subset_of(corpus: Corpus, name: str | None) -> tuple[str | None, Subset | None]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.corpora import CORPORA, SPLITS
+from data.corpora import SPLITS, planned
 from data.readers import Bad
 from data.shard_writer import ShardWriter
 from data.shards import DataError, write_json
@@ -27,7 +27,7 @@ def encode_unit(unit: Unit, folder: Path, plan: dict, report: Report, threads: i
 
     report(documents, tokens, bytes of text) is called after each batch, and with found=True for each finished shard.
     """
-    corpus, bad = CORPORA[plan["dataset"]], Bad(plan["skip_bad"])
+    corpus, bad = planned(plan), Bad(plan["skip_bad"])
     tokenizer = load_tokenizer(plan["tokenizer"]["name"])
     writers = {
         split: ShardWriter(folder, f"{unit.id}.{split}", tokenizer.dtype, plan["shard_tokens"]) for split in SPLITS

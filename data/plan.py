@@ -35,10 +35,17 @@ class Request:
 
     @classmethod
     def checked(
-        cls, name: str, subset: str | None, source: Path | str | None, tokenizer: str | None, options: dict
+        cls,
+        name: str,
+        subset: str | None,
+        source: Path | str | None,
+        tokenizer: str | None,
+        options: dict,
+        field: str | None = None,
+        separator: str | None = None,
     ) -> "Request":
         """The request, its names looked up. DataError for what cannot be."""
-        corpus = named(name)
+        corpus = named(name, field, separator)
         for option, value in options.items():
             if value is not None and value < 1 and option != "skip_bad":
                 raise DataError(f"--{option} must be at least 1, not {value}")
@@ -49,6 +56,11 @@ class Request:
         return cls(
             name, corpus, *subset_of(corpus, subset), source, load_tokenizer(tokenizer or corpus.tokenizer), options
         )
+
+    def reading(self) -> dict[str, str]:
+        """The --field and --separator that differ from the corpus's own. Plans and manifests have them, and no others."""
+        now, own = (vars(corpus) for corpus in (self.corpus, named(self.name)))
+        return {key: now[key] for key in ("field", "separator") if now[key] != own[key]}
 
     def files(self, revision: str | None) -> tuple[str | None, list[File]]:
         """Revision and files of what is to be read: those of the hub at `revision`."""
@@ -72,6 +84,8 @@ class Request:
         """How the request differs from a plan, the text of the source left aside."""
         now = {"dataset": self.name, "subset": self.subset_name, "tokenizer": self.tokenizer.name} | self.options
         there = plan | {"tokenizer": plan["tokenizer"]["name"]}
+        for key in ("field", "separator"):
+            now[key], there[key] = repr(self.reading().get(key)), repr(plan.get(key))
         differ = [f"{key} {there[key]} there, {now[key]} now" for key in there if key in now and there[key] != now[key]]
         if plan["tokenizer"]["sha256"] != self.tokenizer.sha256:
             differ.append(f"another vocabulary of {self.tokenizer.name}")
@@ -104,6 +118,7 @@ def make_plan(request: Request, revision: str | None, files: list[File], sizes: 
         "vocab_size": tokenizer.n_vocab,
         "dtype": tokenizer.dtype.name,
         **options,
+        **request.reading(),
         "text_bytes": text_bytes,
         "unit_bytes": unit_bytes,
         "groups": len(group_files(files, corpus, unit_bytes)),
@@ -130,9 +145,11 @@ def estimate(
     tokenizer_name: str | None = None,
     workers: int = 1,
     subset_name: str | None = None,
+    field: str | None = None,
+    separator: str | None = None,
 ) -> str:
     """Tokens, disk space and minutes on this machine for a corpus, in a sentence. Nothing is downloaded or written."""
-    request = Request.checked(name, subset_name, source, tokenizer_name, {})
+    request = Request.checked(name, subset_name, source, tokenizer_name, {}, field, separator)
     corpus, subset, tokenizer = request.corpus, request.subset, request.tokenizer
     if source is None and (subset or corpus.archive):
         text_bytes, megabytes = (subset.tokens * GPT2_BYTES, subset.megabytes) if subset else (76e6, 30)

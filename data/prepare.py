@@ -39,6 +39,17 @@ def make_parser() -> argparse.ArgumentParser:
         help="file or folder of .txt, .jsonl (.gz, .xz, .zst) or .parquet to read, with the corpus's own fields, "
         "instead of downloading it",
     )
+    add(
+        "--field",
+        metavar="NAME",
+        help="field or column that holds the text of a row; a.b is field b in field a (default: the corpus's own)",
+    )
+    add(
+        "--separator",
+        metavar="TEXT",
+        help=r"text that stands between the documents of a .txt file, for example '<|endoftext|>' or '\n\n\n' "
+        r"(\n, \t, \x1e and so on are read as such; default: a file is one document)",
+    )
     add("--subset", metavar="NAME", help="of the corpus, as --list has them (default: the first)")
     bytewise = ", ".join(name for name, corpus in CORPORA.items() if corpus.tokenizer != "gpt2")
     add("--tokenizer", metavar="NAME", help=f"{', '.join(TOKENIZERS)} (default: gpt2; byte for {bytewise})")
@@ -86,6 +97,19 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def unescaped(separator: str) -> str:
+    r"""The text that --separator means: the escapes \n \t \r \f \v \0 \x1e \u2028 \\ replaced. DataError for others."""
+
+    def character(escape: re.Match) -> str:
+        if not escape[1]:
+            raise DataError(
+                f"--separator {separator}: no escape begins with {separator[escape.start() :][:2]}; a backslash is \\\\"
+            )
+        return escape[1].encode().decode("unicode_escape")
+
+    return re.sub(r"(\\(?:[\\ntrfv0]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}))|\\", character, separator)
+
+
 def run(args: argparse.Namespace, sizes: Sizes) -> None:
     """Do what the arguments ask for. DataError for what the user can put right."""
     if args.list:
@@ -93,8 +117,9 @@ def run(args: argparse.Namespace, sizes: Sizes) -> None:
         return
     if args.corpus is None:
         raise DataError(f"which corpus? One of {', '.join(CORPORA)}")
+    separator = None if args.separator is None else unescaped(args.separator)
     if args.dry_run:
-        print(estimate(args.corpus, args.source, args.tokenizer, args.workers, args.subset))
+        print(estimate(args.corpus, args.source, args.tokenizer, args.workers, args.subset, args.field, separator))
         return
     part = None
     if args.part is not None:
@@ -118,6 +143,8 @@ def run(args: argparse.Namespace, sizes: Sizes) -> None:
         part=part,
         merge=args.merge,
         verify={None: None, "quick": False, "full": True}[args.verify],
+        field=args.field,
+        separator=separator,
         sizes=sizes,
     )
     if data:

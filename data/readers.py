@@ -93,17 +93,28 @@ def estimated_bytes(files: Iterable[File], field: str) -> int:
 
 
 def read_file(
-    file: File, field: str = "text", bad: Bad | None = None, start: int | None = None, stop: int | None = None
+    file: File,
+    field: str = "text",
+    bad: Bad | None = None,
+    start: int | None = None,
+    stop: int | None = None,
+    separator: str | None = None,
 ) -> Documents:
     """Yield (name, text) of each document of a file. A text may be empty. Only one document is held at a time.
 
     start, stop: read only these row groups (.parquet), or the lines that begin in these bytes (.jsonl).
+    separator: of the documents of a .txt file, which is one document where it is None.
     What cannot be read is handed to `bad`, with the file's name and the line or row group.
     """
     kind, packed = kind_of(file.name)
     path, bad = Path(file.path), bad or Bad()
     try:
-        for name, text in READERS[kind](path, file.name.removesuffix(packed), field, bad, start, stop):
+        name = file.name.removesuffix(packed)
+        if kind == ".txt":
+            rows = _read_txt(path, name, separator, bad)
+        else:
+            rows = (_read_jsonl if kind == ".jsonl" else _read_parquet)(path, name, field, bad, start, stop)
+        for name, text in rows:
             yield name, well_formed(text)
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         if getattr(error, "errno", None):  # of the system, not of the decompressor
@@ -132,12 +143,21 @@ def _not_utf8(error: UnicodeDecodeError, path: Path, line: int) -> str:
     )
 
 
-def _read_txt(path: Path, name: str, field: str, bad: Bad, start: int | None, stop: int | None) -> Documents:
+def _read_txt(path: Path, name: str, separator: str | None, bad: Bad) -> Documents:
+    """The file, or what stands between the separators. One at an end of the file makes no empty document there."""
     with _open(path) as f:
         try:
-            yield name, _decode(f.read(), True)
+            text = _decode(f.read(), True)
         except UnicodeDecodeError as error:
             bad("files", _not_utf8(error, path, 1))
+            return
+    if separator is None:
+        yield name, text
+        return
+    parts = text.split(separator)
+    for number, part in enumerate(parts, 1):
+        if part.strip() or 1 < number < len(parts):
+            yield f"{name}:{number}", part
 
 
 def _read_jsonl(path: Path, name: str, field: str, bad: Bad, start: int | None, stop: int | None) -> Documents:
@@ -250,6 +270,3 @@ def _text(value, bad: Bad, where: str) -> str | None:
     except UnicodeDecodeError as error:
         bad("rows", f"{where}: not UTF-8 ({error.reason})")
         return None
-
-
-READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}

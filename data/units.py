@@ -107,7 +107,11 @@ def read_unit(unit: Unit, corpus: Corpus, bad: Bad) -> Documents:
     if corpus.reader:
         rows = (row for file in unit.files for row in corpus.reader(file))
     else:
-        rows = (row for file in unit.files for row in read_file(file, corpus.field, bad, unit.start, unit.stop))
+        rows = (
+            row
+            for file in unit.files
+            for row in read_file(file, corpus.field, bad, unit.start, unit.stop, corpus.separator)
+        )
     yield from JOINS[corpus.join](rows)
 
 

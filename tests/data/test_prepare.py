@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from preparing import (
     TEXTS,
+    all_documents,
     contents,
     documents,
     files,
@@ -23,7 +24,7 @@ from preparing import (
     write_parquet,
 )
 
-from data.prepare import main, prepare
+from data.prepare import main, prepare, unescaped
 from data.shards import DataError, open_data
 from data.summary import lengths_figure, quantile
 from data.tokenizer import load_tokenizer
@@ -215,3 +216,33 @@ def test_too_little_room(corpus, tmp_path, monkeypatch):
     with pytest.raises(DataError, match="needs about 0.0 GB, and 0.0 GB are free; give an --out on another disk"):
         prepare("fineweb-edu", tmp_path / "out", corpus[0])
     assert not any(tmp_path.iterdir())
+
+
+# ---- fields and separators ----
+
+
+def test_field_and_separator_are_in_the_manifest_where_they_change_something(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "1", "body": "one"}\n{"text": "2", "body": "two"}\n')
+    default = files(tmp_path, folder, "default")
+    assert contents(files(tmp_path, folder, "named", field="text").folder) == contents(default.folder)
+    assert not {"field", "separator"} & set(default.manifest)
+    with pytest.raises(DataError, match="field None there, 'body' now"):
+        files(tmp_path, folder, "default", field="body")
+    body = files(tmp_path, folder, "body", field="body")
+    assert all_documents(body) == ["one", "two"] and body.manifest["field"] == "body"
+    assert contents(files(tmp_path, folder, "body", field="body").folder) == contents(body.folder)
+    (folder / "b.txt").write_text("--\nthree\n--\nfour\n--\n\n--\nfive\n--\n")
+    data = files(tmp_path, folder, "separated", separator="--\n")
+    assert all_documents(data) == ["1", "2", "five\n", "four\n", "three\n"]
+    assert data.manifest["separator"] == "--\n" and data.manifest["source"]["empty"] == 1
+    with pytest.raises(DataError, match=r"separator '--\\n' there, None now"):
+        files(tmp_path, folder, "separated")
+
+
+def test_escapes_of_a_separator():
+    assert unescaped(r"<|endoftext|>\n") == "<|endoftext|>\n" and unescaped(r"é\\n\t\x1e\u2028") == "é\\n\t\x1e\u2028"
+    for wrong in (r"\q", r"\x1", "end\\"):
+        with pytest.raises(DataError, match=r"no escape begins with .*; a backslash is \\\\"):
+            unescaped(wrong)
