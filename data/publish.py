@@ -30,7 +30,11 @@ def join_units(folder: Path, plan: dict, corpus: Corpus) -> None:
             raise DataError(
                 f"there is no {split} document: the source has {counts['documents']:,} documents and "
                 f"{counts['empty']:,} empty ones"
-                + (f"; validation is {', '.join(corpus.val)}" if corpus.val else "; give another --val_tokens")
+                + (
+                    f"; validation is {', '.join(corpus.val)}"
+                    if corpus.val
+                    else "; give another --val_tokens or --val_bytes"
+                )
             )
     counts["bytes"] = sum(record["bytes"] for records in splits.values() for record in records)
     digests = [unit["sha256"] for unit in units]

@@ -9,7 +9,7 @@ import json
 import lzma
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -32,6 +32,9 @@ class File:
     identity: str  # hex digest that changes with the content
     split: str | None = None  # of a corpus that has its own splits
     path: str | None = None  # where the file is; None until it is downloaded
+    table: object = field(default=None, compare=False, repr=False)  # of the library `datasets`: see data/library.py
+    stream: tuple[int, int] | None = None  # of a table that is streamed, how many files it has, and which this is
+    fingerprint: tuple[str, str] | None = None  # of a table: its split, and the library's own fingerprint of it
 
 
 class Bad:
@@ -81,7 +84,7 @@ def estimated_bytes(files: Iterable[File], field: str) -> int:
     """Bytes of text in files, without reading them: from parquet's metadata, or else from the size on disk."""
     total = 0
     for file in files:
-        kind, packed = kind_of(file.name) or ("", "")
+        kind, packed = ("", "") if file.table is not None else kind_of(file.name) or ("", "")
         if kind == ".parquet" and file.path:
             total += sum(row_group_bytes(file.path, field))
         else:
