@@ -58,7 +58,7 @@ class Request:
         )
 
     def reading(self) -> dict[str, str]:
-        """The --field and --separator that differ from the corpus's own. Plans and manifests have them, and no others."""
+        """The --field and --separator that differ from the corpus's own: plans and manifests have no others."""
         now, own = (vars(corpus) for corpus in (self.corpus, named(self.name)))
         return {key: now[key] for key in ("field", "separator") if now[key] != own[key]}
 
