@@ -11,7 +11,7 @@ from data.corpora import CORPORA, Corpus, Subset, named, subset_of
 from data.documents import king_james_file
 from data.readers import File, estimated_bytes
 from data.shards import DataError, cores
-from data.sources import identity_of, source_files
+from data.sources import check_reading, identity_of, source_files
 from data.split import validation_rule
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.units import Sizes, group_files
@@ -95,6 +95,7 @@ class Request:
 def make_plan(request: Request, revision: str | None, files: list[File], sizes: Sizes) -> dict:
     """The plan for a request. It settles every byte of the shards."""
     corpus, tokenizer, options = request.corpus, request.tokenizer, request.options
+    check_reading(files, request.reading())
     if request.subset and request.source is None:
         text_bytes = request.subset.tokens * GPT2_BYTES
         expected, text_bytes = max(1, round(text_bytes / tokenizer.bytes_per_token)), round(text_bytes)
