@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data.progress import note
-from data.readers import Bad, Documents, File
-from data.readers import _texts as texts_of
+from data.readers import Bad, Documents, File, text_column, texts_of
 from data.shards import DataError, fingerprint
 
 # What data sets call their splits, and we
@@ -87,12 +86,17 @@ def expected_bytes(wanted: Wanted) -> int:
 
 def rows(file: File, field: str, bad: Bad, start: int | None, stop: int | None) -> Documents:
     """Yield (name, text) of rows start … stop-1 of a File with a table or a stream."""
+    import pyarrow.compute
+
     row = start or 0
     for batch in _batches(file, field, start, stop):
-        for column in batch.column(field).chunks:
-            for text in texts_of(column, bad, file.path, row):
+        names = _names(batch.schema, field, file.path)
+        for values in batch.column(batch.schema.names.index(names[0])).chunks:
+            if names[1:]:
+                values = pyarrow.compute.struct_field(values, names[1:])
+            for text in texts_of(values, bad, file.path, row):
                 row += 1
-                yield f"{file.name}:{row}", text or ""
+                yield f"{file.name}:{row}", text
 
 
 def row_ranges(file: File, unit_bytes: int) -> list[tuple[int, int]]:
@@ -135,11 +139,9 @@ def _files(name: str, splits: dict[str | None, Any], field: str, builder: Any = 
     files = []
     for split, key in _chosen(name, splits):
         table, title = splits[key], f"{name}:{key}" if key else name
-        columns = table.column_names or []  # a stream may not know them yet
-        if columns and field not in columns:
-            raise DataError(f"{title} has no column {field!r}, only {', '.join(columns)}; give --field")
+        if table.features:  # a stream may not know them yet
+            column = table.select_columns(_names(table.features.arrow_schema, field, title)[:1])
         if hasattr(table, "num_rows"):
-            column = table.select_columns([field])
             digest = [fingerprint(cached["filename"]) for cached in table.cache_files]
             identity = _sha256([digest, table.num_rows])
             mark = title, table._fingerprint
@@ -176,15 +178,29 @@ def _batches(file: File, field: str, start: int | None, stop: int | None) -> Ite
     try:
         if file.stream:
             number, index = file.stream
-            part = file.table.shard(number, index, contiguous=True).select_columns([field]).with_format("arrow")
-            yield from part.iter(batch_size=64)
+            yield from _one_column(file.table.shard(number, index, contiguous=True), field).iter(batch_size=64)
             return
-        table = file.table.select_columns([field]).with_format("arrow")
+        table = _one_column(file.table, field)
         step = min(max(BATCH_BYTES * len(table) // max(file.bytes, 1), 1), 1024)
         for at in range(start or 0, len(table) if stop is None else stop, step):
             yield table[at : min(at + step, len(table) if stop is None else stop)]
     except Exception as error:  # pyarrow's, OSError, those of the network
         raise DataError(f"{file.path} cannot be read: {_line(error)}; the same command continues") from None
+
+
+def _names(schema: Any, field: str, where: str) -> list[str]:
+    """The names that lead to the text in a table of that schema. DataError where it has none."""
+    names, problem = text_column(schema, field)
+    if problem:
+        raise DataError(f"{where}: {problem}")
+    return names
+
+
+def _one_column(table: Any, field: str) -> Any:
+    """The table or stream as pyarrow tables, with the column of the text alone where the columns are known."""
+    if table.column_names:
+        table = table.select_columns([field if field in table.column_names else field.split(".")[0]])
+    return table.with_format("arrow")
 
 
 def _sha256(value: object) -> str:

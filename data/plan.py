@@ -12,7 +12,7 @@ from data.documents import king_james_file
 from data.library import Wanted, expected_bytes, loaded_files
 from data.readers import File, estimated_bytes
 from data.shards import DataError, cores
-from data.sources import identity_of, source_files
+from data.sources import check_reading, identity_of, source_files
 from data.split import validation_rule
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.units import Sizes, group_files
@@ -122,6 +122,7 @@ def make_plan(request: Request, revision: str | None, files: list[File], sizes: 
     """The plan for a request. It settles every byte of the shards."""
     corpus, tokenizer, options = request.corpus, request.tokenizer, request.options
     survey = sizes.survey
+    check_reading(files, request.given())
     if request.subset and request.source is None:
         text_bytes, survey = round(request.subset.tokens * GPT2_BYTES), 0  # it is not downloaded yet
     elif all(file.bytes or not file.stream for file in files):

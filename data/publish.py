@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 from data.corpora import SPLITS, Corpus
+from data.encode import END_OF_TEXT
 from data.plan import RECORD
 from data.progress import note
 from data.shard_writer import OCTAVE
@@ -25,6 +26,13 @@ def join_units(folder: Path, plan: dict, corpus: Corpus) -> None:
     units = _all_units(folder, plan["groups"])
     splits, lengths = _rename_shards(folder, [(split, record) for unit in units for split, record in _shards_of(unit)])
     counts = {key: sum(unit[key] for unit in units) for key in ("documents", "empty")}
+    for message in [message for unit in units for message in unit["messages"]][:10]:
+        note(f"skipped: {message}")
+    if marked := sum(unit.get("marked", 0) for unit in units):  # older units have no such count
+        note(
+            f"{marked:,} documents contain {END_OF_TEXT}, which is text here and not the end of a document; "
+            f"--separator '{END_OF_TEXT}' divides .txt files there"
+        )
     for split in ("train", "val"):
         if not splits[split]:
             raise DataError(
@@ -43,8 +51,6 @@ def join_units(folder: Path, plan: dict, corpus: Corpus) -> None:
     bad = collections.Counter()
     for unit in units:
         bad.update(unit["bad"])
-    for message in [message for unit in units for message in unit["messages"]][:10]:
-        note(f"skipped: {message}")
     long, val_long = _long_documents(folder, plan, splits["val"])
     write_atomically(folder / "lengths.png", lengths_figure(lengths))
     write_manifest(

@@ -25,6 +25,7 @@ class Survey:
     """What a first reading of a small source finds."""
 
     documents: int = 0
+    empty: int = 0
     bytes: int = 0
     low: float = 1.0  # extremes of `fraction` over the documents
     high: float = 0.0
@@ -46,12 +47,16 @@ def survey(corpus: Corpus, files: list[File], bad: Bad, unit_bytes: int) -> Surv
     for number, group in enumerate(group_files(files, corpus, unit_bytes)):
         for unit in cut_group(number, group, corpus, unit_bytes):
             for _, text in read_unit(unit, corpus, bad):
-                if text and not text.isspace():
+                if not text or text.isspace():
+                    seen.empty += 1
+                else:
                     place = fraction(text_sha256(text))
                     seen.documents, seen.bytes = seen.documents + 1, seen.bytes + len(text.encode())
                     seen.low, seen.high = min(seen.low, place), max(seen.high, place)
     if not seen.documents:
-        raise DataError("there is no text in the source: every document is empty")
+        what = f"every document is empty ({seen.empty:,})" if seen.empty else "it has no documents"
+        left_out = [f"{count:,} bad {kind} left out" for kind, count in bad.counts.items()]
+        raise DataError("; ".join([f"there is no text in the source: {what}", *left_out, *bad.messages]))
     return seen
 
 

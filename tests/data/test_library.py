@@ -98,7 +98,7 @@ def test_a_split_that_is_not_read_is_said(splits, tmp_path, capsys):
 def test_another_field(tmp_path):
     rows = datasets.Dataset.from_dict({"id": [1, 2, 3], "body": ["one", "two", "three"]})
     rows.to_json(tmp_path / "texts" / "a.jsonl")
-    with pytest.raises(DataError, match="texts:train has no column 'text', only id, body; give --field"):
+    with pytest.raises(DataError, match=r"texts:train: no text column 'text'; it has id \(int64\), body \(string\)"):
         loaded(tmp_path / "out", tmp_path / "texts")
     assert all_documents(loaded(tmp_path / "out", tmp_path / "texts", field="body")) == ["one", "three", "two"]
     with pytest.raises(DataError, match="other options.*field 'body' there, None now"):
