@@ -41,11 +41,11 @@ def fraction(digest: bytes) -> float:
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
 
 
-def survey(corpus: Corpus, files: list[File], bad: Bad, unit_bytes: int) -> Survey:
-    """Read the documents of a small source once."""
+def survey(corpus: Corpus, files: list[File], bad: Bad, survey_bytes: int, most: float) -> Survey | None:
+    """Read the documents of a small source once. None where they have more than `most` bytes."""
     seen = Survey()
-    for number, group in enumerate(group_files(files, corpus, unit_bytes)):
-        for unit in cut_group(number, group, corpus, unit_bytes):
+    for number, group in enumerate(group_files(files, corpus, survey_bytes)):
+        for unit in cut_group(number, group, corpus, survey_bytes):
             for _, text in read_unit(unit, corpus, bad):
                 if not text or text.isspace():
                     seen.empty += 1
@@ -53,6 +53,8 @@ def survey(corpus: Corpus, files: list[File], bad: Bad, unit_bytes: int) -> Surv
                     place = fraction(text_sha256(text))
                     seen.documents, seen.bytes = seen.documents + 1, seen.bytes + len(text.encode())
                     seen.low, seen.high = min(seen.low, place), max(seen.high, place)
+                    if seen.bytes > most:
+                        return None
     if not seen.documents:
         what = f"every document is empty ({seen.empty:,})" if seen.empty else "it has no documents"
         left_out = [f"{count:,} bad {kind} left out" for kind, count in bad.counts.items()]
@@ -66,8 +68,8 @@ def validation_rule(
     """The rule that sends a document to validation, as the manifest records it. Its `kind` is own, names, hash or cut.
 
     asked: bytes of text to aim at. text_bytes: of the whole corpus, about; None where nobody knows. The share of bytes
-    decides, so that every tokenizer has the same validation documents. A source of at most `survey_bytes` is read
-    before, so that each side gets a document.
+    decides, so that every tokenizer has the same validation documents. A source of at most `survey_bytes`, or one of unknown size until so
+    much is read, is read before, so that each side gets a document.
     """
     own = any(file.split == "val" for file in files)
     if own or corpus.val:
@@ -76,9 +78,10 @@ def validation_rule(
             raise DataError(f"--val_bytes or --val_tokens does not apply: this corpus {why}")
         return {"kind": "names", "documents": list(corpus.val)} if corpus.val else {"kind": "own"}
     seen = None
-    if text_bytes is not None and text_bytes <= survey_bytes:
-        seen = survey(corpus, files, Bad(skip_bad), survey_bytes)
-        text_bytes = seen.bytes
+    if text_bytes is None or text_bytes <= survey_bytes:
+        most = survey_bytes if text_bytes is None else math.inf
+        seen = survey(corpus, files, Bad(skip_bad), survey_bytes, most)
+        text_bytes = seen.bytes if seen else None
     share = VAL_FRACTION
     if text_bytes is None and asked is not None:
         raise DataError(

@@ -107,6 +107,19 @@ def test_another_field(tmp_path):
         loaded(tmp_path / "out", tmp_path / "texts", field="body", streaming=True)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_of_other_types(tmp_path, streaming):
+    rows = {
+        "a": [{"b": "one"}, {"b": "two"}, {"b": None}],
+        "list": [["x", "y"], [], ["z"]],
+        "bytes": [b"1", None, b"3"],
+    }
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "texts" / "a.parquet")
+    for field, texts in (("a.b", ["one", "two"]), ("list", ["x\ny", "z"]), ("bytes", ["1", "3"])):
+        data = loaded(tmp_path / field, tmp_path / "texts", streaming=streaming, field=field)
+        assert all_documents(data) == texts and data.manifest["source"]["empty"] == 3 - len(texts)
+
+
 def test_what_cannot_be_loaded_is_refused(folder, tmp_path):
     (tmp_path / "script").mkdir()
     (tmp_path / "script" / "script.py").write_text("raise SystemExit('this was run')")

@@ -7,6 +7,7 @@ from preparing import TEXTS, documents, files, write_jsonl
 
 from data.corpora import named, subset_of
 from data.prepare import prepare
+from data.readers import find_files
 from data.shards import DataError
 from data.split import fraction, validation_rule
 from data.units import Sizes
@@ -106,3 +107,15 @@ def test_val_long_is_halved_until_there_is_one(tmp_path, source, capsys):
     # a document of exactly that many tokens counts
     data = files(tmp_path, write_jsonl(tmp_path / "b.jsonl", [f"{i}".ljust(128, ".") for i in range(9)]), "exact")
     assert data.manifest["val_long_tokens"] == 128 and data.manifest["val_long"][0] == {"start": 0, "tokens": 128}
+
+
+def test_a_source_of_unknown_size(tmp_path, source):
+    """Such as a stream: it is read before until it turns out to be large. Then the share needs no size."""
+    data = files(tmp_path, source)
+    listed, corpus = find_files(source), named("files")
+    known = validation_rule(corpus, listed, None, None, False, 10**6)
+    assert known == data.manifest["val_rule"]
+    large = validation_rule(corpus, listed, None, None, False, 10_000)
+    assert large == {"kind": "hash", "val_bytes": None, "text_bytes": None, "sha256_fraction_below": 0.05}
+    with pytest.raises(DataError, match="nobody knows how large"):
+        validation_rule(corpus, listed, 5000, None, False, 10_000)
