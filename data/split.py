@@ -68,8 +68,8 @@ def validation_rule(
     """The rule that sends a document to validation, as the manifest records it. Its `kind` is own, names, hash or cut.
 
     asked: bytes of text to aim at. text_bytes: of the whole corpus, about; None where nobody knows. The share of bytes
-    decides, so that every tokenizer has the same validation documents. A source of at most `survey_bytes`, or one of unknown size until so
-    much is read, is read before, so that each side gets a document.
+    decides, so that every tokenizer has the same validation documents. A source of at most `survey_bytes` is read
+    before, so that each side gets a document. So is one of unknown size, until it turns out to be larger.
     """
     own = any(file.split == "val" for file in files)
     if own or corpus.val:
