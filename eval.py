@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.shards import Data, Split
+from data.shards import Data, Split, given_path, output
 from data.tokenizer import Tokenizer
 from nanope import checkpoint
 from nanope.convert import SCALINGS
@@ -57,13 +57,23 @@ def make_parser() -> Parser:
     parser = Parser(prog="eval.py", description=__doc__, epilog=epilog, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     what, add = parser.add_mutually_exclusive_group(required=True), parser.add_argument
-    what.add_argument("--run", help="a run's folder, or a checkpoint file")
+    what.add_argument("--run", type=given_path, help="a run's folder, or a checkpoint file")
     what.add_argument(
-        "--compare", nargs="+", metavar="RUN", help="two or more runs: differences from the first's experiment"
+        "--compare",
+        nargs="+",
+        type=given_path,
+        metavar="RUN",
+        help="two or more runs: differences from the first's experiment",
     )
-    what.add_argument("--model", help="a transformers causal LM: a folder or a hub name such as gpt2; needs --data")
+    what.add_argument(
+        "--model", type=given_path, help="a transformers causal LM: a folder or a hub name such as gpt2; needs --data"
+    )
     add("--checkpoint", default="last", help="last, best, or a step number (default: last)")
-    add("--data", help="data folder (default: the run's own; for --model one that was made with its tokenizer)")
+    add(
+        "--data",
+        type=given_path,
+        help="data folder (default: the run's own; for --model one that was made with its tokenizer)",
+    )
     add("--split", default="val", help="a split of the data, or val_long, the long documents of val (default: val)")
     add("--stream", action="store_true", help="the split as one text, documents joined by end-of-text tokens")
     add("--lengths", type=int, nargs="+", help="context lengths in tokens; the training length is added")
@@ -80,7 +90,11 @@ def make_parser() -> Parser:
     add("--seed", type=int, default=0, help="seed of the bootstrap and of the probe (default: 0)")
     add("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of autocast (default: float32)")
-    add("--json", help="where to write the report, with its table as .md (default: in RUN/eval/, for a run's folder)")
+    add(
+        "--json",
+        type=given_path,
+        help="where to write the report, with its table as .md (default: in RUN/eval/, for a run's folder)",
+    )
     return parser
 
 
@@ -129,7 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
             else:
                 text = table(evaluate_run(args.run, args, options, compute, args.json))
         if main_rank:
-            print(text)
+            output(text)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}" if main_rank else 1)
     except KeyboardInterrupt:

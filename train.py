@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data.shards import open_data
-from nanope import checkpoint
+from data.shards import as_path, open_data, output
+from nanope import checkpoint, schedule
 from nanope.checkpoint import Keeper, Progress, build_model, initial_model
 from nanope.config import RunConfig, check, parse, with_vocabulary, write_yaml
 from nanope.diff import differences
@@ -138,6 +138,8 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
             log.say(title(config, model, ranks, share, len(feed.split), device, dtype))
         elif progress.step >= config.max_steps:
             log.say(f"{folder} is at step {progress.step} of {config.max_steps}: nothing to do")
+        if progress.step < config.max_steps and (text := schedule.warning(config)):
+            log.say(f"warning: {text}")
 
         def validate_and_sample() -> bool:
             """Whether the validation loss is the lowest so far. A signal puts off both until the run is resumed."""
@@ -283,18 +285,21 @@ def main(arguments: list[str] | None = None, observe: Callable = unobserved) -> 
             raise ValueError(
                 f"--{of_plan[0]} goes with --plan, which trains nothing; without it this would start a run"
             )
-        if mode["plan"] and mode["diff"]:
+        if mode["plan"] and mode["diff"] is not None:
             raise ValueError("--plan and --diff are two questions: give one of them")
-        if mode["diff"]:
+        if mode["diff"] is not None:
             check(config)
-            lines = differences(config, Path(mode["diff"]))
-            print("\n".join(lines) or f"no difference from {Path(mode['diff'])}")
+            run = as_path(mode["diff"])
+            lines = differences(config, run)
+            output("\n".join(lines) or f"no difference from {run}")
             sys.exit(int(bool(lines)))
         if mode["plan"]:
             from nanope.plan import plan_text
 
+            if text := schedule.warning(config):
+                print(f"warning: {text}", file=sys.stderr)
             costs = {name: mode[name] for name in ("schemes", "gpus", "mfu", "price_per_hour")}
-            return print(plan_text(config, **costs))
+            return output(plan_text(config, **costs))
         result = train(config, observe)
     except (ValueError, OSError) as error:
         if dist.is_initialized():  # by ranks_of, which leaves it so: NCCL could wait at exit for ranks that do not come

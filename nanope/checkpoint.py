@@ -267,8 +267,13 @@ def find(run: str | Path, which: str = "last") -> Path:
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """The whole lines of a run's metrics.jsonl, which may be being written. OSError where there is none."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    """The whole lines of a run's metrics.jsonl, which may be being written. OSError where there is none, ValueError
+    where it is damaged."""
+    path = run / "metrics.jsonl"
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 # ---- writing while training goes on

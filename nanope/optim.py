@@ -1,7 +1,6 @@
-"""The optimizer, the learning-rate schedule, the arithmetic of batches, and the seeds of a step."""
+"""The optimizer, the arithmetic of batches, and the seeds of a step. The learning rate is schedule.py's."""
 
 import hashlib
-import math
 import random
 
 import numpy as np
@@ -11,8 +10,9 @@ from model import GPT
 from nanope.config import RunConfig
 from nanope.distributed import Ranks, autocast
 from nanope.errors import first_line
+from nanope.schedule import learning_rate as learning_rate
 
-# ---- the optimizer and its learning rate
+# ---- the optimizer
 
 
 def make_optimizer(model: GPT, config: RunConfig) -> torch.optim.AdamW:
@@ -32,22 +32,6 @@ def make_optimizer(model: GPT, config: RunConfig) -> torch.optim.AdamW:
         betas=(config.beta1, config.beta2),
         fused=next(model.parameters()).device.type in ("cuda", "cpu", "mps"),
     )
-
-
-def learning_rate(step: int, config: RunConfig) -> float:
-    """The learning rate of optimizer step `step`, counted from 0."""
-    peak, last = config.learning_rate, config.max_steps
-    if step < config.warmup_steps:
-        return peak * (step + 1) / config.warmup_steps
-    if config.schedule == "cosine":
-        progress = (step - config.warmup_steps) / max(1, last - config.warmup_steps)
-        return config.min_lr + (peak - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    if config.schedule == "step":
-        return peak * config.lr_gamma ** (step // config.lr_step)
-    if config.schedule == "wsd":
-        decay = config.decay_fraction * last
-        return config.min_lr + (peak - config.min_lr) * min(1.0, max(0.0, last - step) / decay)
-    return peak
 
 
 def step_seed(config: RunConfig, step: int, what: int | str) -> int:

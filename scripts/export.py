@@ -19,6 +19,7 @@ import _root
 import torch
 from safetensors import SafetensorError
 
+from data.shards import as_path, given_path, output
 from data.tokenizer import load_tokenizer
 from model import GPT
 from nanope import checkpoint
@@ -89,15 +90,15 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("run", help="a run's folder, or a checkpoint file")
+    parser.add_argument("run", type=given_path, help="a run's folder, or a checkpoint file")
     parser.add_argument(
         "--to", choices=("hf",), default="hf", help="hf: the transformers library (the default, and all there is)"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
+    parser.add_argument("--out", type=as_path, required=True, help="folder to write, new or empty")
     parser.add_argument("--checkpoint", default="last", help="last, best, or a step number (default: last)")
     args = parser.parse_args()
     try:
-        print(export(args.run, args.checkpoint, args.out))
+        output(export(args.run, args.checkpoint, args.out))
     except ImportError:
         sys.exit("error: the export needs the transformers library: pip install -r requirements-dev.txt")
     except (ValueError, OSError) as error:

@@ -1223,6 +1223,34 @@ def diff(capsys, config, run):
     return info.value.code, capsys.readouterr().out.splitlines()
 
 
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"pos: [", "config.yaml: line 1, column 7: while parsing a flow"),
+        (b"", "config.yaml is no config of a run"),
+        (b"- 1", "config.yaml: expected names and values"),
+        (b"pos: rope\nseed: 1\nseed: 2\n", "'seed' stands twice"),
+        (b"\xff\xfe\x00", "config.yaml: 'utf-8' codec"),
+        (None, "No such file"),
+    ],
+)
+def test_diff_from_what_is_no_config(make, command, tmp_path, content, words):
+    (tmp_path / "other").mkdir()
+    if content is not None:
+        (tmp_path / "other" / "config.yaml").write_bytes(content)
+    assert words in command(*arguments(make()), "--diff", tmp_path / "other")
+    assert "empty path" in command(*arguments(make()), "--diff", "")
+
+
+def test_diff_from_a_config_with_odd_values(make, plain, capsys, tmp_path):
+    shutil.copytree(plain, tmp_path / "other", symlinks=True)
+    there = yaml.safe_load((plain / "config.yaml").read_text())
+    there["pos_options"] = {1: 2, "base": 3}
+    (tmp_path / "other" / "config.yaml").write_text(yaml.safe_dump(there))
+    (tmp_path / "other" / "metrics.jsonl").write_text('{"environment": {}}\n{"environment": 4}\n')
+    assert diff(capsys, make("mine"), tmp_path / "other")[0] == 1
+
+
 def test_diff(make, plain, folders, capsys, tmp_path):
     assert diff(capsys, make("mine"), plain) == (0, [f"no difference from {plain}"])
     assert diff(capsys, make("mine", vocab_size=320, pos_options={"base": 10000.0}), plain)[0] == 0
