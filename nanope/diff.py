@@ -7,9 +7,8 @@ from pathlib import Path
 import yaml
 
 from data.shards import DataError, open_data
-from model import resolve
 from nanope.checkpoint import read_metrics
-from nanope.config import SINCE, RunConfig, with_vocabulary
+from nanope.config import RunConfig, completed, with_vocabulary
 from nanope.distributed import Ranks
 from nanope.optim import resolve_batch
 
@@ -28,7 +27,7 @@ def differences(config: RunConfig, run: Path) -> list[str]:
     theirs = yaml.safe_load(path.read_text())
     if not isinstance(theirs, dict) or "pos" not in theirs:
         raise ValueError(f"{path} is no config of a run")
-    theirs = {**SINCE, **theirs}
+    theirs = completed(theirs, config)
     lines = []  # (whether it leaves the result as it is, text)
     for field in dataclasses.fields(RunConfig):
         name = field.name
@@ -56,7 +55,6 @@ def resolved(config: RunConfig) -> tuple[dict, str | None]:
     with contextlib.suppress(DataError):
         data = open_data(config.data_dir, verify=False)
         config, data_hash = with_vocabulary(config, data.vocab_size), data.hash
-    options = resolve(dataclasses.replace(config.model_config(), vocab_size=config.vocab_size or 1)).pos_options
     micro = config.micro_batch_size
     micro = resolve_batch(config, Ranks())[1] if micro not in (None, "auto") else None
-    return {**vars(config), "pos_options": options, "micro_batch_size": micro}, data_hash
+    return {**completed(vars(config), config), "micro_batch_size": micro}, data_hash

@@ -130,7 +130,8 @@ class ComRoPE(Scheme):
     kind `ap`, A = P - Pᵀ, or `ld`, A = θ (P - Pᵀ) with a trained multiplier θ per block and head. block, the block size
     b. init `rope`, with RoPE's frequencies (of `base`) at the start, or `gaussian`, the paper's P ~ N(0, 1). unit, the
     tokens in which the angle of a frequency 1 is one radian (default: block_size when the model is made; the paper's
-    coordinates in [0, 1] are the training length).
+    coordinates in [0, 1] are the training length). θ starts at 1, with `gaussian` at N(0, 1). share_heads: one θ a
+    block for all heads, as in the authors' code; the paper has one a head.
     """
 
     undecayed = ("P", "theta")
@@ -146,6 +147,7 @@ class ComRoPE(Scheme):
         init: Literal["rope", "gaussian"] = "rope",
         base: float = 10000.0,
         unit: float | None = None,
+        share_heads: bool = False,
     ):
         super().__init__(config, layer)
         self.block, self.init, self.base, self.unit = block, init, base, unit
@@ -153,19 +155,21 @@ class ComRoPE(Scheme):
             raise ValueError(f"comrope's block {block} must divide the head width n_embd/n_head = {self.head_width}")
         if base <= 0 or unit <= 0:
             raise ValueError(f"comrope's base ({base}) and unit ({unit}) must be positive")
+        if share_heads and kind == "ap":
+            raise ValueError("comrope's share_heads is about θ, which kind ap does not have: take kind ld")
         blocks = self.head_width // block
         self.P = nn.Parameter(torch.empty(self.n_head, blocks, block, block))
-        self.theta = nn.Parameter(torch.empty(self.n_head, blocks)) if kind == "ld" else None
+        self.theta = nn.Parameter(torch.empty(1 if share_heads else self.n_head, blocks)) if kind == "ld" else None
 
     @classmethod
     def complete_options(cls, options, config):
         return {**options, "unit": float(config.block_size) if options["unit"] is None else options["unit"]}
 
     def initial(self, name, shape, normal):
-        if name == "theta":
-            return torch.ones(shape)
         if self.init == "gaussian":
             return normal(1.0)
+        if name == "theta":
+            return torch.ones(shape)
         frequencies = rope_frequencies(self.head_width, self.base).view(-1, self.block // 2)  # (D/b, b/2)
         P = torch.zeros(shape[1:], dtype=torch.float64)
         even = torch.arange(0, self.block, 2)

@@ -144,10 +144,15 @@ def test_comrope_of_block_2_is_rope_with_learned_frequencies():
 
 
 def test_initial_own_values():
-    gaussian = GPT(config("comrope", {"init": "gaussian", "kind": "ld"}, n_head=6, n_embd=192)).transformer.h
-    first, second = (block.attn.pos for block in gaussian)
-    assert first.P.std().item() == pytest.approx(1, rel=0.1) and (first.theta == 1).all()
-    assert not torch.equal(first.P, second.P)
+    options = {"init": "gaussian", "kind": "ld"}
+    for shared, heads in ((False, 24), (True, 1)):  # the paper's θ, and the authors' code's
+        model = GPT(config("comrope", {**options, "share_heads": shared}, n_head=24, n_embd=1536))
+        first, second = (block.attn.pos for block in model.transformer.h)
+        assert first.theta.shape == (heads, 8) and first.P.shape == (24, 8, 8, 8)
+        assert first.P.std().item() == pytest.approx(1, rel=0.1)
+        assert first.theta.std().item() == pytest.approx(1, rel=0.1 if heads > 1 else 0.8)
+        assert not torch.equal(first.P, second.P) and not torch.equal(first.theta, second.theta)
+    assert (GPT(config("comrope", {"kind": "ld"})).transformer.h[0].attn.pos.theta == 1).all()
     # rope: A's frequencies are RoPE's in radians per token, times the unit, distinct within a block
     for unit in (None, 1.0):
         pos = GPT(config("comrope", {"unit": unit})).transformer.h[0].attn.pos
@@ -195,7 +200,9 @@ def test_comrope_trains_at_the_recipes_learning_rate(case):
 def test_unit_is_written_out_and_never_depends_on_the_length():
     """pos_options of model.config hold it, so a checkpoint evaluated with another block_size keeps it."""
     model = build("comrope")
-    assert model.config.pos_options == {"kind": "ap", "block": 8, "init": "rope", "base": 10000.0, "unit": float(BLOCK)}
+    assert model.config.pos_options == {"kind": "ap", "block": 8, "init": "rope", "base": 10000.0, "unit": float(BLOCK)} | {
+        "share_heads": False
+    }
     longer = GPT(dataclasses.replace(model.config, block_size=4 * BLOCK)).double()
     longer.load_state_dict(model.state_dict())
     idx = tokens(4 * BLOCK)
