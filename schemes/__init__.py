@@ -140,9 +140,10 @@ def fits(value, annotation) -> bool:
 
 
 def announced(annotation) -> str:
-    """An option's type as messages have it: "float or null", "2, 4, 8"."""
+    """An option's type as messages have it: "float or null", "(2, 4, 8)"."""
     if get_origin(annotation) is Literal:
-        return ", ".join(map(repr, get_args(annotation)))
+        values = get_args(annotation)
+        return str(values) if len(values) > 1 else repr(values[0])
     if get_origin(annotation) in (Union, UnionType):
         return " or ".join(map(announced, get_args(annotation)))
     if annotation is type(None):

@@ -29,7 +29,6 @@ def owners(case):
     return 1 if case == "carope shared" else LAYERS
 
 
-
 @all_cases
 @pytest.mark.parametrize("bias", [False, True])
 def test_names_shapes_and_counts(case, bias):
@@ -171,7 +170,8 @@ def test_position_parameters():
     assert model.position_parameters() <= dict(model.named_parameters()).keys()
 
 
-OF_A_SCHEME = (".attn.pos.", ".c_attn.A", ".c_attn.B", ".c_attn.down", ".c_attn.up", ".wpe.")  # what GPT-2 has not, and its table of positions
+# What GPT-2 has not, and its table of positions
+OF_A_SCHEME = (".attn.pos.", ".c_attn.A", ".c_attn.B", ".c_attn.down", ".c_attn.up", ".wpe.")
 
 
 @pytest.mark.parametrize("case", ["learned", *HALVED, *OWN])
