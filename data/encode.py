@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.corpora import CORPORA, SPLITS
+from data.corpora import SPLITS, planned
 from data.readers import Bad
 from data.shard_writer import ShardWriter
 from data.shards import DataError, write_json
@@ -19,6 +19,7 @@ from data.tokenizer import Tokenizer, load_tokenizer, pieces
 from data.units import SIZES, Sizes, Unit, read_unit, record_of
 
 Report = Callable[..., None]  # (documents, tokens, bytes of text, found=False): see Progress
+END_OF_TEXT = "<|endoftext|>"  # in text it is text, but some files have it between their documents
 Pending = tuple[str, str, str, int]  # split, name, text, number of the document in its split of the unit
 
 
@@ -27,7 +28,7 @@ def encode_unit(unit: Unit, folder: Path, plan: dict, report: Report, threads: i
 
     report(documents, tokens, bytes of text) is called after each batch, and with found=True for each finished shard.
     """
-    corpus, bad = CORPORA[plan["dataset"]], Bad(plan["skip_bad"])
+    corpus, bad = planned(plan), Bad(plan["skip_bad"])
     tokenizer = load_tokenizer(plan["tokenizer"]["name"])
     writers = {
         split: ShardWriter(folder, f"{unit.id}.{split}", tokenizer.dtype, plan["shard_tokens"]) for split in SPLITS
@@ -38,16 +39,17 @@ def encode_unit(unit: Unit, folder: Path, plan: dict, report: Report, threads: i
     done = {split: writer.state.get("consumed", 0) for split, writer in writers.items()}
     refused = {split: writer.state.get("refused", 0) for split, writer in writers.items()}
     bad.counts["documents"] = sum(refused.values())
-    consumed, digests, empty = collections.Counter(), hashlib.sha256(), 0
+    consumed, digests, empty, marked = collections.Counter(), hashlib.sha256(), 0, 0
 
     def pending() -> Iterator[Pending]:
         """The documents that are not in a finished shard."""
-        nonlocal empty
+        nonlocal empty, marked
         for split, name, text, digest in assigned(read_unit(unit, corpus, bad), plan["val_rule"], unit.split):
             if not text or text.isspace():
                 empty += 1
                 continue
             digests.update(digest)
+            marked += END_OF_TEXT in text
             consumed[split] += 1
             if consumed[split] > done[split]:
                 yield split, name, text, consumed[split]
@@ -70,6 +72,7 @@ def encode_unit(unit: Unit, folder: Path, plan: dict, report: Report, threads: i
             "shards": {split: writer.close() for split, writer in writers.items()},
             "documents": sum(consumed.values()),
             "empty": empty,
+            "marked": marked,
             "sha256": digests.hexdigest(),
             "bad": {kind: count for kind, count in bad.counts.items() if count},
             "messages": bad.messages,

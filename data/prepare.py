@@ -12,6 +12,7 @@ import _root
 
 from data.build import LONG_TOKENS, SHARD_TOKENS, prepare
 from data.corpora import CORPORA, listing
+from data.library import Wanted
 from data.plan import estimate
 from data.shards import DataError, cores, unknown
 from data.split import VAL_FRACTION
@@ -39,7 +40,29 @@ def make_parser() -> argparse.ArgumentParser:
         help="file or folder of .txt, .jsonl (.gz, .xz, .zst) or .parquet to read, with the corpus's own fields, "
         "instead of downloading it",
     )
+    add(
+        "--field",
+        metavar="NAME",
+        help="field or column that holds the text of a row; a.b is field b in field a (default: the corpus's own)",
+    )
+    add(
+        "--separator",
+        metavar="TEXT",
+        help=r"text that stands between the documents of a .txt file, for example '<|endoftext|>' or '\n\n\n' "
+        r"(\n, \t, \x1e and so on are read as such; default: a file is one document)",
+    )
     add("--subset", metavar="NAME", help="of the corpus, as --list has them (default: the first)")
+    hub = parser.add_argument_group("only for the corpus hub").add_argument
+    hub("--dataset", metavar="NAME", help="what datasets.load_dataset loads: a name on the hub, or a folder")
+    hub("--config", metavar="C", help="of a data set that has several")
+    hub(
+        "--split",
+        metavar="S",
+        help="read this split alone, or for example train[:10%%]; some of it is validation (default: the data set's "
+        "own train, validation and test, or else train)",
+    )
+    hub("--revision", metavar="R", help="commit, branch or tag (default: the newest; the manifest has the commit)")
+    hub("--streaming", action="store_true", help="read over the network as it goes, and keep nothing of it")
     bytewise = ", ".join(name for name, corpus in CORPORA.items() if corpus.tokenizer != "gpt2")
     add("--tokenizer", metavar="NAME", help=f"{', '.join(TOKENIZERS)} (default: gpt2; byte for {bytewise})")
     add(
@@ -51,13 +74,14 @@ def make_parser() -> argparse.ArgumentParser:
         "(default: %(default)s)",
     )
     add(
-        "--val_tokens",
+        "--val_bytes",
         metavar="N",
         type=int,
-        help="tokens to aim at for validation, which takes whole documents by the hash of their text; not for corpora "
-        f"that have their own validation (default: {VAL_FRACTION:.0%}% of an estimate; fineweb-edu 100 M and "
-        "openwebtext 10 M at most)",
+        help="bytes of text to aim at for validation, which takes whole documents by the hash of their text, the same "
+        f"for every tokenizer; not for corpora that have their own validation (default: {VAL_FRACTION:.0%}% of an "
+        "estimate; fineweb-edu 430 MB and openwebtext 43 MB at most)",
     )
+    add("--val_tokens", metavar="N", type=int, help="likewise in tokens; then another tokenizer takes other documents")
     add(
         "--long_tokens",
         metavar="N",
@@ -86,6 +110,19 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def unescaped(separator: str) -> str:
+    r"""The text that --separator means: the escapes \n \t \r \f \v \0 \x1e \u2028 \\ replaced. DataError for others."""
+
+    def character(escape: re.Match) -> str:
+        if not escape[1]:
+            raise DataError(
+                f"--separator {separator}: no escape begins with {separator[escape.start() :][:2]}; a backslash is \\\\"
+            )
+        return escape[1].encode().decode("unicode_escape")
+
+    return re.sub(r"(\\(?:[\\ntrfv0]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}))|\\", character, separator)
+
+
 def run(args: argparse.Namespace, sizes: Sizes) -> None:
     """Do what the arguments ask for. DataError for what the user can put right."""
     if args.list:
@@ -93,8 +130,12 @@ def run(args: argparse.Namespace, sizes: Sizes) -> None:
         return
     if args.corpus is None:
         raise DataError(f"which corpus? One of {', '.join(CORPORA)}")
+    separator = None if args.separator is None else unescaped(args.separator)
+    hub = {name: getattr(args, name) for name in ("dataset", "config", "split", "revision", "streaming")}
+    wanted = Wanted(**hub) if any(hub.values()) else None
     if args.dry_run:
-        print(estimate(args.corpus, args.source, args.tokenizer, args.workers, args.subset))
+        rows = {"field": args.field, "separator": separator, "wanted": wanted}
+        print(estimate(args.corpus, args.source, args.tokenizer, args.workers, args.subset, **rows))
         return
     part = None
     if args.part is not None:
@@ -118,6 +159,10 @@ def run(args: argparse.Namespace, sizes: Sizes) -> None:
         part=part,
         merge=args.merge,
         verify={None: None, "quick": False, "full": True}[args.verify],
+        field=args.field,
+        separator=separator,
+        val_bytes=args.val_bytes,
+        wanted=wanted,
         sizes=sizes,
     )
     if data:

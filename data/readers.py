@@ -1,24 +1,45 @@
-"""Reads files of text: .txt, .jsonl (both also .gz, .xz, .zst) and .parquet, document by document.
+"""Reads files of text: .txt, .jsonl, .json (these also .gz, .bz2, .xz, .zst) and .parquet, document by document.
 
-A .txt file is one document. So is a line of a .jsonl file and a row of a .parquet file.
+A .txt file is one document, unless a separator divides it. So is a line of a .jsonl file, an item of a .json file and a
+row of a .parquet file.
 """
 
+import bz2
+import codecs
+import collections
 import gzip
 import io
 import json
 import lzma
+import os
 import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from data.diagnose import HEAD, encoding_advice, mistaken_file
 from data.shards import DataError, fingerprint
 from data.tokenizer import well_formed
 
-KINDS = (".txt", ".jsonl", ".parquet")
-COMPRESSED = {".gz": 2.7, ".xz": 3.5, ".zst": 2.9}  # bytes of text per byte on disk, typically
-PARQUET_RATIO = 1.55  # likewise
+SUFFIXES = {  # of files that are read → their kind
+    ".txt": ".txt",
+    ".jsonl": ".jsonl",
+    ".parquet": ".parquet",
+    ".json": ".json",
+    ".text": ".txt",
+    ".ndjson": ".jsonl",
+}
+COMPRESSED = {".gz": 2.7, ".bz2": 3.3, ".xz": 3.5, ".zst": 2.9}  # bytes of text per byte on disk, typically
+# Types of pyarrow that hold text; bytes must be UTF-8
+STRINGS = (
+    *("string", "large_string", "string_view"),
+    *("binary", "large_binary", "binary_view", "fixed_size_binary"),
+    "null",
+)
+# Files that the `datasets` library and the hub put beside the data
+METADATA = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
+PARQUET_RATIO = 1.55  # bytes of text per byte on disk, likewise
 
 Documents = Iterator[tuple[str, str]]  # (name, text) of each
 
@@ -32,6 +53,9 @@ class File:
     identity: str  # hex digest that changes with the content
     split: str | None = None  # of a corpus that has its own splits
     path: str | None = None  # where the file is; None until it is downloaded
+    table: object = field(default=None, compare=False, repr=False)  # of the library `datasets`: see data/library.py
+    stream: tuple[int, int] | None = None  # of a table that is streamed, how many files it has, and which this is
+    fingerprint: tuple[str, str] | None = None  # of a table: its split, and the library's own fingerprint of it
 
 
 class Bad:
@@ -53,35 +77,113 @@ class Bad:
 
 
 def kind_of(name: str) -> tuple[str, str] | None:
-    """Suffix of the content and suffix of the compression (or "") of a file's name. None where we cannot read it."""
-    path = Path(name)
-    packed = path.suffix if path.suffix in COMPRESSED else ""
-    kind = Path(name.removesuffix(packed)).suffix
-    return (kind, packed) if kind in KINDS and not (packed and kind == ".parquet") else None
+    """Kind of the content (.txt, .jsonl, .json, .parquet) and suffix of the compression (or "") of a file's name.
+
+    None where we cannot read it.
+    """
+    stem, packed = os.path.splitext(name.lower())
+    if packed in COMPRESSED:
+        kind = SUFFIXES.get(os.path.splitext(stem)[1])
+        return (kind, packed) if kind and kind != ".parquet" else None
+    return (SUFFIXES[packed], "") if packed in SUFFIXES else None
 
 
-def find_files(source: Path | str) -> list[File]:
-    """The files of a --source: one file, or those of a folder in the order of their paths. Hidden ones are left out."""
+def find_files(source: Path | str, tell: Callable[[str], None] = lambda message: None) -> list[File]:
+    """The files of a --source: one file, or those of a folder and of what it links to, in the order of their paths.
+
+    tell(message) is called on what was passed over, and on files that are there twice.
+    """
     source = Path(source)
     if not source.exists():
-        raise DataError(f"--source {source} does not exist")
-    named = {source.name: source}
-    if source.is_dir():
-        named = {path.relative_to(source).as_posix(): path for path in source.rglob("*") if path.is_file()}
-        named = {name: path for name, path in named.items() if not any(p.startswith(".") for p in name.split("/"))}
-    named = {name: path for name, path in named.items() if kind_of(name)}
-    if not named:
-        raise DataError(
-            f"--source {source}: no {', '.join(KINDS)} file (the first two also with {', '.join(COMPRESSED)})"
-        )
-    return [File(name, path.stat().st_size, fingerprint(path), path=str(path)) for name, path in sorted(named.items())]
+        broken = " (it is a broken link)" if source.is_symlink() else ""
+        raise DataError(f"--source {source} does not exist{broken}")
+    try:
+        found, passed = _walk(source) if source.is_dir() else ({source.name: source}, [])
+        if source.is_file() and not kind_of(source.name):
+            found, passed = {}, [f"1 {_label(source.name)}"]
+        if not found:
+            known = list(SUFFIXES)
+            raise DataError(
+                f"--source {source}: no {', '.join(known[:3])} file (nor {', '.join(known[3:])}; all but .parquet "
+                f"also with {', '.join(COMPRESSED)}); there is {', '.join(passed) or 'no file at all'}"
+            )
+        if passed:
+            tell(f"passed over: {', '.join(passed)} (in {source})")
+        files, first = [], {}
+        for name, path in sorted(found.items()):
+            stat = path.stat()
+            files.append(File(name, stat.st_size, fingerprint(path), path=str(path)))
+            if (other := first.setdefault((stat.st_dev, stat.st_ino), name)) != name:
+                tell(f"{name} is the same file as {other}, and is read again")
+    except OSError as error:
+        raise DataError(f"--source {source}: {error.filename} cannot be read: {error.strerror}") from None
+    return files
+
+
+def _walk(source: Path) -> tuple[dict[str, Path], list[str]]:
+    """The files below a folder by their relative paths, and what was passed over, counted by kind.
+
+    Folders are read before links to folders, and each is read once. So a link to a folder above makes no loop.
+    """
+    found, kinds, broken, again, seen = {}, collections.Counter(), [], [], set()
+    folders, links = [("", str(source))], []
+    while folders or links:
+        if not folders:
+            links.sort()
+            folders.append(links.pop(0))
+        prefix, folder = folders.pop()
+        if (real := os.path.realpath(folder)) in seen:
+            again.append(prefix)
+            continue
+        seen.add(real)
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        if _is_ours(folder, [entry.name for entry in entries]):
+            kinds["data folders"] += 1
+            continue
+        for entry in entries:
+            name, is_link = prefix + entry.name, entry.is_symlink()
+            if entry.name.startswith("."):
+                kinds["hidden"] += 1
+            elif os.path.isdir(entry.path) if is_link else entry.is_dir():
+                (links if is_link else folders).append((f"{name}/", entry.path))
+            elif is_link and not os.path.exists(entry.path):
+                broken.append(f"{name} -> {os.readlink(entry.path)}")
+            elif not entry.is_file():
+                kinds["pipes or devices"] += 1
+            elif kind_of(name) and entry.name not in METADATA:
+                found[name] = Path(entry.path)
+            else:
+                kinds[_label(entry.name)] += 1
+    passed = [f"{count:,} {kind}" for kind, count in kinds.most_common(10)]
+    if len(kinds) > 10:
+        passed.append(f"{kinds.total() - sum(count for _, count in kinds.most_common(10)):,} of other kinds")
+    passed += [f"{what} {_some(names)}" for what, names in (("broken links", broken), ("read already", again)) if names]
+    return found, passed
+
+
+def _is_ours(folder: str, names: list[str]) -> bool:
+    """Whether data/prepare.py made a folder: what it makes inside its source is no source."""
+    begun = folder.endswith(".partial") and any(name == "plan.json" or name.startswith("lock") for name in names)
+    return begun or {"COMPLETE", "manifest.json"} <= set(names)
+
+
+def _label(name: str) -> str:
+    """What a file that we cannot read is counted as."""
+    if name in METADATA:
+        return name
+    stem, suffix = os.path.splitext(name.lower())
+    return (os.path.splitext(stem)[1] if suffix in COMPRESSED else "") + suffix or "without a suffix"
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def estimated_bytes(files: Iterable[File], field: str) -> int:
     """Bytes of text in files, without reading them: from parquet's metadata, or else from the size on disk."""
     total = 0
     for file in files:
-        kind, packed = kind_of(file.name) or ("", "")
+        kind, packed = ("", "") if file.table is not None else kind_of(file.name) or ("", "")
         if kind == ".parquet" and file.path:
             total += sum(row_group_bytes(file.path, field))
         else:
@@ -93,17 +195,36 @@ def estimated_bytes(files: Iterable[File], field: str) -> int:
 
 
 def read_file(
-    file: File, field: str = "text", bad: Bad | None = None, start: int | None = None, stop: int | None = None
+    file: File,
+    field: str = "text",
+    bad: Bad | None = None,
+    start: int | None = None,
+    stop: int | None = None,
+    separator: str | None = None,
 ) -> Documents:
-    """Yield (name, text) of each document of a file. A text may be empty. Only one document is held at a time.
+    """Yield (name, text) of each document of a file. A text may be empty.
 
+    Only one document is held at a time, but the whole of a .txt file, and of a .json file that is one value.
     start, stop: read only these row groups (.parquet), or the lines that begin in these bytes (.jsonl).
+    separator: of the documents of a .txt file, which is one document where it is None.
     What cannot be read is handed to `bad`, with the file's name and the line or row group.
     """
     kind, packed = kind_of(file.name)
-    path, bad = Path(file.path), bad or Bad()
+    path, name, bad = Path(file.path), file.name[: len(file.name) - len(packed)], bad or Bad()
     try:
-        for name, text in READERS[kind](path, file.name.removesuffix(packed), field, bad, start, stop):
+        if problem := _mistaken(path, kind, packed):
+            if not start:  # else the file's first range says it
+                bad("files", f"{path} {problem}")
+            return
+        if kind == ".txt":
+            rows = _read_txt(path, packed, name, separator, bad)
+        elif kind == ".json":
+            rows = _read_json(path, packed, name, field, bad)
+        elif kind == ".jsonl":
+            rows = _read_jsonl(path, packed, name, field, bad, start, stop)
+        else:
+            rows = _read_parquet(path, name, field, bad, start, stop)
+        for name, text in rows:
             yield name, well_formed(text)
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         if getattr(error, "errno", None):  # of the system, not of the decompressor
@@ -111,38 +232,72 @@ def read_file(
         bad("files", f"{path} is damaged and cannot be decompressed: {error}")
 
 
-def _open(path: Path) -> BinaryIO:
+def _mistaken(path: Path, kind: str, packed: str) -> str | None:
+    """What a file is, where it is not what its name says."""
+    with open(path, "rb") as f:
+        head = f.read(HEAD)
+    if packed:
+        if not head:
+            return "is empty, without even the header of its compression"
+        if problem := mistaken_file(head, packed):
+            return problem
+        with _open(path, packed) as f:
+            head = f.read(HEAD)
+    return mistaken_file(head, kind)
+
+
+def _open(path: Path, packed: str) -> BinaryIO:
     """A binary stream of the unpacked content."""
-    if path.suffix == ".zst":
+    if packed == ".zst":
         import pyarrow  # it has zstd, and unlike the zstandard package it notices a truncated file
 
         return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-    return {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)(path, "rb")
+    return {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}.get(packed, open)(path, "rb")
 
 
 def _decode(content: bytes, first: bool) -> str:
     return content.decode("utf-8-sig" if first else "utf-8")  # without the byte-order mark of a file's start
 
 
-def _not_utf8(error: UnicodeDecodeError, path: Path, line: int) -> str:
+def _not_utf8(error: UnicodeDecodeError, path: Path, packed: str, bad: Bad, line: int = 1, at: int = 0) -> str:
+    """What to say of a file that is not UTF-8. The bytes of the error are those from line `line`, byte `at` on."""
     line += error.object[: error.start].count(b"\n")
-    return (
-        f"{path}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8; convert the file, "
-        f"for example: iconv -f latin1 -t utf-8"
-    )
+    message = f"{path}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8"
+    if bad.skip:
+        return message
+    with _open(path, packed) as f:
+        f.seek(max(0, at + error.start - 2**20))
+        return f"{message}; {encoding_advice(f.read(2**21))}"
 
 
-def _read_txt(path: Path, name: str, field: str, bad: Bad, start: int | None, stop: int | None) -> Documents:
-    with _open(path) as f:
+# ---- text ----
+
+
+def _read_txt(path: Path, packed: str, name: str, separator: str | None, bad: Bad) -> Documents:
+    """The file, or what stands between the separators. One at an end of the file makes no empty document there."""
+    with _open(path, packed) as f:
         try:
-            yield name, _decode(f.read(), True)
+            text = _decode(f.read(), True)
         except UnicodeDecodeError as error:
-            bad("files", _not_utf8(error, path, 1))
+            bad("files", _not_utf8(error, path, packed, bad))
+            return
+    if separator is None:
+        yield name, text
+        return
+    parts = text.split(separator)
+    for number, part in enumerate(parts, 1):
+        if part.strip() or 1 < number < len(parts):
+            yield f"{name}:{number}", part
 
 
-def _read_jsonl(path: Path, name: str, field: str, bad: Bad, start: int | None, stop: int | None) -> Documents:
+# ---- JSON ----
+
+
+def _read_jsonl(
+    path: Path, packed: str, name: str, field: str, bad: Bad, start: int | None, stop: int | None
+) -> Documents:
     """The lines that begin in bytes start … stop-1. They are numbered as in the whole file."""
-    with _open(path) as f:
+    with _open(path, packed) as f:
         before = at = 0
         if start:  # the line that begins before `start` belongs to the range before
             before = _lines_before(f, start)
@@ -151,31 +306,19 @@ def _read_jsonl(path: Path, name: str, field: str, bad: Bad, start: int | None, 
         for number, line in enumerate(f, before + 1):
             if stop is not None and at >= stop:
                 return
-            first, at = at == 0, at + len(line)
+            here, at = at, at + len(line)
             if not line.strip():
                 continue
             try:
-                record = json.loads(_decode(line, first))
+                record = _loads(_decode(line, here == 0), field)
+                text = _text_of(record, field)
             except UnicodeDecodeError as error:
-                bad("lines", _not_utf8(error, path, number))
+                bad("lines", _not_utf8(error, path, packed, bad, number, here))
             except (ValueError, RecursionError) as error:
-                bad("lines", f"{path}, line {number}: not JSON ({error})")
+                hint = "; an array is read where the name ends in .json" if line.startswith(b"[") else ""
+                bad("lines", f"{path}, line {number}: {error}{hint}")
             else:
-                if problem := _no_text(record, field):
-                    bad("lines", f"{path}, line {number}: {problem}")
-                else:
-                    yield str(record.get("id", f"{name}:{number}")), record[field] or ""
-
-
-def _no_text(record: object, field: str) -> str | None:
-    """Why a line's JSON has no text in `field`, which may be null. None where it has."""
-    if not isinstance(record, dict):
-        return f"no field {field!r}, but {type(record).__name__}"
-    if field not in record:
-        return f"no field {field!r}, only {', '.join(record)}"
-    if not isinstance(record[field], str | None):
-        return f"{field!r} is not text but {type(record[field]).__name__}"
-    return None
+                yield str(record.get("id", f"{name}:{number}")), text
 
 
 def _lines_before(f: BinaryIO, start: int) -> int:
@@ -186,6 +329,92 @@ def _lines_before(f: BinaryIO, start: int) -> int:
         lines += block.count(b"\n")
     f.seek(start - 1)
     return lines + (f.read(1) != b"\n")
+
+
+def _read_json(path: Path, packed: str, name: str, field: str, bad: Bad) -> Documents:
+    """The items of an array, the rows of an object of columns, a single object, or lines as in a .jsonl file."""
+    if _has_lines(path, packed):
+        yield from _read_jsonl(path, packed, name, field, bad, None, None)
+        return
+    try:
+        with _open(path, packed) as f:
+            value = _loads(_decode(f.read(), True), field)
+    except UnicodeDecodeError as error:
+        bad("files", _not_utf8(error, path, packed, bad))
+        return
+    except ValueError as error:
+        bad("files", f"{path}: {error}")
+        return
+    for number, record in enumerate(_records(value), 1):
+        record = {field: record} if isinstance(record, str) else record
+        try:
+            text = _text_of(record, field)
+        except ValueError as error:
+            bad("rows", f"{path}, item {number}: {error}")
+        else:
+            yield str(record.get("id", f"{name}:{number}")), text
+
+
+def _has_lines(path: Path, packed: str) -> bool:
+    """Whether a .json file has an object a line, and more than one."""
+    with _open(path, packed) as f:
+        lines = (line for line in map(bytes.strip, f) if line)
+        first, second = next(lines, b"").removeprefix(codecs.BOM_UTF8), next(lines, b"")
+        return first.startswith(b"{") and first.endswith(b"}") and second.startswith(b"{")
+
+
+def _records(value: object) -> list:
+    """The rows of what a .json file holds. An object whose values are all arrays of one length has columns."""
+    if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
+        if len(set(map(len, value.values()))) == 1:
+            return [dict(zip(value, row)) for row in zip(*value.values())]
+    return value if isinstance(value, list) else [value]
+
+
+def _loads(text: str, field: str) -> object:
+    """json.loads, but ValueError says so where it is not JSON, or has the field twice in one object."""
+    names = {field, *field.split(".")}
+
+    def unique(pairs: list[tuple[str, object]]) -> dict:
+        twice = [name for name, count in collections.Counter(key for key, _ in pairs).items() if count > 1]
+        if names.intersection(twice):
+            raise ValueError(f"two fields are called {twice[0]!r}")
+        return dict(pairs)
+
+    seldom = all(text.count(f'"{name}"') < 2 for name in names)  # the check makes reading slower
+    try:
+        return json.loads(text, object_pairs_hook=None if seldom else unique)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error})") from None
+
+
+def _text_of(record: object, field: str) -> str:
+    """The text in a field of a row, or for a.b in field b of field a. ValueError says why there is none."""
+    if not isinstance(record, dict):
+        raise ValueError(f"no field {field!r}, but {type(record).__name__}")
+    value = record
+    for name in [field] if field in record else field.split("."):
+        if value is None:
+            return ""
+        if not isinstance(value, dict) or name not in value:
+            has = f"only {_some(list(value), 10)}" if isinstance(value, dict) else f"but {type(value).__name__}"
+            raise ValueError(f"no field {field!r}, {has}; --field NAME reads another")
+        value = value[name]
+    parts = value if isinstance(value, list) else [value]
+    for part in parts:
+        if not isinstance(part, str | None):
+            raise ValueError(f"{field!r} is not text but {type(part).__name__}")
+    return _joined(value)
+
+
+def _joined(value: str | bytes | list | None) -> str:
+    """The text of what a field or a column holds: null is "", bytes are UTF-8, each text of a list has a line."""
+    if isinstance(value, list):
+        return "\n".join(_joined(part) for part in value if part is not None)
+    return value.decode() if isinstance(value, bytes) else value or ""
+
+
+# ---- parquet ----
 
 
 def row_group_bytes(path: Path | str, field: str) -> list[int]:
@@ -199,7 +428,11 @@ def row_group_bytes(path: Path | str, field: str) -> list[int]:
         return []  # reading it will say what is wrong
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     return [
-        sum(c.total_uncompressed_size for c in map(g.column, range(g.num_columns)) if c.path_in_schema == field)
+        sum(
+            column.total_uncompressed_size
+            for column in map(g.column, range(g.num_columns))
+            if f"{column.path_in_schema}.".startswith(f"{field}.")  # text.list.element belongs to text
+        )
         or g.total_byte_size
         for g in groups
     ]
@@ -208,6 +441,7 @@ def row_group_bytes(path: Path | str, field: str) -> list[int]:
 def _read_parquet(path: Path, name: str, field: str, bad: Bad, start: int | None, stop: int | None) -> Documents:
     """The rows of row groups start … stop-1."""
     import pyarrow
+    import pyarrow.compute
     import pyarrow.parquet
 
     try:
@@ -216,10 +450,11 @@ def _read_parquet(path: Path, name: str, field: str, bad: Bad, start: int | None
         bad("files", f"{path} cannot be read: {error}")
         return
     with f:
-        columns = {column.name: str(column.type) for column in f.schema_arrow}
-        if columns.get(field) not in ("string", "large_string", "string_view"):
-            has = ", ".join(f"{column} ({kind})" for column, kind in columns.items())
-            raise DataError(f"{path}: no text column {field!r}; it has {has}")
+        names, problem = text_column(f.schema_arrow, field)
+        if problem:
+            if not start:  # else the file's first range says it
+                bad("files", f"{path}: {problem}")
+            return
         sizes, counts = (
             row_group_bytes(path, field),
             [f.metadata.row_group(i).num_rows for i in range(f.num_row_groups)],
@@ -229,27 +464,49 @@ def _read_parquet(path: Path, name: str, field: str, bad: Bad, start: int | None
             row = sum(counts[:group])
             try:
                 for batch in f.iter_batches(rows, row_groups=[group], columns=[field], use_threads=False):
-                    for text in _texts(batch.column(0), bad, path, row):
+                    values = batch.column(batch.schema.names.index(names[0]))
+                    if names[1:]:
+                        values = pyarrow.compute.struct_field(values, names[1:])
+                    for text in texts_of(values, bad, path, row):
                         row += 1
-                        yield f"{name}:{row}", text or ""
+                        yield f"{name}:{row}", text
             except (pyarrow.ArrowException, OSError) as error:
                 bad("row groups", f"{path}, row group {group} cannot be read: {error}")
 
 
-def _texts(values, bad: Bad, path: Path, row: int) -> list[str | None]:
-    """The texts of a pyarrow array that follow `row` rows of the file. None for a text that is not UTF-8."""
+def text_column(schema, field: str) -> tuple[list[str], str | None]:
+    """The names that lead to a column of text, or to a field of its structs; and what is wrong with it, or None."""
+    names = [field] if field in schema.names else field.split(".")
+    if schema.names.count(names[0]) > 1:
+        return names, f"two columns are called {names[0]!r}"
+    kind = schema
+    for name in names:
+        at = kind.get_field_index(name) if hasattr(kind, "get_field_index") else -1
+        kind = kind.field(at).type if at >= 0 else None
+    if _is_text(kind):
+        return names, None
+    has = _some([f"{column.name} ({column.type})" for column in schema], 20)
+    return names, f"no text column {field!r}; it has {has}; --field NAME reads another"
+
+
+def _is_text(kind) -> bool:
+    """Whether a type of pyarrow is text: strings, bytes or nulls, or a dictionary or lists of them."""
+    if "list" in str(kind).split("<")[0] or str(kind).startswith("dictionary<"):
+        kind = kind.value_type
+    return str(kind).split("[")[0] in STRINGS
+
+
+def texts_of(values, bad: Bad, path: Path, row: int) -> list[str]:
+    """The texts of a pyarrow array that follows `row` rows of the file. "" for a text that is not UTF-8."""
     try:
-        return values.to_pylist()
+        return [value if isinstance(value, str) else _joined(value) for value in values.to_pylist()]
     except UnicodeDecodeError:
         return [_text(value, bad, f"{path}, row {row + i + 1}") for i, value in enumerate(values)]
 
 
-def _text(value, bad: Bad, where: str) -> str | None:
+def _text(value, bad: Bad, where: str) -> str:
     try:
-        return value.as_py()
+        return _joined(value.as_py())
     except UnicodeDecodeError as error:
         bad("rows", f"{where}: not UTF-8 ({error.reason})")
-        return None
-
-
-READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+        return ""

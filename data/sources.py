@@ -9,7 +9,9 @@ from pathlib import Path
 from data.corpora import SPLITS, Corpus, Subset
 from data.documents import king_james_file
 from data.hub import hub_files
-from data.readers import File, find_files
+from data.library import is_saved, saved_files
+from data.progress import note
+from data.readers import Bad, File, find_files, kind_of, read_file
 from data.shards import DataError
 
 
@@ -20,6 +22,8 @@ def source_files(
 
     The revision that is returned is a commit, or None where it is not known, as for a --source.
     """
+    if source is not None and not corpus.reader and is_saved(source):
+        return None, saved_files(source, corpus.field)
     if source is not None and corpus.reader:
         source, listed = Path(source), local_files(corpus, source)
         identity = _sha256([[file.name, file.identity] for file in listed])
@@ -35,7 +39,7 @@ def source_files(
 
 def local_files(corpus: Corpus, source: Path | str) -> list[File]:
     """The files of a --source. For a corpus with its own splits, a file belongs to the split that its path names."""
-    files = find_files(source)
+    files = find_files(source, note)
     if not corpus.own_splits:
         return files
     files = [dataclasses.replace(file, split=_split_of(file.name)) for file in files]
@@ -48,13 +52,27 @@ def local_files(corpus: Corpus, source: Path | str) -> list[File]:
     return sorted(files, key=lambda file: (SPLITS.index(file.split), file.name))
 
 
+def check_reading(files: list[File], reading: dict[str, str]) -> None:
+    """DataError where a --field or --separator would change nothing in the files."""
+    texts = [file for file in files if (kind_of(file.name) or "")[:1] == (".txt",)]
+    if "field" in reading and len(texts) == len(files):
+        raise DataError("--field is for rows, of .jsonl, .json or .parquet files, and the source has only .txt files")
+    if (separator := reading.get("separator")) is None:
+        return
+    if not texts:
+        raise DataError("--separator is for .txt files, and the source has none")
+    if not any(separator in text for file in texts for _, text in read_file(file, bad=Bad(skip=True))):
+        raise DataError(f"--separator {separator!r} is in none of the source's {len(texts)} .txt files")
+
+
 def identity_of(files: list[File]) -> str:
     """Hex sha256 that changes with the name, the size, the content or the split of a file."""
-    return _sha256([[file.name, file.bytes, file.identity, file.split] for file in files])
+    # The size of a stream is known only where the library has loaded it before.
+    return _sha256([[file.name, 0 if file.stream else file.bytes, file.identity, file.split] for file in files])
 
 
 def _split_of(name: str) -> str:
-    found = [split for split in SPLITS if re.search(rf"(^|[^a-z]){split}", name)]
+    found = [split for split in SPLITS if re.search(rf"(^|[^a-z]){split}", name.lower())]
     if len(found) != 1:
         raise DataError(f"{name}: its path should name one split, train, validation or test")
     return found[0]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from preparing import (
     TEXTS,
+    all_documents,
     contents,
     documents,
     files,
@@ -23,7 +24,7 @@ from preparing import (
     write_parquet,
 )
 
-from data.prepare import main, prepare
+from data.prepare import main, prepare, unescaped
 from data.shards import DataError, open_data
 from data.summary import lengths_figure, quantile
 from data.tokenizer import load_tokenizer
@@ -47,7 +48,7 @@ def test_every_document_comes_back(corpus, whole):
     assert manifest["dataset"] == "fineweb-edu" and manifest["revision"] is None
     assert manifest["tokenizer"]["version"].startswith("tiktoken ")
     assert all(record["tokens"] <= 20_000 for records in manifest["splits"].values() for record in records)
-    assert manifest["val_rule"]["val_tokens"] == 20_000 and 10_000 < len(whole.split("val")) < 30_000
+    assert manifest["val_rule"]["val_bytes"] == 86_000 and 10_000 < len(whole.split("val")) < 30_000
     there = sorted(["COMPLETE", "manifest.json", "lengths.png", *shard_contents(whole.folder)])
     assert sorted(contents(whole.folder)) == there
 
@@ -124,6 +125,7 @@ def test_second_run_verifies_and_refuses_other_options(tmp_path, source, capsys)
         (dict(tokenizer="gpt2"), "tokenizer"),
         (dict(shard_tokens=99), "shard_tokens"),
         (dict(val_tokens=9999), "val_tokens"),
+        (dict(val_bytes=9999), "val_bytes"),
         (dict(skip_bad=True), "skip_bad"),
     ):
         with pytest.raises(DataError, match=f"other options.*{message}"):
@@ -178,6 +180,15 @@ def test_command_line(tmp_path, source):
         ("builtin --long_tokens 0", "--long_tokens must be at least 1, not 0"),
         ("builtin --workers 0", "--workers must be at least 1, not 0"),
         ("builtin --val_tokens 9", "names its validation documents"),
+        ("builtin --val_bytes 9", "names its validation documents"),
+        ("files --source IN --val_bytes 9 --val_tokens 9", "give one"),
+        ("files --source IN --dataset x --streaming", "--dataset, --streaming: only for the corpus hub, not for files"),
+        ("hub", "hub needs --dataset NAME"),
+        ("hub --split train", "hub needs --dataset NAME"),
+        ("hub --dataset x --source IN", "corpus hub takes no --source"),
+        ("hub --dataset x --separator y", "--separator does not apply"),
+        ("hub --dataset x --subset y", "--config"),
+        ("hub --dataset x --keep_downloads", "--keep_downloads does not apply"),
         ("builtin --source IN", "corpus builtin takes no --source"),
         ("builtin --out FILE/x", "Not a directory"),
         ("builtin --out FILE", "is in the way"),
@@ -215,3 +226,33 @@ def test_too_little_room(corpus, tmp_path, monkeypatch):
     with pytest.raises(DataError, match="needs about 0.0 GB, and 0.0 GB are free; give an --out on another disk"):
         prepare("fineweb-edu", tmp_path / "out", corpus[0])
     assert not any(tmp_path.iterdir())
+
+
+# ---- fields and separators ----
+
+
+def test_field_and_separator_are_in_the_manifest_where_they_change_something(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "1", "body": "one"}\n{"text": "2", "body": "two"}\n')
+    default = files(tmp_path, folder, "default")
+    assert contents(files(tmp_path, folder, "named", field="text").folder) == contents(default.folder)
+    assert not {"field", "separator"} & set(default.manifest)
+    with pytest.raises(DataError, match="field None there, 'body' now"):
+        files(tmp_path, folder, "default", field="body")
+    body = files(tmp_path, folder, "body", field="body")
+    assert all_documents(body) == ["one", "two"] and body.manifest["field"] == "body"
+    assert contents(files(tmp_path, folder, "body", field="body").folder) == contents(body.folder)
+    (folder / "b.txt").write_text("--\nthree\n--\nfour\n--\n\n--\nfive\n--\n")
+    data = files(tmp_path, folder, "separated", separator="--\n")
+    assert all_documents(data) == ["1", "2", "five\n", "four\n", "three\n"]
+    assert data.manifest["separator"] == "--\n" and data.manifest["source"]["empty"] == 1
+    with pytest.raises(DataError, match=r"separator '--\\n' there, None now"):
+        files(tmp_path, folder, "separated")
+
+
+def test_escapes_of_a_separator():
+    assert unescaped(r"<|endoftext|>\n") == "<|endoftext|>\n" and unescaped(r"é\\n\t\x1e\u2028") == "é\\n\t\x1e\u2028"
+    for wrong in (r"\q", r"\x1", "end\\"):
+        with pytest.raises(DataError, match=r"no escape begins with .*; a backslash is \\\\"):
+            unescaped(wrong)

@@ -1,0 +1,110 @@
+"""Says what a file holds that is not what its name says, and what to do about it."""
+
+import codecs
+import re
+
+MAGIC = {  # first bytes → what the file is, and its suffix where data/readers.py reads such files
+    b"\x1f\x8b": ("compressed by gzip", ".gz"),
+    b"BZh": ("compressed by bzip2", ".bz2"),
+    b"\xfd7zXZ\0": ("compressed by xz", ".xz"),
+    b"\x28\xb5\x2f\xfd": ("compressed by zstd", ".zst"),
+    b"PAR1": ("a parquet file", ".parquet"),
+    b"ARROW1": ("an Arrow file", None),
+    b"PK\x03\x04": ("a zip archive, or a document of Office or an e-book, which are zip archives too", None),
+    b"7z\xbc\xaf\x27\x1c": ("a 7z archive", None),
+    b"Rar!": ("a rar archive", None),
+    b"%PDF-": ("a PDF", None),
+    b"\xd0\xcf\x11\xe0": ("a document of an old Office", None),
+    b"SQLite format 3": ("an SQLite data base", None),
+}
+POINTERS = {  # first bytes of a small file that stands for one that was not fetched → how to fetch that
+    b"version https://git-lfs.github.com/spec/": ("Git LFS", "git lfs pull"),
+    b"version https://hawser.github.com/spec/": ("Git LFS", "git lfs pull"),
+    b"/annex/objects/": ("git-annex", "git annex get"),
+}
+BYTE_ORDER_MARKS = {  # UTF-32's little-endian mark begins with UTF-16's
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+HEAD = 4096  # bytes; a pointer has fewer
+
+
+def mistaken_file(head: bytes, suffix: str) -> str | None:
+    """What a file is, by its first HEAD bytes, where it is not what its last suffix says. None where it may be.
+
+    suffix: of the content, or of the compression that a file has as a whole.
+    """
+    for start, (name, command) in POINTERS.items():
+        if head.startswith(start) and len(head) < 1024:
+            return f"is a pointer of {name}, not the text itself; fetch that: {command}"
+    if suffix in (".jsonl", ".json", ".parquet") and head.lstrip().startswith(b"<"):
+        return "is a web page (HTML or XML), perhaps an error message that was saved in its place; fetch it again"
+    binary = b"\0" in head or not _is_utf8(head)
+    for start, (what, own) in MAGIC.items():
+        if binary and head.startswith(start) and own != suffix:
+            advice = f"end its name in {own}" if own == ".parquet" else f"append {own} to its name"
+            return f"is {what}, not what its name says; {advice if own else 'unpack or convert it to text'}"
+    if binary and head[257:262] == b"ustar":
+        return "is a tar archive, not what its name says; unpack it"
+    return _wide_text(head) if suffix in (".txt", ".jsonl", ".json") else None
+
+
+def _is_utf8(head: bytes) -> bool:
+    """Whether bytes are UTF-8, up to a last character that is not complete."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _wide_text(head: bytes) -> str | None:
+    """Whether text is UTF-16 or UTF-32: by its byte-order mark, or by where its NUL bytes are."""
+    for mark, encoding in BYTE_ORDER_MARKS.items():
+        if head.startswith(mark):
+            return f"is {encoding}, not UTF-8; convert it: iconv -f {encoding} -t UTF-8"
+    nuls = [head[i::4].count(0) for i in range(4)]  # by their place in groups of four bytes
+    even, odd, total, groups = nuls[0] + nuls[2], nuls[1] + nuls[3], sum(nuls), len(head) // 4
+    # In UTF-16 Western letters have a NUL each. Of other text at least spaces and line breaks have.
+    if total < 2 or not (total * 5 > len(head) or (total >= 8 and total * 100 > len(head))):
+        return None
+    if groups and nuls[2:] == [groups, groups]:
+        encoding = "UTF-32LE"
+    elif groups and nuls[:2] == [groups, groups]:
+        encoding = "UTF-32BE"
+    elif min(even, odd) == 0:
+        encoding = "UTF-16LE" if odd else "UTF-16BE"
+    else:
+        return "has many NUL bytes, as files have that are not text; see what it is: file NAME"
+    return f"has many NUL bytes, as {encoding} has; if it is that, convert it: iconv -f {encoding} -t UTF-8"
+
+
+def encoding_advice(content: bytes) -> str:
+    """What to do with text that is not UTF-8, by the bytes around the first that is not.
+
+    An encoding is named only where they speak for it.
+    """
+    text = codecs.getincrementaldecoder("utf-8")("replace").decode(content)
+    wrong = text.count("\ufffd")
+    right = sum(map(len, re.findall(r"[^\x00-\x7f\ufffd]+", text)))
+    high = re.findall(rb"[\x80-\xff]+", content)
+    n_high = sum(map(len, high))
+    if right > wrong:
+        return (
+            "the rest is UTF-8, so this place is damaged or from another file; mend it, or leave such bytes out: "
+            "iconv -c -f UTF-8 -t UTF-8"
+        )
+    if b"\0" in content:
+        return "it has NUL bytes too, so it may be UTF-16 or no text at all; see what it is: file NAME"
+    # In Western text a letter with an accent stands alone among ASCII letters
+    if n_high < 0.15 * len(content) and n_high < 1.5 * len(high):
+        controls = set(re.findall(rb"[\x80-\x9f]", content))
+        if not controls:
+            return "if it is Western European text, convert it: iconv -f latin1 -t UTF-8"
+        if not controls & {b"\x81", b"\x8d", b"\x8f", b"\x90", b"\x9d"}:  # which Windows-1252 has not
+            return "if it is Western European text, convert it: iconv -f WINDOWS-1252 -t UTF-8"
+    return (
+        "convert it from the encoding that it was written in, which the bytes do not tell: iconv -f ENCODING -t UTF-8"
+    )
