@@ -26,7 +26,7 @@ import torch
 from data.shards import Data
 from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
-from nanope.config import RunConfig, merged
+from nanope.config import RunConfig, completed, merged
 from nanope.distributed import Ranks
 from nanope.errors import first_line
 from nanope.files import HashingFile, write_atomically
@@ -183,7 +183,8 @@ def initial_model(config: RunConfig, tokenizer_hash: str) -> GPT:
     for name in ("n_layer", "n_head", "n_embd", "bias", "vocab_size", "pos", "pos_options", "window"):
         have, asked = getattr(model.config, name), getattr(config, name)
         if name == "pos_options":  # those that the config does not name come with the weights
-            fits = merged(have, asked) == have
+            given = {"pos": model.config.pos, "pos_options": merged(have, asked)}
+            fits = completed(given, config)["pos_options"] == have
             have = {k: have.get(k) for k in asked}
         else:
             fits = have == asked

@@ -127,11 +127,11 @@ class SkewGradient(torch.autograd.Function):
 class ComRoPE(Scheme):
     """`comrope`. Options:
 
-    kind `ap`, A = P - Pᵀ, or `ld`, A = θ (P - Pᵀ) with a trained multiplier θ per block and head. block, the block size
-    b. init `rope`, with RoPE's frequencies (of `base`) at the start, or `gaussian`, the paper's P ~ N(0, 1). unit, the
+    kind `ap`, A = P - Pᵀ, or `ld`, A = θ (P - Pᵀ) with a trained multiplier θ per block and head; in `ld-shared` θ is
+    the same for all heads, as in the authors' code. block, the block size b. init `rope`, with RoPE's frequencies (of
+    `base`) at the start, or `gaussian`, the paper's P ~ N(0, 1) and θ ~ N(0, 1), which else starts at 1. unit, the
     tokens in which the angle of a frequency 1 is one radian (default: block_size when the model is made; the paper's
-    coordinates in [0, 1] are the training length). θ starts at 1, with `gaussian` at N(0, 1). share_heads: one θ a
-    block for all heads, as in the authors' code; the paper has one a head.
+    coordinates in [0, 1] are the training length).
     """
 
     undecayed = ("P", "theta")
@@ -142,12 +142,11 @@ class ComRoPE(Scheme):
         config,
         layer,
         *,
-        kind: Literal["ap", "ld"] = "ap",
+        kind: Literal["ap", "ld", "ld-shared"] = "ap",
         block: Literal[2, 4, 8] = 8,
         init: Literal["rope", "gaussian"] = "rope",
         base: float = 10000.0,
         unit: float | None = None,
-        share_heads: bool = False,
     ):
         super().__init__(config, layer)
         self.block, self.init, self.base, self.unit = block, init, base, unit
@@ -155,11 +154,10 @@ class ComRoPE(Scheme):
             raise ValueError(f"comrope's block {block} must divide the head width n_embd/n_head = {self.head_width}")
         if base <= 0 or unit <= 0:
             raise ValueError(f"comrope's base ({base}) and unit ({unit}) must be positive")
-        if share_heads and kind == "ap":
-            raise ValueError("comrope's share_heads is about θ, which kind ap does not have: take kind ld")
         blocks = self.head_width // block
         self.P = nn.Parameter(torch.empty(self.n_head, blocks, block, block))
-        self.theta = nn.Parameter(torch.empty(1 if share_heads else self.n_head, blocks)) if kind == "ld" else None
+        heads = 1 if kind == "ld-shared" else self.n_head
+        self.theta = None if kind == "ap" else nn.Parameter(torch.empty(heads, blocks))
 
     @classmethod
     def complete_options(cls, options, config):

@@ -39,7 +39,7 @@ CASES = {
     "comrope 4 ld": {"block": 4, "kind": "ld", "base": 50.0},
     "comrope 2 unit": {"block": 2, "unit": 3.0},
     "comrope gaussian": {"init": "gaussian", "unit": 5},
-    "comrope ld shared": {"kind": "ld", "init": "gaussian", "share_heads": True, "unit": 50.0},
+    "comrope ld-shared": {"kind": "ld-shared", "init": "gaussian", "unit": 50.0},
     "carope": {},
     "carope embedding": {"source": "embedding", "base": 50.0},
     "carope paper": {"init": "paper"},

@@ -621,6 +621,17 @@ def test_init_from_a_run(make, plain):
 
 
 @pytest.mark.slow
+def test_init_from_a_run_with_a_base_by_name(make):
+    """Its checkpoint has the number."""
+    named = dict(pos_options={"base": "(1+ln2)^(D/2)"}, max_steps=1)
+    source = make("named", **named)
+    train(source)
+    config = make("again", **named, init_from=source.out_dir)
+    train(config)
+    train(dataclasses.replace(config, resume=True, max_steps=2))
+    assert last(config.out_dir)["config"]["pos_options"]["base"] == pytest.approx((1 + math.log(2)) ** 4)
+
+
 def test_init_from_with_another_block_size(make, tmp_path):
     for pos in ("rope", "learned", "comrope"):
         train(make(pos, pos=pos, max_steps=2))

@@ -56,7 +56,7 @@ HARD_P = {
 }
 
 
-@pytest.mark.parametrize("kind", ["ap", "ld"])
+@pytest.mark.parametrize("kind", ["ap", "ld", "ld-shared"])
 @pytest.mark.parametrize("name", HARD_P)
 def test_comrope_equals_matrix_exp(name, kind):
     """Scores, and the gradients of a loss of the scores with respect to P, θ, the projection and its bias, against
@@ -144,9 +144,8 @@ def test_comrope_of_block_2_is_rope_with_learned_frequencies():
 
 
 def test_initial_own_values():
-    options = {"init": "gaussian", "kind": "ld"}
-    for shared, heads in ((False, 24), (True, 1)):  # the paper's θ, and the authors' code's
-        model = GPT(config("comrope", {**options, "share_heads": shared}, n_head=24, n_embd=1536))
+    for kind, heads in (("ld", 24), ("ld-shared", 1)):  # the paper's θ, and the authors' code's
+        model = GPT(config("comrope", {"init": "gaussian", "kind": kind}, n_head=24, n_embd=1536))
         first, second = (block.attn.pos for block in model.transformer.h)
         assert first.theta.shape == (heads, 8) and first.P.shape == (24, 8, 8, 8)
         assert first.P.std().item() == pytest.approx(1, rel=0.1)
@@ -200,8 +199,7 @@ def test_comrope_trains_at_the_recipes_learning_rate(case):
 def test_unit_is_written_out_and_never_depends_on_the_length():
     """pos_options of model.config hold it, so a checkpoint evaluated with another block_size keeps it."""
     model = build("comrope")
-    options = {"kind": "ap", "block": 8, "init": "rope", "base": 10000.0, "unit": float(BLOCK), "share_heads": False}
-    assert model.config.pos_options == options
+    assert model.config.pos_options == {"kind": "ap", "block": 8, "init": "rope", "base": 10000.0, "unit": float(BLOCK)}
     longer = GPT(dataclasses.replace(model.config, block_size=4 * BLOCK)).double()
     longer.load_state_dict(model.state_dict())
     idx = tokens(4 * BLOCK)

@@ -30,7 +30,7 @@ CASES = {name: Case(name) for name in SCHEMES}
 CASES |= {name: Case(f"{TOYS}:{name}") for name in GOOD}
 CASES |= {
     "comrope ld": Case("comrope", {"kind": "ld", "block": 4}),
-    "comrope ld shared": Case("comrope", {"kind": "ld", "init": "gaussian", "share_heads": True, "unit": 100.0}),
+    "comrope ld-shared": Case("comrope", {"kind": "ld-shared", "init": "gaussian", "unit": 100.0}),
     "carope embedding": Case("carope", {"source": "embedding"}),
     "carope from 1": Case("carope", {"first_power": 1, "std": 0.1}),
     "carope shared": Case("carope", {"share_layers": True, "std": 0.1}),

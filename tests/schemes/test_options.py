@@ -15,7 +15,7 @@ ALTERNATIVES = {
     "sinusoidal": {"base": 50.0, "scale": 0.5},
     "rope": {"base": "(1+ln2)^(D/2)", "fraction": 0.5, "explicit": True, "qkv": "grouped"},
     "crope": {"base": 50.0, "fraction": 0.5},
-    "comrope": {"kind": "ld", "block": 4, "init": "gaussian", "base": 50.0, "unit": 3.0, "share_heads": True},
+    "comrope": {"kind": "ld", "block": 4, "init": "gaussian", "base": 50.0, "unit": 3.0},
     "carope": {
         "base": 50.0,
         "source": "embedding",
@@ -26,10 +26,7 @@ ALTERNATIVES = {
         "share_layers": True,
     },
 }
-NEEDS = {  # options without which one does nothing
-    ("comrope", "share_heads"): {"kind": "ld", "init": "gaussian"},
-    ("carope", "share_layers"): {"std": 0.3},
-}
+NEEDS = {("carope", "share_layers"): {"std": 0.3}}  # options without which one does nothing
 
 
 def options_of(pos):
@@ -114,7 +111,6 @@ def test_errors_name_the_schemes(pos, words):
         ("comrope", {"block": 8.0}, ["block of comrope", "8.0"]),
         ("comrope", {"kind": "lp"}, ["kind of comrope", "'lp'", "ap", "ld"]),
         ("comrope", {"unit": "x"}, ["unit of comrope", "'x'", "float or null"]),
-        ("comrope", {"share_heads": True}, ["share_heads", "kind ld"]),
         ("comrope", {"unit": 0}, ["unit", "positive", "0"]),
         ("carope", {"source": "x"}, ["source of carope", "hidden", "embedding"]),
         ("carope", {"base": 1.0}, ["base", "1.0"]),

@@ -14,7 +14,7 @@ OWN = {  # a layer's, by case: name → shape
     "comrope 4 ld": {"P": (HEADS, D // 4, 4, 4), "theta": (HEADS, D // 4)},
     "comrope 2 unit": {"P": (HEADS, D // 2, 2, 2)},
     "comrope gaussian": {"P": (HEADS, D // 8, 8, 8)},
-    "comrope ld shared": {"P": (HEADS, D // 8, 8, 8), "theta": (1, D // 8)},
+    "comrope ld-shared": {"P": (HEADS, D // 8, 8, 8), "theta": (1, D // 8)},
     "carope": {"c_pos.weight": (HEADS, WIDTH), "c_pos.bias": (HEADS,)},
     "carope from 1": {"c_pos.weight": (HEADS, WIDTH), "c_pos.bias": (HEADS,)},
     "carope shared": {"c_pos.weight": (HEADS, WIDTH), "c_pos.bias": (HEADS,)},
@@ -60,7 +60,7 @@ def test_names_shapes_and_counts(case, bias):
         "carope": owners(case) * (C * HEADS * (case != "carope constant") + HEADS * (case != "carope paper")),
     }.get(pos, 0)
     count -= L * 3 * C * C // 2 if case in HALVED else 0
-    count += L * HEADS * D // 4 if case == "comrope 4 ld" else L * D // 8 if case == "comrope ld shared" else 0
+    count += L * HEADS * D // 4 if case == "comrope 4 ld" else L * D // 8 if case == "comrope ld-shared" else 0
     assert model.parameter_count() == count == sum(math.prod(shape) for shape in shapes.values())
 
 
@@ -157,7 +157,7 @@ def test_position_parameters():
         "comrope 4 ld": {"P", "theta"},
         "comrope 2 unit": {"P"},
         "comrope gaussian": {"P"},
-        "comrope ld shared": {"P", "theta"},
+        "comrope ld-shared": {"P", "theta"},
         "carope": {"c_pos.bias"},
         "carope embedding": {"c_pos.bias"},
         "carope constant": {"c_pos.bias"},
