@@ -28,6 +28,10 @@ BYTE_ORDER_MARKS = {  # UTF-32's little-endian mark begins with UTF-16's
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
+# Bytes that Windows-1252 has not, and its capitals or signs within a word: those are letters of DOS and old Macs
+NOT_1252 = re.compile(
+    rb"[\x81\x8d\x8f\x90\x9d]|[a-z](?:[\x8a\x8c\x8e\x9f]|[\x80\x82-\x84\x86-\x89\x8b\x91\x93-\x95\x98\x99\x9b][a-z])"
+)
 KINDS = (".txt", ".jsonl", ".json", ".parquet")  # of content, whose suffix is not that of a compression
 HEAD = 4096  # bytes; a pointer has fewer
 
@@ -93,8 +97,6 @@ def encoding_advice(content: bytes) -> str:
     text = codecs.getincrementaldecoder("utf-8")("replace").decode(content)
     wrong = text.count("\ufffd")
     right = sum(map(len, re.findall(r"[^\x00-\x7f\ufffd]+", text)))
-    high = re.findall(rb"[\x80-\xff]+", content)
-    n_high = sum(map(len, high))
     if right > wrong:
         return (
             "the rest is UTF-8, so this place is damaged or from another file; mend it, or leave such bytes out: "
@@ -102,12 +104,12 @@ def encoding_advice(content: bytes) -> str:
         )
     if b"\0" in content:
         return "it has NUL bytes too, so it may be UTF-16 or no text at all; see what it is: file NAME"
-    # In Western text a letter with an accent stands alone among ASCII letters
-    if n_high < 0.15 * len(content) and n_high < 1.5 * len(high):
-        controls = set(re.findall(rb"[\x80-\x9f]", content))
-        if not controls:
+    high = re.findall(rb"[\x80-\xff]+", content)
+    # In Western text most letters with accents stand alone among ASCII letters
+    if sum(map(len, high)) < 0.15 * len(content) and 2 * sum(len(run) == 1 for run in high) >= len(high):
+        if not re.search(rb"[\x80-\x9f]", content):
             return "if it is Western European text, convert it: iconv -f latin1 -t UTF-8"
-        if not controls & {b"\x81", b"\x8d", b"\x8f", b"\x90", b"\x9d"}:  # which Windows-1252 has not
+        if not NOT_1252.search(content):
             return "if it is Western European text, convert it: iconv -f WINDOWS-1252 -t UTF-8"
     return (
         "convert it from the encoding that it was written in, which the bytes do not tell: iconv -f ENCODING -t UTF-8"
