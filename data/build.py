@@ -12,7 +12,6 @@ import concurrent.futures
 import contextlib
 import errno
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -22,9 +21,10 @@ from typing import TextIO
 from data.corpora import Corpus, planned
 from data.encode import encode_unit
 from data.hub import download
+from data.library import Wanted
 from data.plan import RECORD, Request, make_plan, unfinished_plan
 from data.progress import Progress
-from data.publish import join_units, publish
+from data.publish import join_units, publish, resolved
 from data.readers import File
 from data.shards import Data, DataError, open_data, write_json
 from data.tokenizer import Tokenizer
@@ -54,11 +54,15 @@ def prepare(
     verify: bool | None = None,
     field: str | None = None,
     separator: str | None = None,
+    val_bytes: int | None = None,
+    wanted: Wanted | None = None,
     sizes: Sizes = SIZES,
 ) -> Data | None:
     """Make the data folder `out`, continue it, or verify it where it is already there with these options.
 
     field, separator: instead of the corpus's own, as --field and --separator; they are in the plan where they differ.
+    val_tokens, val_bytes: at most one; bytes of text give every tokenizer the same validation documents.
+    wanted: of the corpus `hub`, which data set.
     part: (i, n) does only the i-th of n parts, and returns None. merge: only joins what the parts made.
     verify: as for open_data, of a folder that is complete.
     DataError for what the user can put right. Then `out` was not touched, and `out`.partial keeps what is finished.
@@ -67,22 +71,24 @@ def prepare(
         raise DataError(f"--workers must be at least 1, not {workers}")
     if part and not 1 <= part[0] <= part[1]:
         raise DataError(f"--part must be i/n with i from 1 to n, not {part[0]}/{part[1]}")
+    if wanted and keep_downloads:
+        raise DataError("--keep_downloads does not apply: the library `datasets` keeps what it loads in its own cache")
     options = {"shard_tokens": shard_tokens, "val_tokens": val_tokens, "long_tokens": long_tokens, "skip_bad": skip_bad}
-    request = Request.checked(corpus_name, subset, source, tokenizer_name, options, field, separator)
+    options["val_bytes"] = val_bytes
+    request = Request.checked(corpus_name, subset, source, tokenizer_name, options, field, separator, wanted)
     corpus = request.corpus
-    out = Path(out) if out else Path(__file__).resolve().parent / f"{corpus_name}-{request.tokenizer.name}"
-    folder = Path(os.path.abspath(out) + ".partial")
+    name = Path(wanted.dataset).name if wanted else corpus_name
+    out = resolved(out or Path(__file__).parent / f"{name}-{request.tokenizer.name}")
+    folder = out.with_name(f"{out.name}.partial")
 
     finished = open_data(out, verify) if (out / "COMPLETE").exists() else None
-    if not finished and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out} is in the way: it is not a finished data folder and not empty; give another --out")
     plan = finished.manifest if finished else unfinished_plan(folder)
     if merge and plan is None:
         raise DataError(f"there is nothing to merge: {folder} holds no parts")
     files = None
     if plan:
-        # Merging reads no source. For a folder that is finished the hub is not asked again.
-        read_source = not merge and (source is not None or not finished)
+        # Merging reads no source. For shards that are complete the hub is not asked again.
+        read_source = not merge and (source is not None or not (finished or (folder / "COMPLETE").exists()))
         files = request.check(plan, out if finished else folder, read_source)
     if finished:
         print(f"{out} is complete and as it should be; nothing to do")
@@ -98,7 +104,7 @@ def prepare(
                 write_json(folder / "plan.json", plan)
             downloads = folder / (f"downloads-{part[0]}" if part else "downloads")
             if keep_downloads:
-                downloads = Path(f"{os.path.abspath(out)}.downloads")
+                downloads = out.with_name(f"{out.name}.downloads")
             Part(plan, files, folder, part, downloads, keep_downloads).do(workers, sizes)
         if part and not merge:
             print(
@@ -132,7 +138,8 @@ class Part:
     def do(self, workers: int, sizes: Sizes) -> None:
         """Do the units of this part that are not finished."""
         self._clean_up()
-        progress = Progress(self.folder, self.plan["text_bytes"] // self.parts)
+        text_bytes = self.plan["text_bytes"]  # None where nobody knows
+        progress = Progress(self.folder, text_bytes and text_bytes // self.parts)
         for unit in filter(self._is_mine, finished_units(self.folder)):
             for records in json.loads(record_of(self.folder, unit).read_text())["shards"].values():
                 for record in records:
@@ -140,7 +147,7 @@ class Part:
         units = self._remaining(ahead=workers)
         if all(file.path for file in self.files):
             units = [unit for unit in units if unit]
-            in_processes = self.plan["text_bytes"] >= sizes.processes and len(units) > 1
+            in_processes = (text_bytes is None or text_bytes >= sizes.processes) and len(units) > 1
             most = len(units)
         else:
             in_processes, most = self.corpus.join == "rows" and self.corpus.reader is None, workers
@@ -251,6 +258,8 @@ def _lock(folder: Path, part: tuple[int, int] | None) -> TextIO:
 
 def _discard_if_empty(folder: Path) -> None:
     """Remove DIR.partial where nothing in it is worth continuing from."""
+    if (folder / "COMPLETE").exists():
+        return
     shards = any(path.with_suffix(".json").exists() for path in folder.glob("*.bin"))
     downloads = any(path.is_file() for path in folder.glob("downloads*/**/*"))
     if shards or downloads or finished_units(folder):
@@ -265,7 +274,9 @@ def _discard_if_empty(folder: Path) -> None:
 
 
 def _need_disk(folder: Path, plan: dict, files: list[File], tokenizer: Tokenizer) -> None:
-    """DataError where the disk has no room for the shards and for what is downloaded at a time."""
+    """DataError where the disk has no room for the shards and for what is downloaded at a time, if that is known."""
+    if plan["text_bytes"] is None:
+        return
     largest = max((file.bytes for file in files if not file.path), default=0)
     need = plan["text_bytes"] / tokenizer.bytes_per_token * tokenizer.dtype.itemsize + 2 * largest
     free = shutil.disk_usage(folder).free

@@ -40,7 +40,7 @@ class Corpus:
     join: str = "rows"  # a row is a document; or "articles", "whole": see JOINS in data/documents.py
     reader: Callable[[File], Documents] | None = None  # instead of data/readers.py
     val: tuple[str, ...] = ()
-    val_tokens: int | None = None  # the default of --val_tokens; 5 % where None
+    val_bytes: int | None = None  # at most so much text is validation, unless --val_bytes asks for more
     sha256: str | None = None  # of the sha256s of that revision's documents
     archive: str | None = None  # URL of the repository at its revision
     local: bool = False  # needs --source
@@ -77,7 +77,7 @@ def planned(plan: dict) -> Corpus:
 def subset_of(corpus: Corpus, name: str | None) -> tuple[str | None, Subset | None]:
     """Name and Subset that --subset asks for; the first where it asks for none. (None, None) where there are none."""
     if not corpus.subsets and name:
-        raise DataError("--subset does not apply: this corpus has no subsets")
+        raise DataError("--subset does not apply: this corpus has no subsets (a data set of the hub has --config)")
     name = name or next(iter(corpus.subsets), None)
     if name in corpus.subsets or name is None:
         return name, corpus.subsets.get(name)
@@ -166,12 +166,16 @@ CORPORA = {
         "your own",
         local=True,
     ),
+    "hub": Corpus(
+        "what the library `datasets` can load; --dataset: its name on the Hugging Face hub, or a folder",
+        "the data set's own",
+    ),
     "fineweb-edu": Corpus(
         "educational web pages; subsets are samples of 10, 100 and 350 B tokens, or a crawl by name (CC-MAIN-2024-10)",
         "ODC-By 1.0, and the terms of Common Crawl",
         repo="HuggingFaceFW/fineweb-edu",
         revision="87f09149ef4734204d70ed1d046ddc9ca3f2b8f9",
-        val_tokens=100_000_000,
+        val_bytes=430_000_000,
         subsets={
             "sample-10BT": Subset({"train": "sample/10BT/*.parquet"}, 9_950_000_000, 9_672_101, 28_518),
             "sample-100BT": Subset({"train": "sample/100BT/*.parquet"}, 99_500_000_000, 97_000_000, 285_000),
@@ -183,7 +187,7 @@ CORPORA = {
         "CC0 (the packaging; the pages are their authors')",
         repo="Skylion007/openwebtext",
         revision="79d93d786212f7344586290adb811d4ae6a1762c",
-        val_tokens=10_000_000,
+        val_bytes=43_000_000,
         subsets={"plain_text": Subset({"train": "plain_text/train-*.parquet"}, 9_040_000_000, 8_013_769, 24_200)},
     ),
     "wikitext-2": Corpus(

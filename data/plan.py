@@ -9,6 +9,7 @@ from pathlib import Path
 
 from data.corpora import CORPORA, Corpus, Subset, named, subset_of
 from data.documents import king_james_file
+from data.library import Wanted, expected_bytes, loaded_files
 from data.readers import File, estimated_bytes
 from data.shards import DataError, cores
 from data.sources import check_reading, identity_of, source_files
@@ -16,6 +17,7 @@ from data.split import validation_rule
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.units import Sizes, group_files
 
+GIVEN = ("field", "separator", "val_bytes", "hub")  # plans hold these only where they were given
 GPT2_BYTES = 4.3  # bytes of text per GPT-2 token, for the counts in the table of corpora
 # Files of DIR.partial that the published folder does not keep
 RECORD = re.compile(r"\d{5}-\d{5}-of-\d{5}(\.unit|\.[a-z]+_\d{5})\.json|plan\.json|.*\.tmp|lock.*")
@@ -31,7 +33,8 @@ class Request:
     subset: Subset | None
     source: Path | str | None
     tokenizer: Tokenizer
-    options: dict  # shard_tokens, val_tokens, long_tokens, skip_bad: with these the bytes change
+    options: dict  # shard_tokens, val_tokens, val_bytes, long_tokens, skip_bad: with these the bytes change
+    wanted: Wanted | None = None  # of the corpus `hub`
 
     @classmethod
     def checked(
@@ -43,6 +46,7 @@ class Request:
         options: dict,
         field: str | None = None,
         separator: str | None = None,
+        wanted: Wanted | None = None,
     ) -> "Request":
         """The request, its names looked up. DataError for what cannot be."""
         corpus = named(name, field, separator)
@@ -51,19 +55,41 @@ class Request:
                 raise DataError(f"--{option} must be at least 1, not {value}")
         if corpus.local and source is None:
             raise DataError(f"corpus {name} needs --source PATH: {corpus.description}")
-        if name == "builtin" and source is not None:
-            raise DataError("corpus builtin takes no --source; for your own text take the corpus `files`")
-        return cls(
-            name, corpus, *subset_of(corpus, subset), source, load_tokenizer(tokenizer or corpus.tokenizer), options
-        )
+        if options.get("val_tokens") is not None and options.get("val_bytes") is not None:
+            raise DataError("--val_tokens and --val_bytes both say how much validation to aim at; give one")
+        if name in ("builtin", "hub") and source is not None:
+            raise DataError(f"corpus {name} takes no --source; for your own text take the corpus `files`")
+        if name == "hub" and not (wanted and wanted.dataset):
+            raise DataError("corpus hub needs --dataset NAME, a name on the hub or a folder")
+        if name == "hub" and separator is not None:
+            raise DataError("--separator does not apply: a data set of the hub has rows")
+        if name != "hub" and wanted:
+            given = ", ".join(f"--{option}" for option, value in vars(wanted).items() if value)
+            raise DataError(f"{given}: only for the corpus hub, not for {name}")
+        tokenizer = load_tokenizer(tokenizer or corpus.tokenizer)
+        return cls(name, corpus, *subset_of(corpus, subset), source, tokenizer, options, wanted)
 
-    def reading(self) -> dict[str, str]:
-        """The --field and --separator that differ from the corpus's own: plans and manifests have no others."""
+    def given(self) -> dict:
+        """The options of GIVEN that were given.
+
+        Plans and manifests hold no others, so those of commands without them are as they were before these existed.
+        """
         now, own = (vars(corpus) for corpus in (self.corpus, named(self.name)))
-        return {key: now[key] for key in ("field", "separator") if now[key] != own[key]}
+        given = {key: now[key] for key in GIVEN[:2] if now[key] != own[key]}
+        if self.options.get("val_bytes") is not None:
+            given["val_bytes"] = self.options["val_bytes"]
+        return given | ({"hub": vars(self.wanted)} if self.wanted else {})
+
+    def val_bytes(self) -> int | None:
+        """Bytes of text to aim at for validation, if any number was given."""
+        if self.options["val_tokens"] is not None:
+            return round(self.options["val_tokens"] * self.tokenizer.bytes_per_token)
+        return self.options["val_bytes"]
 
     def files(self, revision: str | None) -> tuple[str | None, list[File]]:
         """Revision and files of what is to be read: those of the hub at `revision`."""
+        if self.wanted:
+            return loaded_files(self.wanted, revision, self.corpus.field)
         return source_files(self.corpus, self.subset, self.source, revision)
 
     def check(self, plan: dict, folder: Path, read_source: bool) -> list[File] | None:
@@ -84,8 +110,8 @@ class Request:
         """How the request differs from a plan, the text of the source left aside."""
         now = {"dataset": self.name, "subset": self.subset_name, "tokenizer": self.tokenizer.name} | self.options
         there = plan | {"tokenizer": plan["tokenizer"]["name"]}
-        for key in ("field", "separator"):
-            now[key], there[key] = repr(self.reading().get(key)), repr(plan.get(key))
+        for key in GIVEN:
+            now[key], there[key] = repr(self.given().get(key)), repr(plan.get(key))
         differ = [f"{key} {there[key]} there, {now[key]} now" for key in there if key in now and there[key] != now[key]]
         if plan["tokenizer"]["sha256"] != self.tokenizer.sha256:
             differ.append(f"another vocabulary of {self.tokenizer.name}")
@@ -95,31 +121,30 @@ class Request:
 def make_plan(request: Request, revision: str | None, files: list[File], sizes: Sizes) -> dict:
     """The plan for a request. It settles every byte of the shards."""
     corpus, tokenizer, options = request.corpus, request.tokenizer, request.options
-    check_reading(files, request.reading())
+    survey = sizes.survey
+    check_reading(files, request.given())
     if request.subset and request.source is None:
-        text_bytes = request.subset.tokens * GPT2_BYTES
-        expected, text_bytes = max(1, round(text_bytes / tokenizer.bytes_per_token)), round(text_bytes)
+        text_bytes, survey = round(request.subset.tokens * GPT2_BYTES), 0  # it is not downloaded yet
+    elif all(file.bytes or not file.stream for file in files):
+        text_bytes = estimated_bytes(files, corpus.field)
     else:
-        expected, text_bytes = None, estimated_bytes(files, corpus.field)
-    unit_bytes = min(max(text_bytes // 64, sizes.least_unit), sizes.unit)
-    rule = validation_rule(
-        corpus, files, tokenizer, options["val_tokens"], text_bytes, expected, options["skip_bad"], sizes.survey
-    )
+        text_bytes = None
+    unit_bytes = sizes.unit if text_bytes is None else min(max(text_bytes // 64, sizes.least_unit), sizes.unit)
+    rule = validation_rule(corpus, files, request.val_bytes(), text_bytes, options["skip_bad"], survey)
+    fingerprints = dict(file.fingerprint for file in files if file.fingerprint)  # of the library `datasets`
+    licences = {file.table.info.license for file in files if file.table is not None}
     return {
         "dataset": request.name,
         "subset": request.subset_name,
         "revision": revision,
-        "licence": corpus.licence,
-        "source": {
-            "files": len(files),
-            "file_bytes": sum(file.bytes for file in files),
-            "identity": identity_of(files),
-        },
+        "licence": ", ".join(sorted(filter(None, licences))) or corpus.licence,
+        "source": {"files": len(files), "file_bytes": sum(file.bytes for file in files), "identity": identity_of(files)}
+        | ({"fingerprint": fingerprints} if fingerprints else {}),
         "tokenizer": {key: getattr(tokenizer, key) for key in ("name", "sha256", "n_vocab", "eot", "version")},
         "vocab_size": tokenizer.n_vocab,
         "dtype": tokenizer.dtype.name,
-        **options,
-        **request.reading(),
+        **{key: value for key, value in options.items() if key not in GIVEN},
+        **request.given(),
         "text_bytes": text_bytes,
         "unit_bytes": unit_bytes,
         "groups": len(group_files(files, corpus, unit_bytes)),
@@ -148,13 +173,16 @@ def estimate(
     subset_name: str | None = None,
     field: str | None = None,
     separator: str | None = None,
+    wanted: Wanted | None = None,
 ) -> str:
     """Tokens, disk space and minutes on this machine for a corpus, in a sentence. Nothing is downloaded or written."""
-    request = Request.checked(name, subset_name, source, tokenizer_name, {}, field, separator)
+    request = Request.checked(name, subset_name, source, tokenizer_name, {}, field, separator, wanted)
     corpus, subset, tokenizer = request.corpus, request.subset, request.tokenizer
     if source is None and (subset or corpus.archive):
         text_bytes, megabytes = (subset.tokens * GPT2_BYTES, subset.megabytes) if subset else (76e6, 30)
         where = f"; {megabytes:,} MB to download, a file at a time, take their own time"
+    elif wanted:
+        text_bytes, where = expected_bytes(wanted), "; that is of all columns and splits, and loading takes its time"
     else:
         text_bytes, where = estimated_bytes(request.files(None)[1], corpus.field), ""
     tokens, rate = text_bytes / tokenizer.bytes_per_token, _bytes_per_second(tokenizer, workers)

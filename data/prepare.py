@@ -12,6 +12,7 @@ import _root
 
 from data.build import LONG_TOKENS, SHARD_TOKENS, prepare
 from data.corpora import CORPORA, listing
+from data.library import Wanted
 from data.plan import estimate
 from data.shards import DataError, cores, unknown
 from data.split import VAL_FRACTION
@@ -51,6 +52,17 @@ def make_parser() -> argparse.ArgumentParser:
         r"(\n, \t, \x1e and so on are read as such; default: a file is one document)",
     )
     add("--subset", metavar="NAME", help="of the corpus, as --list has them (default: the first)")
+    hub = parser.add_argument_group("only for the corpus hub").add_argument
+    hub("--dataset", metavar="NAME", help="what datasets.load_dataset loads: a name on the hub, or a folder")
+    hub("--config", metavar="C", help="of a data set that has several")
+    hub(
+        "--split",
+        metavar="S",
+        help="read this split alone, or for example train[:10%%]; some of it is validation (default: the data set's "
+        "own train, validation and test, or else train)",
+    )
+    hub("--revision", metavar="R", help="commit, branch or tag (default: the newest; the manifest has the commit)")
+    hub("--streaming", action="store_true", help="read over the network as it goes, and keep nothing of it")
     bytewise = ", ".join(name for name, corpus in CORPORA.items() if corpus.tokenizer != "gpt2")
     add("--tokenizer", metavar="NAME", help=f"{', '.join(TOKENIZERS)} (default: gpt2; byte for {bytewise})")
     add(
@@ -62,13 +74,14 @@ def make_parser() -> argparse.ArgumentParser:
         "(default: %(default)s)",
     )
     add(
-        "--val_tokens",
+        "--val_bytes",
         metavar="N",
         type=int,
-        help="tokens to aim at for validation, which takes whole documents by the hash of their text; not for corpora "
-        f"that have their own validation (default: {VAL_FRACTION:.0%}% of an estimate; fineweb-edu 100 M and "
-        "openwebtext 10 M at most)",
+        help="bytes of text to aim at for validation, which takes whole documents by the hash of their text, the same "
+        f"for every tokenizer; not for corpora that have their own validation (default: {VAL_FRACTION:.0%}% of an "
+        "estimate; fineweb-edu 430 MB and openwebtext 43 MB at most)",
     )
+    add("--val_tokens", metavar="N", type=int, help="likewise in tokens; then another tokenizer takes other documents")
     add(
         "--long_tokens",
         metavar="N",
@@ -118,8 +131,11 @@ def run(args: argparse.Namespace, sizes: Sizes) -> None:
     if args.corpus is None:
         raise DataError(f"which corpus? One of {', '.join(CORPORA)}")
     separator = None if args.separator is None else unescaped(args.separator)
+    hub = {name: getattr(args, name) for name in ("dataset", "config", "split", "revision", "streaming")}
+    wanted = Wanted(**hub) if any(hub.values()) else None
     if args.dry_run:
-        print(estimate(args.corpus, args.source, args.tokenizer, args.workers, args.subset, args.field, separator))
+        rows = {"field": args.field, "separator": separator, "wanted": wanted}
+        print(estimate(args.corpus, args.source, args.tokenizer, args.workers, args.subset, **rows))
         return
     part = None
     if args.part is not None:
@@ -145,6 +161,8 @@ def run(args: argparse.Namespace, sizes: Sizes) -> None:
         verify={None: None, "quick": False, "full": True}[args.verify],
         field=args.field,
         separator=separator,
+        val_bytes=args.val_bytes,
+        wanted=wanted,
         sizes=sizes,
     )
     if data:

@@ -16,7 +16,7 @@ def note(message: str) -> None:
 class Progress:
     """The bar: MB/s of text and time left, with documents, tokens, tokens/s and the free disk space."""
 
-    def __init__(self, folder: Path, expected_bytes: int):
+    def __init__(self, folder: Path, expected_bytes: int | None):
         self.folder, self.start, self.documents, self.tokens, self.new_tokens = folder, time.monotonic(), 0, 0, 0
         self.bar = tqdm(
             desc="tokenizing",

@@ -1,6 +1,7 @@
 """Turns finished units into a finished data folder: final names, manifest, figure of lengths, verification."""
 
 import collections
+import errno
 import hashlib
 import json
 import os
@@ -37,7 +38,11 @@ def join_units(folder: Path, plan: dict, corpus: Corpus) -> None:
             raise DataError(
                 f"there is no {split} document: the source has {counts['documents']:,} documents and "
                 f"{counts['empty']:,} empty ones"
-                + (f"; validation is {', '.join(corpus.val)}" if corpus.val else "; give another --val_tokens")
+                + (
+                    f"; validation is {', '.join(corpus.val)}"
+                    if corpus.val
+                    else "; give another --val_tokens or --val_bytes"
+                )
             )
     counts["bytes"] = sum(record["bytes"] for records in splits.values() for record in records)
     digests = [unit["sha256"] for unit in units]
@@ -63,15 +68,56 @@ def join_units(folder: Path, plan: dict, corpus: Corpus) -> None:
     )
 
 
+def resolved(out: Path | str) -> Path:
+    """The absolute path of --out, links followed, since a folder can be renamed neither to a link nor across disks.
+
+    DataError where it cannot end well: in a circle of links, in the folder that the user is in, or where something is
+    that a folder cannot replace. An empty folder can be replaced, unless it is a mount point.
+    """
+    try:
+        path = Path(out).resolve()
+        if (path / "COMPLETE").exists() or not path.exists():
+            return path
+        if path == Path.cwd():
+            raise DataError(f"--out {out} is the folder you are in; give one of its own, such as {path / 'data'}")
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"--out {out} cannot be used ({error}); give another --out") from None
+    try:
+        path.rmdir()  # the last step replaces it; better to know now whether that can be
+        path.mkdir(exist_ok=True)
+    except FileNotFoundError:
+        pass  # another part, on another machine, is trying the same
+    except OSError as error:
+        raise _in_the_way(path, error) from None
+    return path
+
+
+def _in_the_way(out: Path, error: OSError) -> DataError:
+    if error.errno == errno.EBUSY:
+        return DataError(f"{out} is a mount point, which a folder cannot replace; give a folder in it as --out")
+    if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+        return DataError(f"{out} is in the way: it is not a finished data folder and not empty; give another --out")
+    return DataError(f"{out} cannot be replaced ({error.strerror}); give another --out")
+
+
 def publish(folder: Path, out: Path) -> None:
-    """Verify the complete folder, delete the records of its units, and rename it to `out`."""
+    """Verify the complete folder, delete the records of its units, and rename it to `out`.
+
+    DataError where `out` is in the way now. `folder` is then complete, and the same command only renames it.
+    """
     open_data(folder)
     for path in sorted(folder.iterdir(), key=lambda path: path.name == "plan.json"):  # that one last
         if path.name.startswith("downloads") and path.is_dir():
             shutil.rmtree(path)
         elif RECORD.fullmatch(path.name):
             path.unlink()
-    os.replace(folder, out)
+    try:
+        os.replace(folder, out)
+    except OSError as error:
+        raise DataError(
+            f"{_in_the_way(out, error)}. Nothing is lost: {folder} is complete, and the same command renames it when "
+            f"{out} is free"
+        ) from None
 
 
 def _all_units(folder: Path, groups: int) -> list[dict]:

@@ -14,7 +14,7 @@ import lzma
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,15 +31,15 @@ SUFFIXES = {  # of files that are read → their kind
     ".ndjson": ".jsonl",
 }
 COMPRESSED = {".gz": 2.7, ".bz2": 3.3, ".xz": 3.5, ".zst": 2.9}  # bytes of text per byte on disk, typically
-# Files that the `datasets` library and the hub put beside the data
 # Types of pyarrow that hold text; bytes must be UTF-8
 STRINGS = (
     *("string", "large_string", "string_view"),
     *("binary", "large_binary", "binary_view", "fixed_size_binary"),
     "null",
 )
+# Files that the `datasets` library and the hub put beside the data
 METADATA = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
-PARQUET_RATIO = 1.55  # likewise
+PARQUET_RATIO = 1.55  # bytes of text per byte on disk, likewise
 
 Documents = Iterator[tuple[str, str]]  # (name, text) of each
 
@@ -53,6 +53,9 @@ class File:
     identity: str  # hex digest that changes with the content
     split: str | None = None  # of a corpus that has its own splits
     path: str | None = None  # where the file is; None until it is downloaded
+    table: object = field(default=None, compare=False, repr=False)  # of the library `datasets`: see data/library.py
+    stream: tuple[int, int] | None = None  # of a table that is streamed, how many files it has, and which this is
+    fingerprint: tuple[str, str] | None = None  # of a table: its split, and the library's own fingerprint of it
 
 
 class Bad:
@@ -184,7 +187,7 @@ def estimated_bytes(files: Iterable[File], field: str) -> int:
     """Bytes of text in files, without reading them: from parquet's metadata, or else from the size on disk."""
     total = 0
     for file in files:
-        kind, packed = kind_of(file.name) or ("", "")
+        kind, packed = ("", "") if file.table is not None else kind_of(file.name) or ("", "")
         if kind == ".parquet" and file.path:
             total += sum(row_group_bytes(file.path, field))
         else:
@@ -463,7 +466,7 @@ def _read_parquet(path: Path, name: str, field: str, bad: Bad, start: int | None
         bad("files", f"{path} cannot be read: {error}")
         return
     with f:
-        names, problem = _text_column(f.schema_arrow, field)
+        names, problem = text_column(f.schema_arrow, field)
         if problem:
             if not start:  # else the file's first range says it
                 bad("files", f"{path}: {problem}")
@@ -480,14 +483,14 @@ def _read_parquet(path: Path, name: str, field: str, bad: Bad, start: int | None
                     values = batch.column(batch.schema.names.index(names[0]))
                     if names[1:]:
                         values = pyarrow.compute.struct_field(values, names[1:])
-                    for text in _texts(values, bad, path, row):
+                    for text in texts_of(values, bad, path, row):
                         row += 1
                         yield f"{name}:{row}", text
             except (pyarrow.ArrowException, OSError) as error:
                 bad("row groups", f"{path}, row group {group} cannot be read: {error}")
 
 
-def _text_column(schema, field: str) -> tuple[list[str], str | None]:
+def text_column(schema, field: str) -> tuple[list[str], str | None]:
     """The names that lead to a column of text, or to a field of its structs; and what is wrong with it, or None."""
     names = [field] if field in schema.names else field.split(".")
     if schema.names.count(names[0]) > 1:
@@ -509,7 +512,7 @@ def _is_text(kind) -> bool:
     return str(kind).split("[")[0] in STRINGS
 
 
-def _texts(values, bad: Bad, path: Path, row: int) -> list[str]:
+def texts_of(values, bad: Bad, path: Path, row: int) -> list[str]:
     """The texts of a pyarrow array that follows `row` rows of the file. "" for a text that is not UTF-8."""
     try:
         return [value if isinstance(value, str) else _joined(value) for value in values.to_pylist()]

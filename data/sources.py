@@ -9,6 +9,7 @@ from pathlib import Path
 from data.corpora import SPLITS, Corpus, Subset
 from data.documents import king_james_file
 from data.hub import hub_files
+from data.library import is_saved, saved_files
 from data.progress import note
 from data.readers import Bad, File, find_files, kind_of, read_file
 from data.shards import DataError
@@ -21,6 +22,8 @@ def source_files(
 
     The revision that is returned is a commit, or None where it is not known, as for a --source.
     """
+    if source is not None and not corpus.reader and is_saved(source):
+        return None, saved_files(source, corpus.field)
     if source is not None and corpus.reader:
         source, listed = Path(source), local_files(corpus, source)
         identity = _sha256([[file.name, file.identity] for file in listed])
@@ -64,7 +67,8 @@ def check_reading(files: list[File], reading: dict[str, str]) -> None:
 
 def identity_of(files: list[File]) -> str:
     """Hex sha256 that changes with the name, the size, the content or the split of a file."""
-    return _sha256([[file.name, file.bytes, file.identity, file.split] for file in files])
+    # The size of a stream is known only where the library has loaded it before.
+    return _sha256([[file.name, 0 if file.stream else file.bytes, file.identity, file.split] for file in files])
 
 
 def _split_of(name: str) -> str:

@@ -13,10 +13,9 @@ from data.corpora import Corpus
 from data.progress import note
 from data.readers import Bad, Documents, File
 from data.shards import DataError
-from data.tokenizer import Tokenizer
 from data.units import cut_group, group_files, read_unit
 
-VAL_FRACTION = 0.05  # unless the corpus has its own validation, or --val_tokens is given
+VAL_FRACTION = 0.05  # unless the corpus has its own validation, or --val_bytes or --val_tokens is given
 
 Assigned = Iterator[tuple[str, str, str, bytes]]  # split, name, text, sha256 of the document's text
 
@@ -42,11 +41,11 @@ def fraction(digest: bytes) -> float:
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
 
 
-def survey(corpus: Corpus, files: list[File], bad: Bad, unit_bytes: int) -> Survey:
-    """Read the documents of a small source once."""
+def survey(corpus: Corpus, files: list[File], bad: Bad, survey_bytes: int, most: float) -> Survey | None:
+    """Read the documents of a small source once. None where they have more than `most` bytes."""
     seen = Survey()
-    for number, group in enumerate(group_files(files, corpus, unit_bytes)):
-        for unit in cut_group(number, group, corpus, unit_bytes):
+    for number, group in enumerate(group_files(files, corpus, survey_bytes)):
+        for unit in cut_group(number, group, corpus, survey_bytes):
             for _, text in read_unit(unit, corpus, bad):
                 if not text or text.isspace():
                     seen.empty += 1
@@ -54,6 +53,8 @@ def survey(corpus: Corpus, files: list[File], bad: Bad, unit_bytes: int) -> Surv
                     place = fraction(text_sha256(text))
                     seen.documents, seen.bytes = seen.documents + 1, seen.bytes + len(text.encode())
                     seen.low, seen.high = min(seen.low, place), max(seen.high, place)
+                    if seen.bytes > most:
+                        return None
     if not seen.documents:
         what = f"every document is empty ({seen.empty:,})" if seen.empty else "it has no documents"
         left_out = [f"{count:,} bad {kind} left out" for kind, count in bad.counts.items()]
@@ -62,54 +63,56 @@ def survey(corpus: Corpus, files: list[File], bad: Bad, unit_bytes: int) -> Surv
 
 
 def validation_rule(
-    corpus: Corpus,
-    files: list[File],
-    tokenizer: Tokenizer,
-    asked: int | None,
-    text_bytes: int,
-    expected: int | None,
-    skip_bad: bool,
-    survey_bytes: int,
+    corpus: Corpus, files: list[File], asked: int | None, text_bytes: int | None, skip_bad: bool, survey_bytes: int
 ) -> dict:
     """The rule that sends a document to validation, as the manifest records it. Its `kind` is own, names, hash or cut.
 
-    asked: --val_tokens. text_bytes: of the whole corpus, about. expected: its tokens, where the table of corpora has
-    them. Where it has not, a source of at most `survey_bytes` is read, so that each side gets a document.
+    asked: bytes of text to aim at. text_bytes: of the whole corpus, about; None where nobody knows. The share of bytes
+    decides, so that every tokenizer has the same validation documents. A source of at most `survey_bytes` is read
+    before, so that each side gets a document. So is one of unknown size, until it turns out to be larger.
     """
-    if corpus.own_splits or corpus.val:
+    own = any(file.split == "val" for file in files)
+    if own or corpus.val:
         if asked is not None:
             why = "names its validation documents" if corpus.val else "has a validation split of its own"
-            raise DataError(f"--val_tokens does not apply: this corpus {why}")
+            raise DataError(f"--val_bytes or --val_tokens does not apply: this corpus {why}")
         return {"kind": "names", "documents": list(corpus.val)} if corpus.val else {"kind": "own"}
     seen = None
-    if expected is None:
-        if text_bytes <= survey_bytes:
-            seen = survey(corpus, files, Bad(skip_bad), survey_bytes)
-            text_bytes = seen.bytes
-        expected = max(1, round(text_bytes / tokenizer.bytes_per_token))
-    if asked is None:
-        asked = max(1, min(corpus.val_tokens or expected, round(VAL_FRACTION * expected)))
-    counts, share = {"val_tokens": asked, "expected_tokens": expected}, asked / expected
+    if text_bytes is None or text_bytes <= survey_bytes:
+        most = survey_bytes if text_bytes is None else math.inf
+        seen = survey(corpus, files, Bad(skip_bad), survey_bytes, most)
+        text_bytes = seen.bytes if seen else None
+    share = VAL_FRACTION
+    if text_bytes is None and asked is not None:
+        raise DataError(
+            "--val_bytes or --val_tokens does not apply: nobody knows how large the source is; without it, 5 % is taken"
+        )
+    if asked is not None:
+        share = asked / text_bytes
+    elif corpus.val_bytes:
+        share = min(share, corpus.val_bytes / text_bytes)
+    counts = {"val_bytes": None if text_bytes is None else round(share * text_bytes), "text_bytes": text_bytes}
     if seen and seen.documents == 1:
         note("there is a single document: its end, from a line break on, is the validation document")
         return {"kind": "cut"} | counts | {"share": min(share, 0.5)}
-    return {"kind": "hash"} | counts | {"sha256_fraction_below": _threshold(share, asked, expected, seen)}
+    return {"kind": "hash"} | counts | {"sha256_fraction_below": _threshold(share, counts["val_bytes"], seen)}
 
 
-def _threshold(share: float, asked: int, expected: int, seen: Survey | None) -> float:
+def _threshold(share: float, asked: int | None, seen: Survey | None) -> float:
     """Texts whose `fraction` is below this go to validation. It is `share`, unless a side would be empty."""
     if seen and seen.low == seen.high:
         raise DataError(f"all {seen.documents} documents are the same, so none can be kept for validation")
     if seen and share <= seen.low:
-        note(f"{asked:,} validation tokens would take no document; the one with the smallest hash is taken")
+        note(f"{asked:,} bytes of validation would take no document; the one with the smallest hash is taken")
         return math.nextafter(seen.low, 1)
     if seen and share > seen.high:
         note(
-            f"{asked:,} validation tokens would take every document; the one with the largest hash is left for training"
+            f"{asked:,} bytes of validation would take every document; the one with the largest hash is left for "
+            f"training"
         )
         return seen.high
     if share >= 1:
-        raise DataError(f"--val_tokens {asked:,} is the whole corpus, which has about {expected:,} tokens")
+        raise DataError(f"so much validation, {asked:,} bytes of text, is the whole corpus; take less")
     return share
 
 

@@ -48,7 +48,8 @@ def summary(data: Data) -> str:
         lengths = ", ".join(
             f"{share:.0%} {quantile(manifest['lengths'][split], share):,}" for share in (0.05, 0.25, 0.5, 0.75, 0.95)
         )
-        aimed = f"; {rule['val_tokens']:,} were aimed at" if split == "val" and "val_tokens" in rule else ""
+        asked = rule.get("val_bytes") if split == "val" else None
+        aimed = f"; {asked:,} bytes of text were aimed at" if asked else ""
         lines.append(
             f"  {split} {total['tokens']:,} tokens in {total['documents']:,} documents and {len(shards)} shards "
             f"({total['bytes'] / (total['tokens'] - total['documents']):.3f} bytes a token); "

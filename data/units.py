@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from data.corpora import Corpus
 from data.documents import JOINS
+from data.library import row_ranges, rows
 from data.readers import Bad, Documents, File, kind_of, read_file, row_group_bytes
 from data.tokenizer import PIECE
 
@@ -50,7 +51,7 @@ class UnitId(NamedTuple):
 
 @dataclass(frozen=True)
 class Unit:
-    """A unit of work: all of its files, or a range of the row groups (.parquet) or bytes (.jsonl) of one file."""
+    """A unit of work: all of its files, or a range of one: rows of a table, row groups (.parquet), bytes (.jsonl)."""
 
     id: UnitId
     split: str | None  # of a corpus that has its own splits
@@ -86,7 +87,9 @@ def cut_group(number: int, group: list[File], corpus: Corpus, unit_bytes: int) -
 
 
 def _ranges(file: File, field: str, unit_bytes: int) -> list[tuple[int, int]]:
-    """Ranges of row groups or bytes of about `unit_bytes`. [] where the file is read whole."""
+    """Ranges of rows, row groups or bytes of about `unit_bytes`. [] where the file is read whole."""
+    if file.table is not None:
+        return row_ranges(file, unit_bytes)
     kind = kind_of(file.name)
     if kind == (".parquet", ""):
         ranges, start, size = [], 0, 0
@@ -107,12 +110,14 @@ def read_unit(unit: Unit, corpus: Corpus, bad: Bad) -> Documents:
     if corpus.reader:
         rows = (row for file in unit.files for row in corpus.reader(file))
     else:
-        rows = (
-            row
-            for file in unit.files
-            for row in read_file(file, corpus.field, bad, unit.start, unit.stop, corpus.separator)
-        )
+        rows = (row for file in unit.files for row in _rows(file, unit, corpus, bad))
     yield from JOINS[corpus.join](rows)
+
+
+def _rows(file: File, unit: Unit, corpus: Corpus, bad: Bad) -> Documents:
+    if file.table is not None:
+        return rows(file, corpus.field, bad, unit.start, unit.stop)
+    return read_file(file, corpus.field, bad, unit.start, unit.stop, corpus.separator)
 
 
 def record_of(folder: Path, unit: UnitId) -> Path:

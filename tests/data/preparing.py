@@ -112,10 +112,10 @@ def all_documents(data):
 # ---- the command as a process ----
 
 
-def start(out, *options, source=None, corpus="fineweb-edu", fault=None, env=None, **popen):
+def start(out, *options, source=None, corpus="fineweb-edu", val_tokens=20_000, fault=None, env=None, **popen):
     """The command with small units, as a process. fault: see prepare_small.py. env: the environment, if not ours."""
     command = [sys.executable, Path(__file__).with_name("prepare_small.py"), corpus, "--out", out]
-    command += ["--shard_tokens", 20_000, "--val_tokens", 20_000]
+    command += ["--shard_tokens", 20_000] + ([] if val_tokens is None else ["--val_tokens", val_tokens])
     command += [] if source is None else ["--source", source]
     command += options if "--workers" in options else ["--workers", 1, *options]
     environment = {name: value for name, value in (env or os.environ).items() if name != "FAULT"}

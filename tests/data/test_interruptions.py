@@ -1,5 +1,7 @@
 """Runs that are killed, interrupted, divided among machines or out of disk space: the same command continues."""
 
+import errno
+import os
 import random
 import resource
 import shutil
@@ -11,6 +13,7 @@ from preparing import contents, finish, start, times
 
 from data.prepare import prepare
 from data.shards import DataError, open_data
+from data.units import Sizes
 
 SHARD = r"\.bin\.\d+\.tmp$"  # opened when a shard begins
 FINISHED = r"-of-\d+\.\w+\.bin$"  # renamed to when a shard is finished
@@ -179,3 +182,75 @@ def test_what_was_written_is_checked_before_it_takes_its_place(corpus, tmp_path)
     message = finish(start(tmp_path / "out", source=corpus[0], fault=["os.rename", "COMPLETE", 1, "damage a shard"]), 1)
     assert "out.partial/val_00000.bin was altered" in message
     assert not (tmp_path / "out").exists()
+
+
+# ---- the last step ----
+
+
+def test_links_are_followed(corpus, whole, tmp_path):
+    """To a folder, and to one that is not there yet: the link stays, and points to the finished folder."""
+    (tmp_path / "real").mkdir()
+    for name, target in (("out", "real"), ("dangling", "not/yet")):
+        (tmp_path / name).symlink_to(tmp_path / target)
+        finish(start(tmp_path / name, source=corpus[0]))
+        assert (tmp_path / name).is_symlink() and contents(tmp_path / target) == contents(whole.folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "not", "out", "real"]
+
+
+def appear_as_folder(out):
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+
+
+def appear_as_link(out):
+    out.with_name("elsewhere").mkdir()
+    out.symlink_to(out.with_name("elsewhere"))
+
+
+@pytest.mark.parametrize("appear", [appear_as_folder, appear_as_link, lambda out: out.write_text("mine")])
+def test_something_appears_at_the_last_moment(corpus, whole, tmp_path, monkeypatch, appear):
+    """Nothing that is complete is lost, and the same command finishes without doing work again."""
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    rename = os.replace
+
+    def replace(old, new):
+        if new == out and not os.path.lexists(out):
+            appear(out)
+        rename(old, new)
+
+    monkeypatch.setattr("os.replace", replace)
+    options = {"shard_tokens": 20_000, "val_tokens": 20_000, "sizes": Sizes(least_unit=20_000, batch=10_000)}
+    with pytest.raises(DataError, match=f"{out} .*Nothing is lost: {partial} is complete"):
+        prepare("fineweb-edu", out, corpus[0], **options)
+    made = times(partial, "*.bin")
+    monkeypatch.setattr("os.replace", rename)
+    if out.is_symlink() or not out.is_dir():
+        out.unlink()
+    else:
+        with pytest.raises(DataError, match="in the way"):
+            prepare("fineweb-edu", out, corpus[0], **options)
+        out.rename(tmp_path / "moved")
+    prepare("fineweb-edu", out, corpus[0], **options)
+    assert contents(out) == contents(whole.folder) and times(out, "*.bin") == made
+
+
+def test_refused_before_the_work(source, tmp_path, monkeypatch):
+    """What the last step could not replace: a mount point, a circle of links, the folder that one is in."""
+
+    def remove(path):
+        raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+
+    (tmp_path / "disk").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.rmdir", remove)
+        with pytest.raises(DataError, match="disk is a mount point"):
+            prepare("files", tmp_path / "disk", source, "byte")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    with pytest.raises(DataError, match="circle cannot be used"):
+        prepare("files", tmp_path / "circle", source, "byte")
+    with pytest.raises(DataError, match="name too long"):
+        prepare("files", tmp_path / ("long" * 99), source, "byte")
+    monkeypatch.chdir(tmp_path / "disk")
+    with pytest.raises(DataError, match="is the folder you are in"):
+        prepare("files", ".", source, "byte")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["circle", "disk", source.name]

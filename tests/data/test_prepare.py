@@ -48,7 +48,7 @@ def test_every_document_comes_back(corpus, whole):
     assert manifest["dataset"] == "fineweb-edu" and manifest["revision"] is None
     assert manifest["tokenizer"]["version"].startswith("tiktoken ")
     assert all(record["tokens"] <= 20_000 for records in manifest["splits"].values() for record in records)
-    assert manifest["val_rule"]["val_tokens"] == 20_000 and 10_000 < len(whole.split("val")) < 30_000
+    assert manifest["val_rule"]["val_bytes"] == 86_000 and 10_000 < len(whole.split("val")) < 30_000
     there = sorted(["COMPLETE", "manifest.json", "lengths.png", *shard_contents(whole.folder)])
     assert sorted(contents(whole.folder)) == there
 
@@ -125,6 +125,7 @@ def test_second_run_verifies_and_refuses_other_options(tmp_path, source, capsys)
         (dict(tokenizer="gpt2"), "tokenizer"),
         (dict(shard_tokens=99), "shard_tokens"),
         (dict(val_tokens=9999), "val_tokens"),
+        (dict(val_bytes=9999), "val_bytes"),
         (dict(skip_bad=True), "skip_bad"),
     ):
         with pytest.raises(DataError, match=f"other options.*{message}"):
@@ -179,6 +180,15 @@ def test_command_line(tmp_path, source):
         ("builtin --long_tokens 0", "--long_tokens must be at least 1, not 0"),
         ("builtin --workers 0", "--workers must be at least 1, not 0"),
         ("builtin --val_tokens 9", "names its validation documents"),
+        ("builtin --val_bytes 9", "names its validation documents"),
+        ("files --source IN --val_bytes 9 --val_tokens 9", "give one"),
+        ("files --source IN --dataset x --streaming", "--dataset, --streaming: only for the corpus hub, not for files"),
+        ("hub", "hub needs --dataset NAME"),
+        ("hub --split train", "hub needs --dataset NAME"),
+        ("hub --dataset x --source IN", "corpus hub takes no --source"),
+        ("hub --dataset x --separator y", "--separator does not apply"),
+        ("hub --dataset x --subset y", "--config"),
+        ("hub --dataset x --keep_downloads", "--keep_downloads does not apply"),
         ("builtin --source IN", "corpus builtin takes no --source"),
         ("builtin --out FILE/x", "Not a directory"),
         ("builtin --out FILE", "is in the way"),

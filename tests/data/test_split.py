@@ -5,9 +5,11 @@ import hashlib
 import pytest
 from preparing import TEXTS, documents, files, write_jsonl
 
+from data.corpora import named, subset_of
 from data.prepare import prepare
+from data.readers import find_files
 from data.shards import DataError
-from data.split import fraction
+from data.split import fraction, validation_rule
 from data.units import Sizes
 
 
@@ -20,21 +22,43 @@ def test_hash_rule(tmp_path, source):
     rule, n_bytes = data.manifest["val_rule"], sum(len(text.encode()) for text in TEXTS)
     assert rule == {
         "kind": "hash",
-        "val_tokens": 20_000,
-        "expected_tokens": n_bytes,
+        "val_bytes": 20_000,
+        "text_bytes": n_bytes,
         "sha256_fraction_below": 20_000 / n_bytes,
     }
     val = [text for text in TEXTS if in_val(text, 20_000 / n_bytes)]
     assert 5 < len(val) < 60  # of 120: the rule does choose
     assert documents(data, "val") == val
     assert documents(data, "train") == [text for text in TEXTS if text not in val]  # whole, and in order
-    assert files(tmp_path, source, "default").manifest["val_rule"]["val_tokens"] == round(0.05 * n_bytes)
-    gpt2 = files(tmp_path, source, "gpt2", tokenizer="gpt2").manifest["val_rule"]
-    assert gpt2["expected_tokens"] == round(n_bytes / 4.3)
+    assert documents(files(tmp_path, source, "bytes", val_bytes=20_000), "val") == val
+    gpt2 = files(tmp_path, source, "gpt2", tokenizer="gpt2", val_tokens=5_000).manifest["val_rule"]
+    assert gpt2["val_bytes"] == round(5_000 * 4.3)
+
+
+@pytest.mark.parametrize("options", [{}, {"val_bytes": 9_000}])
+def test_every_tokenizer_has_the_same_validation(tmp_path, source, corpus, options):
+    """So that bits per byte of two tokenizers are of the same text."""
+    byte, gpt2 = (files(tmp_path, source, name, name, **options) for name in ("byte", "gpt2"))
+    assert documents(byte, "val") == documents(gpt2, "val") and documents(byte, "train") == documents(gpt2, "train")
+    assert byte.manifest["val_rule"] == gpt2.manifest["val_rule"]
+    large = {"sizes": Sizes(survey=0)} | options  # whose size is estimated
+    byte, gpt2 = (prepare("openwebtext", tmp_path / f"large {n}", corpus[0], n, **large) for n in ("byte", "gpt2"))
+    assert documents(byte, "val") == documents(gpt2, "val")
+
+
+def test_a_large_corpus_has_at_most_so_much_validation():
+    """Of FineWeb-Edu 430 MB, which are 100 M GPT-2 tokens, unless more is asked for."""
+    fineweb, (_, subset) = named("fineweb-edu"), subset_of(named("fineweb-edu"), None)
+    text_bytes = subset.tokens * 43 // 10
+    below = [
+        validation_rule(fineweb, [], asked, text_bytes, False, 0)["sha256_fraction_below"]
+        for asked in (None, text_bytes // 2)
+    ]
+    assert below == pytest.approx([100e6 / subset.tokens, 0.5])
 
 
 def test_duplicates_fall_on_one_side(tmp_path):
-    data = files(tmp_path, write_jsonl(tmp_path / "a.jsonl", TEXTS + TEXTS[::-1] + TEXTS), val_tokens=60_000)
+    data = files(tmp_path, write_jsonl(tmp_path / "a.jsonl", TEXTS + TEXTS[::-1] + TEXTS), val_bytes=60_000)
     train, val = documents(data, "train"), documents(data, "val")
     assert not set(train) & set(val) and len(train) + len(val) == 360 and len(val) > 10
 
@@ -71,7 +95,7 @@ def test_no_validation_document(tmp_path, corpus):
     with pytest.raises(DataError, match="is the whole corpus"):
         prepare("fineweb-edu", tmp_path / "out2", corpus[0], val_tokens=10**9, **large)
     data = prepare("fineweb-edu", tmp_path / "out3", corpus[0], **large)  # 5 % of what the metadata let one expect
-    assert data.manifest["val_rule"]["val_tokens"] == round(data.manifest["val_rule"]["expected_tokens"] / 20)
+    assert data.manifest["val_rule"]["val_bytes"] == round(data.manifest["val_rule"]["text_bytes"] / 20)
 
 
 def test_val_long_is_halved_until_there_is_one(tmp_path, source, capsys):
@@ -83,3 +107,15 @@ def test_val_long_is_halved_until_there_is_one(tmp_path, source, capsys):
     # a document of exactly that many tokens counts
     data = files(tmp_path, write_jsonl(tmp_path / "b.jsonl", [f"{i}".ljust(128, ".") for i in range(9)]), "exact")
     assert data.manifest["val_long_tokens"] == 128 and data.manifest["val_long"][0] == {"start": 0, "tokens": 128}
+
+
+def test_a_source_of_unknown_size(tmp_path, source):
+    """Such as a stream: it is read before until it turns out to be large. Then the share needs no size."""
+    data = files(tmp_path, source)
+    listed, corpus = find_files(source), named("files")
+    known = validation_rule(corpus, listed, None, None, False, 10**6)
+    assert known == data.manifest["val_rule"]
+    large = validation_rule(corpus, listed, None, None, False, 10_000)
+    assert large == {"kind": "hash", "val_bytes": None, "text_bytes": None, "sha256_fraction_below": 0.05}
+    with pytest.raises(DataError, match="nobody knows how large"):
+        validation_rule(corpus, listed, 5000, None, False, 10_000)
