@@ -132,7 +132,7 @@ def jsonl(text):
 
 
 @pytest.mark.parametrize("encoding", ["UTF-16", "UTF-16LE", "UTF-16BE", "UTF-32", "UTF-32LE", "UTF-32BE"])
-@pytest.mark.parametrize("text", [WESTERN, RUSSIAN])
+@pytest.mark.parametrize("text", [WESTERN, RUSSIAN], ids=["western", "russian"])
 def test_wide_text_is_named_with_a_conversion_that_is_right(tmp_path, encoding, text):
     pack = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
     for kind, content in ((".txt", text), (".jsonl", jsonl(text)), (".json", json.dumps([text]))):
@@ -160,6 +160,7 @@ def test_wide_text_is_named_with_a_conversion_that_is_right(tmp_path, encoding, 
         ((WESTERN * 20).encode() + b"caf\xe9\n" + WESTERN.encode(), "the rest is UTF-8, .*iconv -c -f UTF-8"),
         (b"\xff\xd8\xff\xe0\x00\x10JFIF\x00", "see what it is: file NAME"),
     ],
+    ids=["latin1", "cp1252", "mac", "koi8", "shift-jis", "damaged", "image"],
 )
 def test_advice_never_makes_garbage(tmp_path, content, advice):
     """An encoding is named only where the bytes speak for it."""
@@ -193,6 +194,7 @@ def zipped(text):
         ("txt json txt.gz", parquet(text=["a"]), "is a parquet file, .* end its name in .parquet"),
         ("txt", b"%PDF-1.4\n%\xe2\xe3\xcf\xd3\n", "is a PDF"),
     ],
+    ids=["lfs", "annex", "web", "gzip", "xz", "zip", "parquet", "pdf"],
 )
 def test_mistaken_files(tmp_path, names, content, message):
     for name in names.split():
@@ -318,6 +320,7 @@ def test_fields_within_fields_and_lists(tmp_path):
         '{\n "x": [1, 2, 3],\n "text": ["one", "two", ""]\n}',
         '\ufeff{"text": "one"}\n\n{"text": "two", "x": 1}\n{"text": ""}\n',
     ],
+    ids=["objects", "strings", "columns", "columns over lines", "lines"],
 )
 def test_json_files(tmp_path, content):
     (tmp_path / "a.json").write_text(content, encoding="utf-8")
