@@ -78,8 +78,7 @@ def prepare(
     request = Request.checked(corpus_name, subset, source, tokenizer_name, options, field, separator, wanted)
     corpus = request.corpus
     name = Path(wanted.dataset).name if wanted else corpus_name
-    out = resolved(out or Path(__file__).parent / f"{name}-{request.tokenizer.name}")
-    folder = out.with_name(f"{out.name}.partial")
+    out, folder = resolved(out or Path(__file__).parent / f"{name}-{request.tokenizer.name}")
 
     finished = open_data(out, verify) if (out / "COMPLETE").exists() else None
     plan = finished.manifest if finished else unfinished_plan(folder)

@@ -68,16 +68,19 @@ def join_units(folder: Path, plan: dict, corpus: Corpus) -> None:
     )
 
 
-def resolved(out: Path | str) -> Path:
-    """The absolute path of --out, links followed, since a folder can be renamed neither to a link nor across disks.
+def resolved(out: Path | str) -> tuple[Path, Path]:
+    """The absolute paths of --out and of its DIR.partial. Links are followed: nothing can be renamed to a link, or
+    across disks.
 
     DataError where it cannot end well: in a circle of links, in the folder that the user is in, or where something is
     that a folder cannot replace. An empty folder can be replaced, unless it is a mount point.
     """
     try:
         path = Path(out).resolve()
+        partial = path.with_name(f"{path.name}.partial")
+        partial.exists()  # OSError where the longer name is too long
         if (path / "COMPLETE").exists() or not path.exists():
-            return path
+            return path, partial
         if path == Path.cwd():
             raise DataError(f"--out {out} is the folder you are in; give one of its own, such as {path / 'data'}")
     except (OSError, RuntimeError) as error:
@@ -89,7 +92,7 @@ def resolved(out: Path | str) -> Path:
         pass  # another part, on another machine, is trying the same
     except OSError as error:
         raise _in_the_way(path, error) from None
-    return path
+    return path, partial
 
 
 def _in_the_way(out: Path, error: OSError) -> DataError:
