@@ -119,7 +119,8 @@ def parse(arguments: list[str] | None, description: str) -> argparse.Namespace:
         value = min(args.offsets) if name == "offsets" else getattr(args, name)
         if value is not None and not value >= least:
             parser.error(f"--{name} must be at least {least}, not {value}")
-    if not args.lengths and args.protocol != ["shift"]:
+    shift_alone = {*args.protocol} == {"shift"}
+    if not args.lengths and not shift_alone:
         parser.error("the following arguments are required: --lengths")
     if args.factor is None and args.scaling != ["none"]:
         parser.error("--scaling needs a --factor, for example 8")
@@ -132,7 +133,7 @@ def parse(arguments: list[str] | None, description: str) -> argparse.Namespace:
     others = ("stream", "stride", "max_targets", *(() if args.probe else ("scaling",)))
     for names, used, what in (
         (("offsets", "windows"), "shift" in args.protocol, "for --protocol shift"),
-        (others, {*args.protocol} != {"shift"}, "not for --protocol shift"),
+        (others, not shift_alone, "not for --protocol shift"),
     ):
         for name in names:
             if not used and getattr(args, name) != parser.get_default(name):
