@@ -133,6 +133,7 @@ class GPT(nn.Module):
         self.config = config = resolve(config)
         with torch.random.fork_rng(devices=[]):  # the layers' own initial values are replaced below
             blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+            schemes.share([block.attn.pos for block in blocks])
             self.groups = groups_of_layers(config)
             self.transformer = nn.ModuleDict({"wte": nn.Embedding(config.vocab_size, config.n_embd)})
             owners = {blocks[group[0]].attn.pos.owner("embedding"): n for n, group in enumerate(self.groups)}
@@ -158,8 +159,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """GPT-2's initial values: N(0, 0.02), projections into the residual stream scaled by 1/√(2L), LayerNorm 1,
-        biases 0; a scheme's own parameters as the scheme says."""
+        """GPT-2's initial values: N(0, 0.02), or a module's `initial_std`, projections into the residual stream scaled
+        by 1/√(2L), LayerNorm 1, biases 0; a scheme's own parameters as the scheme says."""
         for name, parameter in self.named_parameters():
             parent, _, last = name.rpartition(".")
             layer, _, own = name.removeprefix("transformer.h.").partition(".attn.pos.")
@@ -179,7 +180,8 @@ class GPT(nn.Module):
             elif last == "bias":
                 value = torch.zeros(parameter.shape)
             else:
-                value = normal(0.02 / math.sqrt(2 * self.config.n_layer) if parent.endswith("c_proj") else 0.02)
+                std = getattr(self.get_submodule(parent), "initial_std", 0.02)
+                value = normal(std / math.sqrt(2 * self.config.n_layer) if parent.endswith("c_proj") else std)
             parameter.copy_(value)
 
     def load_state_dict(self, state_dict, *args, **kwargs):
@@ -192,7 +194,8 @@ class GPT(nn.Module):
     def position_parameters(self) -> set[str]:
         """Names of the schemes' own parameters that take no weight decay and the multiplied learning rate."""
         layers = enumerate(self.transformer["h"])
-        return {f"transformer.h.{i}.attn.pos.{name}" for i, b in layers for name in b.attn.pos.undecayed_names()}
+        found = {f"transformer.h.{i}.attn.pos.{name}" for i, b in layers for name in b.attn.pos.undecayed_names()}
+        return found & {name for name, _ in self.named_parameters()}  # what layers share has the name of the first
 
     def parameter_count(self) -> int:
         """All parameters, the tied embedding once."""

@@ -162,7 +162,7 @@ CORPORA = {
         ),
     ),
     "files": Corpus(
-        "text of your own; --source: a .txt, .jsonl or .parquet file (field or column `text`), or a folder of them",
+        "text of your own; --source: a .txt, .jsonl, .json or .parquet file, or a folder of them",
         "your own",
         local=True,
     ),

@@ -3,14 +3,14 @@
 import codecs
 import re
 
-MAGIC = {  # first bytes → what the file is, and its suffix where data/readers.py reads such files
+MAGIC = {  # first bytes → what the file is, and its suffix where data/readers.py reads it under that
     b"\x1f\x8b": ("compressed by gzip", ".gz"),
     b"BZh": ("compressed by bzip2", ".bz2"),
     b"\xfd7zXZ\0": ("compressed by xz", ".xz"),
     b"\x28\xb5\x2f\xfd": ("compressed by zstd", ".zst"),
     b"PAR1": ("a parquet file", ".parquet"),
     b"ARROW1": ("an Arrow file", None),
-    b"PK\x03\x04": ("a zip archive, or a document of Office or an e-book, which are zip archives too", None),
+    b"PK\x03\x04": ("a zip archive (as .docx, .odt and .epub are too)", None),
     b"7z\xbc\xaf\x27\x1c": ("a 7z archive", None),
     b"Rar!": ("a rar archive", None),
     b"%PDF-": ("a PDF", None),
@@ -28,6 +28,11 @@ BYTE_ORDER_MARKS = {  # UTF-32's little-endian mark begins with UTF-16's
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
+# Bytes that Windows-1252 has not, and its capitals or signs within a word: those are letters of DOS and old Macs
+NOT_1252 = re.compile(
+    rb"[\x81\x8d\x8f\x90\x9d]|[a-z](?:[\x8a\x8c\x8e\x9f]|[\x80\x82-\x84\x86-\x89\x8b\x91\x93-\x95\x98\x99\x9b][a-z])"
+)
+KINDS = (".txt", ".jsonl", ".json", ".parquet")  # of content, whose suffix is not that of a compression
 HEAD = 4096  # bytes; a pointer has fewer
 
 
@@ -39,45 +44,48 @@ def mistaken_file(head: bytes, suffix: str) -> str | None:
     for start, (name, command) in POINTERS.items():
         if head.startswith(start) and len(head) < 1024:
             return f"is a pointer of {name}, not the text itself; fetch that: {command}"
-    if suffix in (".jsonl", ".json", ".parquet") and head.lstrip().startswith(b"<"):
+    if suffix in KINDS[1:] and head.lstrip().startswith(b"<"):
         return "is a web page (HTML or XML), perhaps an error message that was saved in its place; fetch it again"
-    binary = b"\0" in head or not _is_utf8(head)
     for start, (what, own) in MAGIC.items():
-        if binary and head.startswith(start) and own != suffix:
-            advice = f"end its name in {own}" if own == ".parquet" else f"append {own} to its name"
-            return f"is {what}, not what its name says; {advice if own else 'unpack or convert it to text'}"
-    if binary and head[257:262] == b"ustar":
+        if head.startswith(start) and own != suffix and _is_binary(head):
+            advice = "end its name in .parquet" if own == ".parquet" else "unpack it, or convert it to text"
+            return f"is {what}, not what its name says; {advice}"
+    if head[257:262] == b"ustar" and _is_binary(head):
         return "is a tar archive, not what its name says; unpack it"
-    return _wide_text(head) if suffix in (".txt", ".jsonl", ".json") else None
+    if suffix == ".parquet" and not head.startswith(b"PAR"):  # PARE, where it is encrypted
+        return f"is not parquet: it begins with {head[:40]!r}" if head else "is not parquet: it is empty"
+    return _wide_text(head) if suffix in KINDS and suffix != ".parquet" else None
 
 
-def _is_utf8(head: bytes) -> bool:
-    """Whether bytes are UTF-8, up to a last character that is not complete."""
+def _is_binary(head: bytes) -> bool:
+    """Whether bytes have a NUL, or are not UTF-8 up to a last character that is not complete."""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
-        return False
-    return True
+        return True
+    return b"\0" in head
 
 
 def _wide_text(head: bytes) -> str | None:
-    """Whether text is UTF-16 or UTF-32: by its byte-order mark, or by where its NUL bytes are."""
+    """Whether text is UTF-16 or UTF-32: by its byte-order mark, or by where its low bytes are."""
     for mark, encoding in BYTE_ORDER_MARKS.items():
         if head.startswith(mark):
             return f"is {encoding}, not UTF-8; convert it: iconv -f {encoding} -t UTF-8"
-    nuls = [head[i::4].count(0) for i in range(4)]  # by their place in groups of four bytes
-    even, odd, total, groups = nuls[0] + nuls[2], nuls[1] + nuls[3], sum(nuls), len(head) // 4
-    # In UTF-16 Western letters have a NUL each. Of other text at least spaces and line breaks have.
-    if total < 2 or not (total * 5 > len(head) or (total >= 8 and total * 100 > len(head))):
+    if b"\0" not in head:  # every space and line break has one
         return None
-    if groups and nuls[2:] == [groups, groups]:
-        encoding = "UTF-32LE"
-    elif groups and nuls[:2] == [groups, groups]:
+    # A letter of a Western, Greek, Cyrillic, Hebrew or Arabic alphabet has a second byte of at most 6, or three such
+    low = [len(re.findall(rb"[\x00-\x08]", head[i::4])) for i in range(4)]  # by their place in groups of four bytes
+    even, odd, groups = low[0] + low[2], low[1] + low[3], len(head) // 4
+    if 5 * sum(low) <= len(head):
+        return None
+    if groups and groups == low[0] == low[1]:
         encoding = "UTF-32BE"
-    elif min(even, odd) == 0:
-        encoding = "UTF-16LE" if odd else "UTF-16BE"
+    elif groups and groups == low[2] == low[3]:
+        encoding = "UTF-32LE"
+    elif 10 * min(even, odd) < max(even, odd):
+        encoding = "UTF-16LE" if odd > even else "UTF-16BE"
     else:
-        return "has many NUL bytes, as files have that are not text; see what it is: file NAME"
+        return "has many control bytes, as files have that are not text; see what it is: file NAME"
     return f"has many NUL bytes, as {encoding} has; if it is that, convert it: iconv -f {encoding} -t UTF-8"
 
 
@@ -89,8 +97,6 @@ def encoding_advice(content: bytes) -> str:
     text = codecs.getincrementaldecoder("utf-8")("replace").decode(content)
     wrong = text.count("\ufffd")
     right = sum(map(len, re.findall(r"[^\x00-\x7f\ufffd]+", text)))
-    high = re.findall(rb"[\x80-\xff]+", content)
-    n_high = sum(map(len, high))
     if right > wrong:
         return (
             "the rest is UTF-8, so this place is damaged or from another file; mend it, or leave such bytes out: "
@@ -98,12 +104,12 @@ def encoding_advice(content: bytes) -> str:
         )
     if b"\0" in content:
         return "it has NUL bytes too, so it may be UTF-16 or no text at all; see what it is: file NAME"
-    # In Western text a letter with an accent stands alone among ASCII letters
-    if n_high < 0.15 * len(content) and n_high < 1.5 * len(high):
-        controls = set(re.findall(rb"[\x80-\x9f]", content))
-        if not controls:
+    high = re.findall(rb"[\x80-\xff]+", content)
+    # In Western text most letters with accents stand alone among ASCII letters
+    if sum(map(len, high)) < 0.15 * len(content) and 2 * sum(len(run) == 1 for run in high) >= len(high):
+        if not re.search(rb"[\x80-\x9f]", content):
             return "if it is Western European text, convert it: iconv -f latin1 -t UTF-8"
-        if not controls & {b"\x81", b"\x8d", b"\x8f", b"\x90", b"\x9d"}:  # which Windows-1252 has not
+        if not NOT_1252.search(content):
             return "if it is Western European text, convert it: iconv -f WINDOWS-1252 -t UTF-8"
     return (
         "convert it from the encoding that it was written in, which the bytes do not tell: iconv -f ENCODING -t UTF-8"

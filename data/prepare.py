@@ -43,7 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--source",
         metavar="PATH",
         type=given_path,
-        help="file or folder of .txt, .jsonl (.gz, .xz, .zst) or .parquet to read, with the corpus's own fields, "
+        help="file or folder of .txt, .jsonl, .json (also .gz, .bz2, .xz, .zst) or .parquet to read, links followed, "
         "instead of downloading it",
     )
     add(

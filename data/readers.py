@@ -94,34 +94,38 @@ def find_files(source: Path | str, tell: Callable[[str], None] = lambda message:
     tell(message) is called on what was passed over, and on files that are there twice.
     """
     source = Path(source)
-    if not source.exists():
-        broken = " (it is a broken link)" if source.is_symlink() else ""
-        raise DataError(f"--source {source} does not exist{broken}")
     try:
-        found, passed = _walk(source) if source.is_dir() else ({source.name: source}, [])
+        if not source.exists():
+            broken = " (it is a broken link)" if source.is_symlink() else ""
+            raise DataError(f"--source {source} does not exist{broken}")
+        if not source.is_file() and not source.is_dir():
+            raise DataError(f"--source {source} is a pipe or a device; save the text in a file, and give that")
+        found, passed = _walk(source) if source.is_dir() else ({source.name: source}, "")
         if source.is_file() and not kind_of(source.name):
-            found, passed = {}, [f"1 {_label(source.name)}"]
+            found, passed = {}, f"1 {_label(source.name)}"
         if not found:
             known = list(SUFFIXES)
             raise DataError(
                 f"--source {source}: no {', '.join(known[:3])} file (nor {', '.join(known[3:])}; all but .parquet "
-                f"also with {', '.join(COMPRESSED)}); there is {', '.join(passed) or 'no file at all'}"
+                f"also with {', '.join(COMPRESSED)}); there is {passed or 'no file at all'}"
             )
         if passed:
-            tell(f"passed over: {', '.join(passed)} (in {source})")
-        files, first = [], {}
+            tell(f"passed over: {passed} (in {source})")
+        files, first, again = [], {}, []
         for name, path in sorted(found.items()):
             stat = path.stat()
             files.append(File(name, stat.st_size, fingerprint(path), path=str(path)))
             if (other := first.setdefault((stat.st_dev, stat.st_ino), name)) != name:
-                tell(f"{name} is the same file as {other}, and is read again")
+                again.append(f"{name} ({other})")
+        if again:
+            tell(f"files that are links to another are read again: {_some(again)}")
     except OSError as error:
         raise DataError(f"--source {source}: {error.filename} cannot be read: {error.strerror}") from None
     return files
 
 
-def _walk(source: Path) -> tuple[dict[str, Path], list[str]]:
-    """The files below a folder by their relative paths, and what was passed over, counted by kind.
+def _walk(source: Path) -> tuple[dict[str, Path], str]:
+    """The files below a folder by their relative paths, and what was passed over, counted by kind, or "".
 
     Folders are read before links to folders, and each is read once. So a link to a folder above makes no loop.
     """
@@ -138,7 +142,7 @@ def _walk(source: Path) -> tuple[dict[str, Path], list[str]]:
         seen.add(real)
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         if _is_ours(folder, [entry.name for entry in entries]):
-            kinds["data folders"] += 1
+            kinds["data folders of prepare.py"] += 1
             continue
         for entry in entries:
             name, is_link = prefix + entry.name, entry.is_symlink()
@@ -157,8 +161,8 @@ def _walk(source: Path) -> tuple[dict[str, Path], list[str]]:
     passed = [f"{count:,} {kind}" for kind, count in kinds.most_common(10)]
     if len(kinds) > 10:
         passed.append(f"{kinds.total() - sum(count for _, count in kinds.most_common(10)):,} of other kinds")
-    passed += [f"{what} {_some(names)}" for what, names in (("broken links", broken), ("read already", again)) if names]
-    return found, passed
+    lists = {"": passed, "broken links: ": broken, "folders that are read already: ": again}
+    return found, "; ".join(what + _some(names, 11) for what, names in lists.items() if names)
 
 
 def _is_ours(folder: str, names: list[str]) -> bool:
@@ -210,20 +214,20 @@ def read_file(
     What cannot be read is handed to `bad`, with the file's name and the line or row group.
     """
     kind, packed = kind_of(file.name)
-    path, name, bad = Path(file.path), file.name[: len(file.name) - len(packed)], bad or Bad()
+    path, base, bad = Path(file.path), file.name[: len(file.name) - len(packed)], bad or Bad()
     try:
         if problem := _mistaken(path, kind, packed):
             if not start:  # else the file's first range says it
                 bad("files", f"{path} {problem}")
             return
         if kind == ".txt":
-            rows = _read_txt(path, packed, name, separator, bad)
+            rows = _read_txt(path, packed, base, separator, bad)
         elif kind == ".json":
-            rows = _read_json(path, packed, name, field, bad)
+            rows = _read_json(path, packed, base, field, bad)
         elif kind == ".jsonl":
-            rows = _read_jsonl(path, packed, name, field, bad, start, stop)
+            rows = _read_jsonl(path, packed, base, field, bad, start, stop)
         else:
-            rows = _read_parquet(path, name, field, bad, start, stop)
+            rows = _read_parquet(path, base, field, bad, start, stop)
         for name, text in rows:
             yield name, well_formed(text)
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
@@ -234,7 +238,7 @@ def read_file(
 
 def _mistaken(path: Path, kind: str, packed: str) -> str | None:
     """What a file is, where it is not what its name says."""
-    with open(path, "rb") as f:
+    with open(path, "rb", buffering=0) as f:
         head = f.read(HEAD)
     if packed:
         if not head:
@@ -243,7 +247,8 @@ def _mistaken(path: Path, kind: str, packed: str) -> str | None:
             return problem
         with _open(path, packed) as f:
             head = f.read(HEAD)
-    return mistaken_file(head, kind)
+    problem = mistaken_file(head, kind)
+    return f"when unpacked {problem}" if problem and packed else problem
 
 
 def _open(path: Path, packed: str) -> BinaryIO:
@@ -262,7 +267,9 @@ def _decode(content: bytes, first: bool) -> str:
 def _not_utf8(error: UnicodeDecodeError, path: Path, packed: str, bad: Bad, line: int = 1, at: int = 0) -> str:
     """What to say of a file that is not UTF-8. The bytes of the error are those from line `line`, byte `at` on."""
     line += error.object[: error.start].count(b"\n")
-    message = f"{path}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8"
+    message = (
+        f"{path}{' when unpacked' if packed else ''}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8"
+    )
     if bad.skip:
         return message
     with _open(path, packed) as f:
@@ -297,6 +304,7 @@ def _read_jsonl(
     path: Path, packed: str, name: str, field: str, bad: Bad, start: int | None, stop: int | None
 ) -> Documents:
     """The lines that begin in bytes start … stop-1. They are numbered as in the whole file."""
+    parse = _parser(field)
     with _open(path, packed) as f:
         before = at = 0
         if start:  # the line that begins before `start` belongs to the range before
@@ -310,11 +318,11 @@ def _read_jsonl(
             if not line.strip():
                 continue
             try:
-                record = _loads(_decode(line, here == 0), field)
+                record = parse(_decode(line, here == 0))
                 text = _text_of(record, field)
             except UnicodeDecodeError as error:
                 bad("lines", _not_utf8(error, path, packed, bad, number, here))
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 hint = "; an array is read where the name ends in .json" if line.startswith(b"[") else ""
                 bad("lines", f"{path}, line {number}: {error}{hint}")
             else:
@@ -338,7 +346,7 @@ def _read_json(path: Path, packed: str, name: str, field: str, bad: Bad) -> Docu
         return
     try:
         with _open(path, packed) as f:
-            value = _loads(_decode(f.read(), True), field)
+            value = _parser(field)(_decode(f.read(), True))
     except UnicodeDecodeError as error:
         bad("files", _not_utf8(error, path, packed, bad))
         return
@@ -371,27 +379,35 @@ def _records(value: object) -> list:
     return value if isinstance(value, list) else [value]
 
 
-def _loads(text: str, field: str) -> object:
+def _parser(field: str) -> Callable[[str], object]:
     """json.loads, but ValueError says so where it is not JSON, or has the field twice in one object."""
     names = {field, *field.split(".")}
 
     def unique(pairs: list[tuple[str, object]]) -> dict:
-        twice = [name for name, count in collections.Counter(key for key, _ in pairs).items() if count > 1]
-        if names.intersection(twice):
-            raise ValueError(f"two fields are called {twice[0]!r}")
-        return dict(pairs)
+        record = dict(pairs)
+        if len(record) < len(pairs):
+            counts = collections.Counter(key for key, _ in pairs)
+            if twice := [name for name in names if counts[name] > 1]:
+                raise ValueError(f"two fields are called {twice[0]!r}")
+        return record
 
-    seldom = all(text.count(f'"{name}"') < 2 for name in names)  # the check makes reading slower
-    try:
-        return json.loads(text, object_pairs_hook=None if seldom else unique)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error})") from None
+    decode = json.JSONDecoder(object_pairs_hook=unique).decode
+
+    def parse(text: str) -> object:
+        try:
+            return decode(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"not JSON ({error})") from None
+
+    return parse
 
 
 def _text_of(record: object, field: str) -> str:
     """The text in a field of a row, or for a.b in field b of field a. ValueError says why there is none."""
     if not isinstance(record, dict):
         raise ValueError(f"no field {field!r}, but {type(record).__name__}")
+    if isinstance(value := record.get(field), str):
+        return value
     value = record
     for name in [field] if field in record else field.split("."):
         if value is None:

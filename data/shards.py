@@ -215,7 +215,7 @@ def open_data(folder: Path | str, verify: bool | None = None) -> Data:
     manifest, digest = _read_manifest(folder)
     again = (
         f"delete {folder} and run: python data/prepare.py {manifest['dataset']} --out {folder} --tokenizer "
-        f"{manifest['tokenizer']['name']} (with the --source it was made from, if any)"
+        f"{manifest['tokenizer']['name']} (with the --source, --field and so on that it was made with)"
     )
     shards = [record for records in manifest["splits"].values() for record in records]
     width = np.dtype(manifest["dtype"]).itemsize

@@ -54,7 +54,7 @@ def local_files(corpus: Corpus, source: Path | str) -> list[File]:
 
 def check_reading(files: list[File], reading: dict[str, str]) -> None:
     """DataError where a --field or --separator would change nothing in the files."""
-    texts = [file for file in files if (kind_of(file.name) or "")[:1] == (".txt",)]
+    texts = [file for file in files if file.table is None and (kind_of(file.name) or "")[:1] == (".txt",)]
     if "field" in reading and len(texts) == len(files):
         raise DataError("--field is for rows, of .jsonl, .json or .parquet files, and the source has only .txt files")
     if (separator := reading.get("separator")) is None:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 from data.corpora import Corpus
 from data.progress import note
-from data.readers import Bad, Documents, File
+from data.readers import Bad, Documents, File, kind_of
 from data.shards import DataError
 from data.units import cut_group, group_files, read_unit
 
 VAL_FRACTION = 0.05  # unless the corpus has its own validation, or --val_bytes or --val_tokens is given
+FEW = 200  # documents; by chance none of them is among 5 % with a probability of 0.95^200 = 3e-5
 
 Assigned = Iterator[tuple[str, str, str, bytes]]  # split, name, text, sha256 of the document's text
 
@@ -69,7 +70,8 @@ def validation_rule(
 
     asked: bytes of text to aim at. text_bytes: of the whole corpus, about; None where nobody knows. The share of bytes
     decides, so that every tokenizer has the same validation documents. A source of at most `survey_bytes` is read
-    before, so that each side gets a document. So is one of unknown size, until it turns out to be larger.
+    before, so that each side gets a document. So is one of few .txt files, which are one document each. So is one of
+    unknown size, until it turns out to be larger.
     """
     own = any(file.split == "val" for file in files)
     if own or corpus.val:
@@ -78,7 +80,9 @@ def validation_rule(
             raise DataError(f"--val_bytes or --val_tokens does not apply: this corpus {why}")
         return {"kind": "names", "documents": list(corpus.val)} if corpus.val else {"kind": "own"}
     seen = None
-    if text_bytes is None or text_bytes <= survey_bytes:
+    texts = [file for file in files if file.table is None and kind_of(file.name)[0] == ".txt"]
+    few = 0 < len(texts) == len(files) <= FEW and corpus.separator is None
+    if text_bytes is None or text_bytes <= survey_bytes or few:
         most = survey_bytes if text_bytes is None else math.inf
         seen = survey(corpus, files, Bad(skip_bad), survey_bytes, most)
         text_bytes = seen.bytes if seen else None

@@ -24,7 +24,7 @@ import torch
 from data.shards import Data
 from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
-from nanope.config import RunConfig, merged
+from nanope.config import RunConfig, completed, merged
 from nanope.distributed import Ranks
 from nanope.errors import first_line
 from nanope.files import HashingFile, write_atomically
@@ -148,7 +148,8 @@ def initial_model(config: RunConfig, tokenizer_hash: str) -> GPT:
     for name in ("n_layer", "n_head", "n_embd", "bias", "vocab_size", "pos", "pos_options", "window"):
         have, asked = getattr(model.config, name), getattr(config, name)
         if name == "pos_options":  # those that the config does not name come with the weights
-            fits = merged(have, asked) == have
+            given = {"pos": model.config.pos, "pos_options": merged(have, asked)}
+            fits = completed(given, config)["pos_options"] == have
             have = {k: have.get(k) for k in asked}
         else:
             fits = have == asked
@@ -253,17 +254,32 @@ def load_newest(run: Path) -> dict | None:
 
 def find(run: str | Path, which: str = "last") -> Path:
     """The file of a run's `last` or `best` checkpoint, or of a step number. A path to a .pt file is itself. OSError
-    where there is none."""
+    where there is none.
+
+    Where last.pt was lost, as in a copy without links, the last checkpoint is the newest step, and stderr says so."""
     run = Path(run)
-    if run.is_file():
+    if run.is_file() and not was_link(run):
         return run
+    if run.name in ("last.pt", "best.pt") and not run.is_dir():  # by its path
+        run, which = run.parent, run.stem
     if not run.is_dir():
         raise OSError(f"no run {run}: neither a folder nor a checkpoint file")
     path = run / f"{which}.pt" if which in ("last", "best") else run / "checkpoints" / f"step_{which}.pt"
-    if not path.exists():
-        have = [f.name for f in [run / "last.pt", run / "best.pt", *step_files(run)] if f.exists()]
-        raise OSError(f"{run} has no checkpoint {which!r}; it has {', '.join(have) or 'none: was it trained?'}")
-    return path
+    if path.is_file() and not was_link(path):
+        return path
+    steps = step_files(run)
+    if which == "last" and steps:
+        if os.environ.get("RANK", "0") == "0":
+            what = "no longer leads to a checkpoint" if os.path.lexists(path) else "is not there"
+            print(f"note: {path} {what} (a copy without links?): taking the newest, {steps[0]}", file=sys.stderr)
+        return steps[0]
+    have = [f.name for f in [run / "last.pt", run / "best.pt", *steps] if f.is_file() and not was_link(f)]
+    raise OSError(f"{run} has no checkpoint {which!r}; it has {', '.join(have) or 'none: was it trained?'}")
+
+
+def was_link(path: Path) -> bool:
+    """Whether a file is what some copies make of a link: a short text that names its target."""
+    return path.stat().st_size < 1024 and b".pt" in path.read_bytes()
 
 
 def read_metrics(run: Path) -> list[dict]:

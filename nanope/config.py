@@ -15,7 +15,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, set_loader, set_parsi
 
 import schemes
 from data.shards import PathError, given_path
-from model import GPTConfig
+from model import GPTConfig, resolve
 from nanope.errors import nearest
 from nanope.files import write_atomically
 from nanope.schedule import jump
@@ -24,7 +24,7 @@ from nanope.values import number, read_yaml, read_yaml_file
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 # Fields that a config made before they existed does not have, with the value that it means by that
-SINCE = {"window": 0}
+SINCE = {"window": 0, "pos_lr_matrices": False}
 
 
 @dataclass
@@ -64,6 +64,8 @@ class RunConfig:
     layers."""
     pos_lr_multiplier: float = 1.0
     """Learning-rate multiplier of the scheme's own undecayed parameters (comrope's P, carope's bias)."""
+    pos_lr_matrices: bool = False
+    """Whether pos_lr_multiplier reaches the scheme's own matrices too (carope's W). They keep their weight decay."""
 
     batch_tokens: int = 524288
     """Tokens per optimizer step over all ranks, a multiple of block_size."""
@@ -332,6 +334,19 @@ def check(config: RunConfig) -> None:
         )
     if problems:
         raise ValueError("; ".join(problems))
+
+
+# ---- the fields of other runs
+
+
+def completed(then: dict, config: RunConfig) -> dict:
+    """The fields of a run, maybe made before some fields and options existed, with what it means by that; options of
+    another scheme than the config's stay as they are. ValueError for what the scheme cannot have."""
+    then = {**SINCE, **then}
+    if then["pos"] == config.pos and isinstance(then.get("pos_options"), dict):
+        shape = dataclasses.replace(config.model_config(), vocab_size=1, pos_options=then["pos_options"])
+        then["pos_options"] = resolve(shape).pos_options
+    return then
 
 
 # ---- config.yaml

@@ -5,9 +5,8 @@ import dataclasses
 from pathlib import Path
 
 from data.shards import DataError, open_data
-from model import resolve
 from nanope.checkpoint import read_metrics
-from nanope.config import SINCE, RunConfig, with_vocabulary
+from nanope.config import RunConfig, completed, with_vocabulary
 from nanope.distributed import Ranks
 from nanope.optim import resolve_batch
 from nanope.values import read_yaml_file
@@ -27,7 +26,10 @@ def differences(config: RunConfig, run: Path) -> list[str]:
     theirs = read_yaml_file(path)
     if "pos" not in theirs:
         raise ValueError(f"{path} is no config of a run")
-    theirs = {**SINCE, **theirs}
+    try:
+        theirs = completed(theirs, config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     lines = []  # (whether it leaves the result as it is, text)
     for field in dataclasses.fields(RunConfig):
         name = field.name
@@ -55,7 +57,6 @@ def resolved(config: RunConfig) -> tuple[dict, str | None]:
     with contextlib.suppress(DataError):
         data = open_data(config.data_dir, verify=False)
         config, data_hash = with_vocabulary(config, data.vocab_size), data.hash
-    options = resolve(dataclasses.replace(config.model_config(), vocab_size=config.vocab_size or 1)).pos_options
     micro = config.micro_batch_size
     micro = resolve_batch(config, Ranks())[1] if micro not in (None, "auto") else None
-    return {**vars(config), "pos_options": options, "micro_batch_size": micro}, data_hash
+    return {**completed(vars(config), config), "micro_batch_size": micro}, data_hash

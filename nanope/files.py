@@ -22,10 +22,23 @@ class HashingFile:
         self.file.flush()
 
 
+def check_writable(path: Path) -> None:
+    """Make the folder of `path`. OSError unless write_atomically can write there now."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_of(path)
+    temporary.touch()
+    temporary.unlink()
+
+
+def temporary_of(path: Path) -> Path:
+    """The file that is written before it becomes `path`."""
+    return path.with_name(f".{path.name}.partial")
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Call write(file) for a temporary file, fsync it, and rename it to `path`. This holds after a power loss too.
     OSError (disk full, no permission), which names `path`, leaves the old file as it was and no temporary one."""
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = temporary_of(path)
     try:
         with open(temporary, "wb") as file:
             write(file)

@@ -219,11 +219,28 @@ def linear_cross_entropy(h: torch.Tensor, weight: torch.Tensor, targets: torch.T
         return LinearCrossEntropy.apply(h.reshape(-1, h.size(-1)), weight, targets.reshape(-1), dtype)
 
 
+def scoring_dtype(h: torch.Tensor) -> torch.dtype:
+    """The dtype of the factors of `exact_product` for hidden states h: the head's where a product of that dtype can be
+    had in float32, which is on CUDA in eager code, else float32 (h's dtype if wider)."""
+    dtype = head_dtype(h)
+    fast = h.device.type == "cuda" and torch.version.cuda and not torch.compiler.is_compiling()
+    return dtype if fast else wide(dtype)
+
+
+def exact_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x (n, C), weight (V, C), both of scoring_dtype → x Wᵀ (n, V) in float32 (their dtype if wider).
+
+    Scores need it: logits about -100 have steps of 0.5 in bfloat16, which shifts their NLL by 0.01 nats. Training keeps
+    the faster product, whose error its gradients do not notice."""
+    exact = wide(x.dtype)
+    return linear(x, weight) if x.dtype == exact else torch.mm(x, weight.t(), out_dtype=exact)
+
+
 @torch.no_grad()
 def linear_nll(h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood of each target: h (..., C), weight (V, C), targets (...) → (...), 0 where
-    the target is -1. Chunked, without gradient; float32 (h's dtype if wider)."""
-    dtype, exact = head_dtype(h), wide(h.dtype)
+    the target is -1. Chunked, without gradient; logits and result in float32 (h's dtype if wider)."""
+    dtype, exact = scoring_dtype(h), wide(h.dtype)
     nll = torch.zeros(targets.shape, dtype=exact, device=h.device)
     with no_autocast(h.device):
         # No logits for the rest; under torch.compile for all, since a graph's shapes are fixed
@@ -232,7 +249,7 @@ def linear_nll(h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> 
         head = weight.to(dtype)
         rows = chunk_rows(weight.size(0), h.device)
         parts = [
-            F.cross_entropy(linear(x, head).to(exact), y, ignore_index=-1, reduction="none")
+            F.cross_entropy(exact_product(x, head), y, ignore_index=-1, reduction="none")
             for x, y in zip(scored.split(rows), target.split(rows))
         ]
         nll[keep] = torch.cat(parts).view(targets[keep].shape)

@@ -16,18 +16,25 @@ from nanope.schedule import learning_rate as learning_rate
 
 
 def make_optimizer(model: GPT, config: RunConfig) -> torch.optim.AdamW:
-    """AdamW in three groups: matrices, with weight decay; vectors, without; and the scheme's own positional parameters,
-    without and with pos_lr_multiplier. Every parameter is in exactly one group."""
+    """AdamW in groups: matrices, with weight decay; vectors, without; the scheme's own undecayed parameters, without
+    and with pos_lr_multiplier; and where config.pos_lr_matrices, its own matrices, with both. Every parameter is in
+    exactly one group."""
     positional = model.position_parameters()
-    groups = {"decayed": [], "plain": [], "positional": []}
+    groups = {"decayed": [], "plain": [], "positional": [], "own matrices": []}
     for name, parameter in model.named_parameters():
-        groups["positional" if name in positional else "decayed" if parameter.dim() >= 2 else "plain"].append(parameter)
+        kind = "positional" if name in positional else "decayed" if parameter.dim() >= 2 else "plain"
+        if kind == "decayed" and config.pos_lr_matrices and ".attn.pos." in name:
+            kind = "own matrices"
+        groups[kind].append(parameter)
+    decay, multiplier = config.weight_decay, config.pos_lr_multiplier
+    made = [
+        {"params": groups["decayed"], "weight_decay": decay, "lr_multiplier": 1.0},
+        {"params": groups["plain"], "weight_decay": 0.0, "lr_multiplier": 1.0},
+        {"params": groups["positional"], "weight_decay": 0.0, "lr_multiplier": multiplier},
+        {"params": groups["own matrices"], "weight_decay": decay, "lr_multiplier": multiplier},
+    ]
     return torch.optim.AdamW(
-        [
-            {"params": groups["decayed"], "weight_decay": config.weight_decay, "lr_multiplier": 1.0},
-            {"params": groups["plain"], "weight_decay": 0.0, "lr_multiplier": 1.0},
-            {"params": groups["positional"], "weight_decay": 0.0, "lr_multiplier": config.pos_lr_multiplier},
-        ],
+        made if config.pos_lr_matrices else made[:3],  # three, as checkpoints from before have them
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         fused=next(model.parameters()).device.type in ("cuda", "cpu", "mps"),

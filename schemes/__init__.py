@@ -139,6 +139,18 @@ def fits(value, annotation) -> bool:
     return type(value) is annotation
 
 
+def announced(annotation) -> str:
+    """An option's type as messages have it: "float or null", "(2, 4, 8)"."""
+    if get_origin(annotation) is Literal:
+        values = get_args(annotation)
+        return str(values) if len(values) > 1 else repr(values[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join(map(announced, get_args(annotation)))
+    if annotation is type(None):
+        return "null"
+    return getattr(annotation, "__name__", str(annotation))
+
+
 def problems_of(pos: str | list[str], options: dict) -> list[str]:
     """What is wrong with `pos` and its options, a sentence each."""
     entries = [pos] if isinstance(pos, str) else pos
@@ -179,8 +191,7 @@ def problems_of_options(name: str, given: dict, where: str) -> list[str]:
             valid = f"{short(name)} takes {', '.join(known) or 'no options'}"
             found.append(f"{where}: unknown option {option!r}{nearest(option, known)} ({valid})")
         elif not fits(value, known[option][0]):
-            kind = known[option][0]
-            expected = get_args(kind) if get_origin(kind) is Literal else getattr(kind, "__name__", kind)
+            expected = announced(known[option][0])
             found.append(f"{where}: {option} of {short(name)} cannot be {value!r}; expected {expected}")
     for option, (_, default) in known.items():
         if default is inspect.Parameter.empty and option not in given:
@@ -221,6 +232,14 @@ def build(name: str, config, layer: int, options: dict) -> Scheme:
         if name in SCHEMES:
             raise
         raise ValueError(f"{name} cannot be built: {type(error).__name__}: {first_line(error)}") from error
+
+
+def share(layers: list[Scheme]) -> None:
+    """Give every layer the first one's modules that its scheme shares. A scheme is in several layers by its name."""
+    first = {}
+    for scheme in (scheme for layer in layers for scheme in layer.parts()):
+        for name in scheme.shared:
+            setattr(scheme, name, first.setdefault((scheme.name, name), getattr(scheme, name)))
 
 
 def layer_schemes(pos: str | list[str], layer: int) -> tuple[str, ...]:

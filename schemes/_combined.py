@@ -116,6 +116,9 @@ class Combined(Scheme):
     def owner(self, hook):
         return self.owners[hook]
 
+    def parts(self):
+        return [self.part(name) for name in self.names]
+
     def claims(self, hook):
         return any(part.claims(hook) for part in self._modules.values())
 

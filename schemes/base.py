@@ -70,6 +70,7 @@ class Scheme(nn.Module):
 
     extends = True  # whether lengths beyond block_size are possible
     undecayed: tuple[str, ...] = ()  # own parameters without weight decay, with pos_lr_multiplier
+    shared: tuple[str, ...] = ()  # own modules that all layers share: they are the first layer's
     sole: tuple[str, ...] = ()  # hooks that no other scheme of a combination may override
 
     def __init__(self, config, layer: int):
@@ -168,6 +169,10 @@ class Scheme(nn.Module):
     def owner(self, hook: str) -> str | None:
         """The name of the scheme that overrides a hook."""
         return self.name if self.claims(hook) else None
+
+    def parts(self) -> list["Scheme"]:
+        """This one; of a combination its parts."""
+        return [self]
 
     def told(self, ctx: Context) -> Context:
         """The context of this layer, completed outside of compiled code."""

@@ -8,18 +8,51 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from nanope.ops import Linear, no_autocast, rotate, wide
+from nanope.ops import Linear, double_device, no_autocast, rotate, wide
 from schemes.base import Scheme
 
+TURN = 2 * math.pi
+CHUNK = 32  # tokens whose sum is exact enough in float32: within 2e-5 of up to 32 radians
 
-def path_phases(log_f: torch.Tensor, pairs: int) -> torch.Tensor:
-    """φ_i(m) = Σ_{t ≤ m} f_t^i, i = 0 … pairs-1: log_f (B, T, H) → (B, T, H, pairs)."""
-    i = torch.arange(pairs, dtype=log_f.dtype, device=log_f.device)
-    return (log_f.unsqueeze(-1) * i).exp().cumsum(1)
+
+def double_sum(x: torch.Tensor, dim: int, keepdim: bool = False) -> torch.Tensor:
+    """The sum in float64. MPS has none: there it is summed in float32, and float64, on the CPU, from then on."""
+    dtype = torch.float32 if x.device.type == "mps" else torch.float64
+    return x.sum(dim, keepdim, dtype=dtype).to(double_device(x.device), torch.float64)
+
+
+def running_sums(x: torch.Tensor, modulus: float | None = None) -> torch.Tensor:
+    """Σ_{s ≤ t} x_s over dimension 1, of x (B, T, H, n) in x's dtype; with a modulus up to multiples of it.
+
+    Summed within chunks in x's dtype, and over chunks in float64, of which there are few. A float32 scan of all tokens
+    is wrong by 1.4 radians at 16,384 where it is sequential, as CUDA's is; a CPU's has float64 sums inside.
+    """
+    T = x.size(1)
+    if T <= CHUNK:
+        return x.cumsum(1)
+    if T % CHUNK:
+        x = F.pad(x, (0, 0, 0, 0, 0, -T % CHUNK))
+    chunks = x.unflatten(1, (-1, CHUNK))  # (B, chunks, tokens, H, n)
+    totals = double_sum(chunks, 2)
+    before = totals.cumsum(1) - totals
+    if modulus is not None:
+        before = before % modulus
+    return (chunks.cumsum(2) + before.to(x).unsqueeze(2)).flatten(1, 2)[:, :T]
+
+
+def powers(log_f: torch.Tensor, pairs: int, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """f^i and i, i = first … first+pairs-1: log_f (B, T, H) → (B, T, H, pairs), (pairs,)."""
+    i = torch.arange(first, first + pairs, dtype=log_f.dtype, device=log_f.device)
+    return (log_f.unsqueeze(-1) * i).exp(), i
+
+
+def path_phases(log_f: torch.Tensor, pairs: int, first: int = 0) -> torch.Tensor:
+    """φ_i(m) = Σ_{t ≤ m} f_t^i up to whole turns, i = first … first+pairs-1: log_f (B, T, H) → (B, T, H, pairs)."""
+    return running_sums(powers(log_f, pairs, first)[0], TURN)
 
 
 class PathRotation(torch.autograd.Function):
-    """Turn qk (B, T, 2, H, D) by the phases of log_f (B, T, H).
+    """Turn qk (B, T, 2, H, D) by the phases of log_f (B, T, H), whose powers start at `first`.
 
     Backward computes the phases again from log_f, and takes their gradient from the turned q and k, which attention
     keeps anyway: with y = x e^{iφ} and g = dL/dy, dL/dφ = Im(conj(y) g). Kept instead, phases, cosines, sines and q,
@@ -27,32 +60,35 @@ class PathRotation(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, qk, log_f):
-        phases = path_phases(log_f, qk.size(-1) // 2).unsqueeze(2)  # (B, T, 1, H, D/2)
+    def forward(ctx, qk, log_f, first=0):
+        phases = path_phases(log_f, qk.size(-1) // 2, first).unsqueeze(2)  # (B, T, 1, H, D/2)
         y = rotate(qk, phases.cos(), phases.sin())
         ctx.save_for_backward(y, log_f)
+        ctx.first = first
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
         y, log_f = ctx.saved_tensors
-        phases = path_phases(log_f, y.size(-1) // 2).unsqueeze(2)
+        f_i, i = powers(log_f, y.size(-1) // 2, ctx.first)
+        phases = running_sums(f_i, TURN).unsqueeze(2)
         grad_qk = rotate(g, phases.cos(), -phases.sin())
         # (B, T, 2, H, D/2) each
         (y0, y1), (g0, g1) = (z.to(log_f.dtype).unflatten(-1, (-1, 2)).unbind(-1) for z in (y, g))
         grad_phases = (g1 * y0 - g0 * y1).sum(2)  # (B, T, H, D/2)
-        after = grad_phases.flip(1).cumsum(1).flip(1)  # Σ_{m ≥ t}: f_t is in the phase of every later token
-        i = torch.arange(after.size(-1), dtype=log_f.dtype, device=log_f.device)
-        return grad_qk, (after * (log_f.unsqueeze(-1) * i).exp() * i).sum(-1)
+        after = running_sums(grad_phases.flip(1)).flip(1)  # Σ_{m ≥ t}: f_t is in the phase of every later token
+        return grad_qk, (after * f_i * i).sum(-1), None
 
 
 class CARoPE(Scheme):
     """`carope`. W starts at 0 and b where f = base^(-2/D), so that step 0 is exactly rope. Options:
 
     base. source of x_t: `hidden`, the block's layer-normed input, as in the same authors' earlier code, or `embedding`.
-    init `rope`, or `paper`, without a bias: f starts at 0.59. content false leaves W out (W = 0 for good), the
-    control that the paper lacks: one trained constant f a head, which is RoPE with a trained base a head.
+    init `rope`, or `paper`, without a bias: f starts at 0.59. std: W starts at N(0, std²). content false leaves W out
+    (W = 0 for good), the control that the paper lacks: one trained constant f a head, which is RoPE with a trained base
+    a head. first_power of f: with 1 pair i turns as rope's pair i+1 does at step 0. share_layers: one W and b for all
+    layers.
     """
 
     undecayed = ("c_pos.bias",)
@@ -65,28 +101,35 @@ class CARoPE(Scheme):
         base: float = 10000.0,
         source: Literal["hidden", "embedding"] = "hidden",
         init: Literal["rope", "paper"] = "rope",
+        std: float = 0.0,
         content: bool = True,
+        first_power: Literal[0, 1] = 0,
+        share_layers: bool = False,
     ):
         super().__init__(config, layer)
-        self.source = source
+        self.base, self.source, self.std, self.first_power = base, source, std, first_power
         if self.head_width % 2:
             raise ValueError(
                 f"carope turns channels in pairs: head width n_embd/n_head = {self.head_width} must be even"
             )
         if base <= 1:
             raise ValueError(f"carope's base must exceed 1, not {base}: f = base^(-2/D) lies below 1")
-        self.base = base
+        if std < 0:
+            raise ValueError(f"carope's std of W must not be negative, but is {std}")
         self.c_pos = Linear(config.n_embd, config.n_head, bias=init == "rope")
+        self.shared = ("c_pos",) if share_layers else ()
         if not content:
             if init == "paper":
                 raise ValueError(
                     "carope's content false trains the bias alone, which init paper does not have: take init rope"
                 )
+            if std:
+                raise ValueError("carope's content false has no W, so std must be 0")
             self.c_pos.weight = None
 
     def initial(self, name, shape, normal):
         if name == "c_pos.weight":
-            return torch.zeros(shape)
+            return normal(self.std)
         softplus = self.base ** (2 / self.head_width) - 1  # of b, so that f = base^(-2/D)
         return torch.full(shape, softplus + math.log(-math.expm1(-softplus)), dtype=torch.float64)
 
@@ -102,9 +145,12 @@ class CARoPE(Scheme):
     def encode(self, qk, x, ctx):
         log_f = self.log_frequencies(x if self.source == "hidden" else ctx.embedding)
         if ctx.cache is None:
-            return PathRotation.apply(qk, log_f)
-        key = ctx.key("phase")  # of the last token
-        phases = path_phases(log_f, self.head_width // 2) + ctx.cache.get(key, 0.0)
-        ctx.cache[key] = phases[:, -1:]
+            return PathRotation.apply(qk, log_f, self.first_power)
+        key = ctx.key("phase")  # of the last token, in float64, less whole turns
+        f_i, _ = powers(log_f, self.head_width // 2, self.first_power)
+        phases, total = running_sums(f_i, TURN), double_sum(f_i, 1, keepdim=True)
+        if key in ctx.cache:
+            phases, total = phases + ctx.cache[key].to(phases), total + ctx.cache[key]
+        ctx.cache[key] = total % TURN  # (B, 1, H, D/2)
         phases = phases.unsqueeze(2)  # (B, T, 1, H, D/2)
         return rotate(qk, phases.cos(), phases.sin())

@@ -127,8 +127,9 @@ class SkewGradient(torch.autograd.Function):
 class ComRoPE(Scheme):
     """`comrope`. Options:
 
-    kind `ap`, A = P - Pᵀ, or `ld`, A = θ (P - Pᵀ) with a trained multiplier θ per block and head. block, the block size
-    b. init `rope`, with RoPE's frequencies (of `base`) at the start, or `gaussian`, the paper's P ~ N(0, 1). unit, the
+    kind `ap`, A = P - Pᵀ, or `ld`, A = θ (P - Pᵀ) with a trained multiplier θ per block and head; in `ld-shared` θ is
+    the same for all heads, as in the authors' code. block, the block size b. init `rope`, with RoPE's frequencies (of
+    `base`) at the start, or `gaussian`, the paper's P ~ N(0, 1) and θ ~ N(0, 1), which else starts at 1. unit, the
     tokens in which the angle of a frequency 1 is one radian (default: block_size when the model is made; the paper's
     coordinates in [0, 1] are the training length).
     """
@@ -141,7 +142,7 @@ class ComRoPE(Scheme):
         config,
         layer,
         *,
-        kind: Literal["ap", "ld"] = "ap",
+        kind: Literal["ap", "ld", "ld-shared"] = "ap",
         block: Literal[2, 4, 8] = 8,
         init: Literal["rope", "gaussian"] = "rope",
         base: float = 10000.0,
@@ -155,17 +156,18 @@ class ComRoPE(Scheme):
             raise ValueError(f"comrope's base ({base}) and unit ({unit}) must be positive")
         blocks = self.head_width // block
         self.P = nn.Parameter(torch.empty(self.n_head, blocks, block, block))
-        self.theta = nn.Parameter(torch.empty(self.n_head, blocks)) if kind == "ld" else None
+        heads = 1 if kind == "ld-shared" else self.n_head
+        self.theta = None if kind == "ap" else nn.Parameter(torch.empty(heads, blocks))
 
     @classmethod
     def complete_options(cls, options, config):
         return {**options, "unit": float(config.block_size) if options["unit"] is None else options["unit"]}
 
     def initial(self, name, shape, normal):
-        if name == "theta":
-            return torch.ones(shape)
         if self.init == "gaussian":
             return normal(1.0)
+        if name == "theta":
+            return torch.ones(shape)
         frequencies = rope_frequencies(self.head_width, self.base).view(-1, self.block // 2)  # (D/b, b/2)
         P = torch.zeros(shape[1:], dtype=torch.float64)
         even = torch.arange(0, self.block, 2)

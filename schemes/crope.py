@@ -13,6 +13,8 @@ class ComplexLinear(GroupedLinear):
     and 0.94, for their additional passes over the activations.
     """
 
+    initial_std = 0.02
+
     @property
     def weight(self):
         """The dense equivalent, (3C, C)."""

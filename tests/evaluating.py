@@ -65,7 +65,12 @@ def save_run(folder, data, **fields):
     with torch.no_grad():
         for parameter in gpt.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
-    state = {"model": gpt.state_dict(), "step": 4, "tokenizer": dict(data.manifest["tokenizer"])}
+    state = {
+        "model": gpt.state_dict(),
+        "step": 4,
+        "tokenizer": dict(data.manifest["tokenizer"]),
+        "data_hash": data.hash,
+    }
     state["config"] = dataclasses.asdict(config) | {"pos_options": gpt.config.pos_options}
     checkpoint.save_step(folder, state, keep=1)
     return gpt

@@ -30,21 +30,28 @@ CASES = {
     "rope": {},
     "rope base fraction": {"base": 50.0, "fraction": 0.5},
     "rope explicit": {"explicit": True, "base": 50.0, "fraction": 0.5},
+    "rope base of D": {"base": "(1+ln2)^(D/2)"},
     "rope grouped": {"qkv": "grouped"},
+    "rope low-rank": {"qkv": "low-rank"},
     "crope": {},
     "crope base fraction": {"base": 50.0, "fraction": 0.25},
     "comrope": {},
     "comrope 4 ld": {"block": 4, "kind": "ld", "base": 50.0},
     "comrope 2 unit": {"block": 2, "unit": 3.0},
     "comrope gaussian": {"init": "gaussian", "unit": 5},
+    "comrope ld-shared": {"kind": "ld-shared", "init": "gaussian", "unit": 50.0},
     "carope": {},
     "carope embedding": {"source": "embedding", "base": 50.0},
     "carope paper": {"init": "paper"},
     "carope constant": {"content": False},
+    "carope from 1": {"first_power": 1, "std": 0.3},
+    "carope shared": {"share_layers": True, "std": 0.3},
     "alibi": {},
 }
 TURNING = [case for case in CASES if case.split()[0] in ("rope", "crope", "comrope", "carope")]
-HALVED = ("crope", "crope base fraction", "rope grouped")  # A and B instead of one dense weight for Q, K, V
+# Two matrices with half of the parameters of the one dense weight of Q, K, V
+HALVED = dict.fromkeys(("crope", "crope base fraction", "rope grouped"), "A B".split())
+HALVED |= {"rope low-rank": ["down", "up"]}
 
 
 def cases_of(cases, fast):

@@ -5,6 +5,7 @@ matrix for each position, comrope's by torch.matrix_exp; the scores and the soft
 B batch, T positions, H heads, D head width, C = H·D. Everything has the dtype of the parameters: use float64.
 """
 
+import itertools
 import math
 
 import torch
@@ -38,16 +39,16 @@ def rope_angles(T, D, base, fraction=1.0, start=0):
     return angles
 
 
-def carope_phases(source, weight, bias, D):
-    """(B, T, H, D/2): φ_i(m) = Σ_{t≤m} f(x_t)^i, f = 1/(1 + softplus(x W + b)), added up one token at a time.
+def carope_phases(source, weight, bias, D, first=0):
+    """(B, T, H, D/2): φ_i(m) = Σ_{t≤m} f(x_t)^(first+i), f = 1/(1 + softplus(x W + b)), added up one token at a time.
 
     No weight: W = 0.
     """
     weight = torch.zeros(bias.numel(), source.size(-1), dtype=source.dtype) if weight is None else weight
     z = source @ weight.T + (0 if bias is None else bias)  # (B, T, H)
     f = 1 / (torch.log(1 + torch.exp(z)) + 1)
-    powers = torch.stack([f**i for i in range(D // 2)], -1)  # (B, T, H, D/2)
-    return torch.stack([powers[:, : m + 1].sum(1) for m in range(powers.size(1))], 1)
+    powers = torch.stack([f ** (first + i) for i in range(D // 2)], -1)  # (B, T, H, D/2)
+    return torch.stack(list(itertools.accumulate(powers.unbind(1))), 1)
 
 
 def comrope_rotations(P, theta, unit, T, start=0):
@@ -115,6 +116,9 @@ def attention(x, embedding, config, p, name):
     if pos == "crope" or options.get("qkv") == "grouped":
         halved = complex_linear if pos == "crope" else grouped_linear
         qkv = halved(x, p[name + ".c_attn.A"], p[name + ".c_attn.B"]) + p.get(name + ".c_attn.bias", 0)
+    elif options.get("qkv") == "low-rank":
+        few = x @ p[name + ".c_attn.down"].T
+        qkv = few @ p[name + ".c_attn.up"].T + p.get(name + ".c_attn.bias", 0)
     else:
         qkv = linear(x, p, name + ".c_attn")
     q, k, v = (part.reshape(B, T, H, D) for part in qkv.split(C, -1))
@@ -125,7 +129,9 @@ def attention(x, embedding, config, p, name):
         R = comrope_rotations(p[name + ".pos.P"], p.get(name + ".pos.theta"), options["unit"], T).unsqueeze(0)
     elif pos == "carope":
         source = x if options["source"] == "hidden" else embedding
-        R = rotations(carope_phases(source, p.get(name + ".pos.c_pos.weight"), p.get(name + ".pos.c_pos.bias"), D))
+        own = ("transformer.h.0.attn" if options["share_layers"] else name) + ".pos.c_pos."
+        phases = carope_phases(source, p.get(own + "weight"), p.get(own + "bias"), D, options["first_power"])
+        R = rotations(phases)
     else:
         R = torch.eye(D, dtype=x.dtype)
     R = R.expand(B, T, H, D, D)

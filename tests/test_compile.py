@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from model import GPT, SCHEMES
 from nanope import attention
 from schemes import comrope
+from schemes.carope import PathRotation
 
 COMPILED = [
     "learned",
@@ -25,6 +26,8 @@ COMPILED = [
     "comrope 4 ld",
     "carope",
     "carope embedding",
+    "carope from 1",
+    "carope shared",
     "alibi",
 ]
 
@@ -99,6 +102,24 @@ def test_compiled_by_inductor():
     close(found[0], expected[0], atol=1e-5)
     for name in expected[1]:
         close(found[1][name], expected[1][name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_carope_of_many_lengths(backend):
+    """Phases are summed by chunks of 32 tokens. Lengths that are dynamic need no graph each: one of lengths within a
+    chunk, and two beyond, of whole chunks and of others."""
+    draw = torch.Generator().manual_seed(0)
+    run = torch.compile(PathRotation.apply, fullgraph=True, dynamic=True, backend=backend)
+    for T in (40, 64, 75, 96, 131, 20, 7, 128, 50):
+        qk = torch.randn(2, T, 2, 3, 8, generator=draw).requires_grad_()
+        log_f = (-torch.rand(2, T, 3, generator=draw)).requires_grad_()
+        g, results = torch.randn(qk.shape, generator=draw), []
+        for rotation in (PathRotation.apply, run):
+            y = rotation(qk, log_f, 1)
+            results.append((y, *torch.autograd.grad(y, (qk, log_f), g)))
+        for eager, compiled in zip(*results):
+            assert relative_error(compiled, eager) < 1e-5
+    assert counters["stats"]["unique_graphs"] <= 4
 
 
 # ------------------------------------------------------------------------------------------------

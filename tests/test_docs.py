@@ -126,10 +126,17 @@ def test_the_page_on_schemes_names_every_hook_and_every_check():
         r"`(?:ctx\.)?(\w+)(?:\([\w, =]*\))?`", " ".join(row[0] for row in table_under(page, "| `ctx.`"))
     ):
         assert hasattr(schemes.Context, name) or name in {f.name for f in dataclasses.fields(schemes.Context)}, name
-    for attribute in ("extends", "undecayed", "sole"):
+    for attribute in ("extends", "undecayed", "shared", "sole"):
         assert f"`{attribute}`" in page and hasattr(Scheme, attribute)
     checks = ", ".join(row[0] for row in table_under(page, "| check |")).replace(" ", "_").split(",_")
     assert sorted(checks) == sorted(CHECKS)
+
+
+def test_the_page_on_training_has_every_option():
+    rows = table_under(TEXTS["docs/training.md"], "| scheme | options |")
+    named = {row[0].strip("`"): re.findall(r"`(\w+)`", row[1]) for row in rows}
+    options = {name: [*schemes.options_of(cls)] for name, cls in SCHEMES.items()}
+    assert named == {name: found for name, found in options.items() if found}
 
 
 def test_the_readmes_table_of_schemes_has_all_of_them():

@@ -1,17 +1,19 @@
 """eval.py as a command: what it writes, compares, keeps and refuses."""
 
 import json
+import shutil
 import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
-from evaluating import data, gpt2_data, rows, runs, save_run  # noqa: F401
+from evaluating import data, gpt2_data, prepare_texts, random_text, rows, runs, save_run  # noqa: F401
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from data.shards import open_data
 from eval import main
+from model import GPT
 from nanope import REPO
 from nanope.evaluation.protocols import PROTOCOLS
 
@@ -120,6 +122,173 @@ def test_interrupted_evaluation_says_one_line_and_goes_on_where_it_was(data, tmp
     assert len(list((run / "eval").glob("*.json"))) == 2  # and another report
 
 
+def files_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def forbid_work(monkeypatch):
+    monkeypatch.setattr(GPT, "hidden", lambda *_, **__: pytest.fail("the model runs"))
+
+
+@pytest.mark.parametrize(
+    "target, words",
+    [
+        ("rep.md", "rep.json"),  # its own table
+        ("RUN/last.pt", "step_4.pt was not written"),
+        ("RUN/../notes.txt", "notes.txt was not written"),
+        ("RUN/../README.json", "README.md was not written"),  # the table would
+        ("DATA/manifest.json", "manifest.json was not written"),
+        ("RUN/../comparison.json", "comparison.json was not written"),  # that of --compare
+        ("RUN", "folder report.json"),
+        ("new/", "file's name"),
+        ("RUN/../notes.txt/rep.json", "notes.txt/rep.json folder"),
+        (f"RUN/{'x' * 250}.json", "cannot be written long"),
+        ("/dev/null", "/dev/null was not written"),
+    ],
+)
+def test_nothing_is_overwritten_and_targets_are_checked_first(data, tmp_path, target, words, monkeypatch, capsys):  # noqa: F811
+    run = tmp_path / "run"
+    save_run(run, data)
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "README.md").write_text("# Mine\n")
+    (tmp_path / "comparison.json").write_text('{"comparison": []}')
+    before = files_of(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    forbid_work(monkeypatch)
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments(run, "--json", target.replace("RUN", str(run)).replace("DATA", str(data.folder))))
+    message = str(stopped.value.code) + capsys.readouterr().err
+    assert stopped.value.code != 0 and all(word in message for word in words.split())
+    assert files_of(tmp_path) == before
+
+
+def test_comparisons_and_reports_do_not_overwrite_each_other(data, tmp_path, monkeypatch, capsys):  # noqa: F811
+    names = [tmp_path / pos for pos in ("rope", "none")]
+    for name in names:
+        save_run(name, data, pos=name.name)
+    command = ["--compare", *map(str, names), "--lengths", "64", *FEW, "--json"]
+    main([*command, str(tmp_path / "c.json")])
+    printed = capsys.readouterr().out
+    assert (tmp_path / "c.md").read_text() == printed and "not for all at once" in printed
+    main([*command, str(tmp_path / "c.json")])  # again, over its own
+    own = names[0] / "eval" / "step_4_same-targets_64_max_targets-300.json"
+    assert own.exists()
+    forbid_work(monkeypatch)
+    for target in (own, own.with_suffix("")):  # a run's report; its table
+        with pytest.raises(SystemExit, match="two files would be written to"):
+            main([*command, str(target)])
+
+
+def test_an_own_report_and_an_empty_file_may_be_overwritten(data, tmp_path):  # noqa: F811
+    run, report = tmp_path / "run", tmp_path / "rep.v1"
+    save_run(run, data)
+    report.touch()  # mktemp makes such files
+    for _ in range(2):
+        main(arguments(run, *FEW, "--json", report))
+    assert "results" in json.loads(report.read_text())
+    main(arguments(run, *FEW, "--json", tmp_path / "rep.v2"))
+    assert {path.name for path in tmp_path.glob("rep.*")} == {"rep.v1", "rep.v1.md", "rep.v2", "rep.v2.md"}
+
+
+def test_what_differs_has_names_that_differ(data, tmp_path):  # noqa: F811
+    run, folders = tmp_path / "run", [tmp_path / name / "set" for name in "AB"]
+    save_run(run, data)
+    for folder in folders:
+        shutil.copytree(data.folder, folder)
+    for more in (
+        *(("--data", folder) for folder in folders),
+        ("--data", f"{folders[0]}/"),  # the first again
+        *(("--scaling", "yarn", "--factor", factor) for factor in ("8", "8.0000001")),
+    ):
+        main(arguments(run, *FEW, *more))
+    names = sorted(path.name for path in (run / "eval").glob("*.json"))
+    assert len(names) == 4 and "step_4_same-targets_32-64_yarn-8_max_targets-300.json" in names
+    lengths = [*range(17, 97)]
+    for first in (17, 16):
+        lengths[0] = first
+        main(["--run", str(run), "--max_targets", "50", "--lengths", *map(str, lengths)])
+    names = [path.name for path in (run / "eval").glob("step_4_same-targets_1*.json")]
+    assert len(names) == 2 and all(len(name) < 200 for name in names)
+
+
+def test_the_table_is_shown_although_it_cannot_be_written(data, tmp_path, capsys):  # noqa: F811
+    run, target = tmp_path / "run", tmp_path / "rep.json"
+    save_run(run, data)
+    # The target becomes a folder while the model runs
+    watching = register_module_forward_pre_hook(lambda *_: target.mkdir(exist_ok=True))
+    try:
+        with pytest.raises(SystemExit, match="rep.json"):
+            main(arguments(run, *FEW, "--json", target))
+    finally:
+        watching.remove()
+    assert "| same-targets | 64 |" in capsys.readouterr().out
+
+
+def test_lengths_are_also_multiples_of_the_training_length(data, tmp_path, capsys):  # noqa: F811
+    run = tmp_path / "run"
+    save_run(run, data)
+    main(["--run", str(run), *FEW, "--lengths", "2x", "4x"])
+    first = capsys.readouterr().out
+    main(arguments(run, *FEW))
+    assert capsys.readouterr().out == first and len(list((run / "eval").glob("*.json"))) == 1
+    save_run(tmp_path / "other", data, block_size=32)
+    with pytest.raises(SystemExit, match="training lengths of the runs differ"):
+        main(["--compare", str(run), str(tmp_path / "other"), "--lengths", "2x"])
+
+
+# ---- the run's data
+
+
+def test_other_data_than_the_runs_are_refused_unless_they_are_asked_for(data, tmp_path, monkeypatch, capsys):  # noqa: F811
+    run, folder = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(data.folder, folder)
+    save_run(run, data, data_dir=str(folder))
+    save_run(tmp_path / "none", data, data_dir=str(folder), pos="none")
+    main(arguments(run, *FEW))
+    assert report_of(run)["other_data"] is False and "Other data" not in capsys.readouterr().out
+    shutil.rmtree(folder)
+    shutil.copytree(prepare_texts(tmp_path / "more", [random_text(i, 900) for i in range(20, 26)]).folder, folder)
+    both = ["--compare", str(run), str(tmp_path / "none"), "--lengths", "32", *FEW]
+    with monkeypatch.context() as patch:
+        forbid_work(patch)
+        for command in (arguments(run, *FEW), both):
+            with pytest.raises(SystemExit, match="trained on other data than .* --data"):
+                main(command)
+    main(arguments(run, *FEW, "--data", folder, "--json", tmp_path / "rep.json"))
+    printed, report = capsys.readouterr().out, json.loads((tmp_path / "rep.json").read_text())
+    assert f"Other data than the run was trained on: {folder}" in printed
+    assert report["other_data"] and report["training_data_hash"] == data.hash != report["data_hash"]
+    main([*both, "--data", str(folder), "--json", str(tmp_path / "c.json")])
+    assert capsys.readouterr().out.count("Other data than") == 2
+    assert all(about["other_data"] for about in json.loads((tmp_path / "c.json").read_text())["runs"])
+
+
+def test_a_relative_data_folder_from_elsewhere_gets_advice(data, tmp_path, monkeypatch):  # noqa: F811
+    there = tmp_path / "there"
+    shutil.copytree(data.folder, there / "set")
+    save_run(there / "runs" / "a", data, data_dir="set", out_dir="runs/a")
+    monkeypatch.chdir(there)
+    main(["--run", "runs/a", "--lengths", "32", *FEW])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=rf"on set, .* it is {tmp_path}/set, .* give --data {there}/set"):
+        main(["--run", str(there / "runs" / "a"), "--lengths", "32"])
+    shutil.copytree(there / "runs" / "a", tmp_path / "copy")
+    with pytest.raises(SystemExit, match="start eval.py where train.py was started, or give --data"):
+        main(["--run", "copy", "--lengths", "32"])
+    save_run(tmp_path / "copy", data, data_dir="/nowhere/set")
+    with pytest.raises(SystemExit, match="on /nowhere/set, which is not there: give --data"):
+        main(["--run", "copy", "--lengths", "32"])
+
+
+def test_runs_whose_data_hold_different_text_are_refused_before_the_work(data, tmp_path, monkeypatch):  # noqa: F811
+    other = prepare_texts(tmp_path / "more", [random_text(i, 900) for i in range(20, 26)])
+    save_run(tmp_path / "a", data)
+    save_run(tmp_path / "b", other, pos="none")
+    forbid_work(monkeypatch)
+    with pytest.raises(SystemExit, match="different text in val .* --data"):
+        main(["--compare", str(tmp_path / "a"), str(tmp_path / "b"), "--lengths", "32"])
+
+
 MESSAGES = [
     ("--run RUN/nowhere --lengths 32", "nowhere"),
     ("--run RUN --lengths 32 --checkpoint 7", "'7' step_4.pt"),
@@ -132,6 +301,13 @@ MESSAGES = [
     ("--run RUN --protocol shift --offsets 0 -1", "--offsets -1"),
     ("--run RUN --protocol shift --windows 0", "--windows 1"),
     ("--run RUN --lengths 32 --resamples 10", "resamples 1000"),
+    ("--run RUN --lengths 2y", "'2y' 4x"),
+    ("--run RUN --lengths 0x", "at least 1"),
+    ("--run RUN --protocol shift --stream", "--stream shift"),
+    ("--run RUN --protocol shift --scaling pi --factor 2", "--scaling shift"),
+    ("--run RUN --protocol shift --stride 4", "--stride shift"),
+    ("--run RUN --lengths 32 --json=", "--json empty"),
+    ("--run RUN --lengths 32 --data=", "--data empty"),
     ("--run RUN --lengths 32 --split vall", "vall val"),
     ("--run RUN --lengths 32 --data RUN/none", "RUN/none prepare.py"),
     ("--run RUN --lengths 32 --data GPT2", "tokenizer byte gpt2"),

@@ -345,6 +345,20 @@ def test_pos_lr_multiplier(make, pos, name):
     assert same(others[0], others[2])
 
 
+def test_pos_lr_multiplier_of_matrices(make):
+    """carope's W, by which one group more is saved and restored."""
+    moved, key = [], "transformer.h.0.attn.pos.c_pos.weight"
+    for matrices in (False, True):
+        fields = dict(pos="carope", pos_lr_multiplier=3.0, pos_lr_matrices=matrices, warmup_steps=0)
+        config = make(f"x{matrices}", **fields, max_steps=1)
+        train(config)
+        moved.append(last(config.out_dir)["model"][key])
+        train(dataclasses.replace(config, max_steps=2, resume=True))
+        assert len(last(config.out_dir)["optimizer"]["param_groups"]) == 3 + matrices
+    torch.testing.assert_close(moved[1], 3 * moved[0], rtol=1e-3, atol=1e-6)  # W starts at 0
+    assert moved[0].abs().max() > 1e-4
+
+
 def by_hand(schedule, s, c):
     """The schedules as config.py describes them, s counted from 0."""
     if s < c.warmup_steps:
@@ -633,6 +647,17 @@ def test_init_from_a_run(make, plain):
 
 
 @pytest.mark.slow
+def test_init_from_a_run_with_a_base_by_name(make):
+    """Its checkpoint has the number."""
+    named = dict(pos_options={"base": "(1+ln2)^(D/2)"}, max_steps=1)
+    source = make("named", **named)
+    train(source)
+    config = make("again", **named, init_from=source.out_dir)
+    train(config)
+    train(dataclasses.replace(config, resume=True, max_steps=2))
+    assert last(config.out_dir)["config"]["pos_options"]["base"] == pytest.approx((1 + math.log(2)) ** 4)
+
+
 def test_init_from_with_another_block_size(make, tmp_path):
     for pos in ("rope", "learned", "comrope"):
         train(make(pos, pos=pos, max_steps=2))
@@ -1107,6 +1132,7 @@ def test_a_folder_that_holds_a_run_is_left_alone(make, command, plain, tmp_path)
         (dict(pos_options={"base": 500.0}), "pos_options was"),
         (dict(window=4), "window was 0, now 4"),
         (dict(window=[4]), "window was 0, now [4]"),
+        (dict(pos_lr_matrices=True), "pos_lr_matrices was False, now True"),
         (dict(block_size=8), "block_size was 16, now 8"),
         (dict(batch_tokens=256), "batch_tokens was 128, now 256"),
         (dict(n_embd=32, dropout=0.1), "n_embd was 16, now 32; dropout was 0.0, now 0.1"),
@@ -1126,13 +1152,15 @@ def test_what_may_not_change_on_resume(make, command, plain, folders, fields, ex
 
 
 def test_a_run_from_before_there_were_windows_resumes(make, plain, tmp_path, command):
+    """Nor some options of its scheme."""
     run = tmp_path / "run"
     shutil.copytree(plain, run, symlinks=True)
     for path in checkpoint.step_files(run):
         state = checkpoint.load(path)
-        state["config"].pop("window")
+        state["config"].pop("window"), state["config"]["pos_options"].pop("qkv")
         checkpoint.save(path, state)
     config = make(resume=True, max_steps=14)
+    assert "pos_options was" in command(*arguments(dataclasses.replace(config, pos_options={"qkv": "grouped"})))
     assert "window was 0, now 4" in command(*arguments(dataclasses.replace(config, window=4)))
     train(config)
     assert last(run)["step"] == 14 and last(run)["config"]["window"] == 0
@@ -1242,13 +1270,14 @@ def test_diff_from_what_is_no_config(make, command, tmp_path, content, words):
     assert "empty path" in command(*arguments(make()), "--diff", "")
 
 
-def test_diff_from_a_config_with_odd_values(make, plain, capsys, tmp_path):
+def test_diff_from_a_run_with_odd_values(make, plain, capsys, tmp_path):
     shutil.copytree(plain, tmp_path / "other", symlinks=True)
-    there = yaml.safe_load((plain / "config.yaml").read_text())
-    there["pos_options"] = {1: 2, "base": 3}
-    (tmp_path / "other" / "config.yaml").write_text(yaml.safe_dump(there))
     (tmp_path / "other" / "metrics.jsonl").write_text('{"environment": {}}\n{"environment": 4}\n')
-    assert diff(capsys, make("mine"), tmp_path / "other")[0] == 1
+    assert diff(capsys, make("mine"), tmp_path / "other") == (0, [f"no difference from {tmp_path / 'other'}"])
+    there = yaml.safe_load((plain / "config.yaml").read_text()) | {"pos_options": {1: 2, "base": 3}}
+    for pos, status in (("alibi", 1), ("rope", f"error: {tmp_path}/other/config.yaml: pos_options: unknown option 1")):
+        (tmp_path / "other" / "config.yaml").write_text(yaml.safe_dump(there | {"pos": pos}))
+        assert str(diff(capsys, make("mine"), tmp_path / "other")[0]).startswith(str(status))
 
 
 def test_diff(make, plain, folders, capsys, tmp_path):
@@ -1273,8 +1302,11 @@ def test_diff_from_a_run_made_before_there_were_windows(make, plain, capsys, tmp
     path = tmp_path / "old" / "config.yaml"
     text = path.read_text()
     assert "window: 0\n" in text
-    path.write_text(text.replace("window: 0\n", ""))
+    assert "  qkv: dense\n" in text
+    path.write_text(text.replace("window: 0\n", "").replace("  qkv: dense\n", ""))
     assert diff(capsys, make("mine"), tmp_path / "old")[0] == 0
+    grouped = ["pos_options: {'qkv': 'dense'} there, {'qkv': 'grouped'} here"]
+    assert diff(capsys, make("mine", pos_options={"qkv": "grouped"}), tmp_path / "old") == (1, grouped)
     assert diff(capsys, make("mine", window=[4]), tmp_path / "old") == (1, ["window: 0 there, [4] here"])
 
 

@@ -1,11 +1,16 @@
 """Comparisons of runs: experiments found by their configs, paired differences on the same tokens, and their table."""
 
 import dataclasses
+import math
 
 import numpy as np
 
+from data.shards import Data
 from nanope.config import RunConfig
-from nanope.evaluation.statistics import paired_difference
+from nanope.evaluation.options import Options, lengths_in_tokens
+from nanope.evaluation.protocols import Targets
+from nanope.evaluation.same_text import same_text
+from nanope.evaluation.statistics import FEW, few_documents, paired_difference
 from schemes import label
 
 # Fields of a run in which two seeds of one experiment may differ
@@ -17,7 +22,7 @@ NOT_THE_EXPERIMENT = {
 DEFAULTS = {f.name: f.default for f in dataclasses.fields(RunConfig) if f.default is not dataclasses.MISSING}
 # Of a report, in the JSON of a comparison
 CONDITIONS = ("run", "step", "checkpoint_sha256", "data_hash", "targets_sha256", "stride", "split", "stream", "dtype")
-CONDITIONS += ("device", "torch")
+CONDITIONS += ("device", "torch", "data_dir", "other_data", "text_sha256")
 
 
 def arms_of(configs: list[dict]) -> list[str]:
@@ -42,33 +47,71 @@ def arms_of(configs: list[dict]) -> list[str]:
     return names
 
 
+def tokens_for_all(lengths: list[int | str], configs: list[dict]) -> tuple[list[int], set[int]]:
+    """Lengths in tokens, and those training lengths of the runs that are shorter than the longest and not among them.
+    ValueError for multiples of training lengths that differ."""
+    sizes = {config["block_size"] for config in configs}
+    if len(sizes) > 1 and any(isinstance(n, str) for n in lengths):
+        many = ", ".join(map(str, sorted(sizes)))
+        raise ValueError(f"the training lengths of the runs differ ({many}): give --lengths in tokens")
+    asked = lengths_in_tokens(lengths, max(sizes))
+    return asked, {size for size in sizes if size < max(asked)} - {*asked}
+
+
+def choose_text(datas: list[Data], options: Options) -> tuple[list[Targets | None], str | None]:
+    """What the runs with these data are to score, so that they compare: None, what each chooses by itself, where all
+    have one tokenizer; else the same text (same_text), and its hash. ValueError where there is nothing that compares.
+    """
+    hold = {tuple(record["sha256"] for record in records_of(data, options.split)) for data in datas}
+    if len({data.tokenizer_hash for data in datas}) == 1:
+        if len(hold) > 1:
+            folders = ", ".join(dict.fromkeys(str(data.folder) for data in datas))
+            raise ValueError(
+                f"the runs' data hold different text in {options.split} ({folders}): give --data with the folder that "
+                "all are to be evaluated on"
+            )
+        return [None] * len(datas), None
+    if options.stream or "per-position" in options.protocol:
+        what = "--stream" if options.stream else "--protocol per-position"
+        raise ValueError(f"{what} does not score the same text under two tokenizers: leave it out")
+    return same_text(datas, options)
+
+
 def compare(reports: list[dict]) -> list[dict]:
-    """Each experiment against that of the first report, row by row: the mean difference in nats per token on the same
-    tokens, negative where it is better than the first, with interval and p-value (statistics.paired_difference).
-    ValueError where two reports scored different tokens."""
+    """Each experiment against that of the first report, row by row: the mean difference on the same tokens in nats per
+    token, or where they have different tokenizers on the same text in bits per byte (`unit`), negative where it is
+    better than the first, with interval and p-value (statistics.paired_difference). ValueError where two reports scored
+    different tokens, or different text."""
     arms = {}  # experiment → seeds → report
     for name, report in zip(arms_of([report["config"] for report in reports]), reports):
         arms.setdefault(name, {})[report["config"]["seed"], report["config"]["data_seed"]] = report
+    text = reports[0].get("text_sha256")
+    size, nats, unit = ("bytes", math.log(2), "bits/byte") if text else ("tokens", 1.0, "nats/token")
     first, *others = arms
     rows = []
     for name in others:
         ours, theirs = ([arms[arm][seed] for seed in sorted(arms[arm])] for arm in (first, name))
         for key in map(key_of, ours[0]["results"]):
-            row = dict(zip(("protocol", "length", "scaling"), key)) | {"first": first, "second": name}
+            row = dict(zip(("protocol", "length", "scaling"), key)) | {"first": first, "second": name, "unit": unit}
             a, b = ([row_of(report, key) for report in arm] for arm in (ours, theirs))
             if not all(r and r["nats_per_token"] is not None for r in a + b):
                 reasons = [r["reason"] for r in a + b if r and r.get("reason")]
                 rows.append(row | {"difference": None, "reason": (reasons or ["not there for every run"])[0]})
                 continue
-            if len({r["targets_sha256"] for r in a + b}) > 1:
+            scored = {report.get("text_sha256") for report in reports} if text else {r["targets_sha256"] for r in a + b}
+            if len(scored) > 1:
                 raise ValueError(
                     f"the runs' evaluations by {key[0]} at length {key[1]} scored different tokens: "
                     "evaluate all on the same data"
                 )
-            sums = [np.array([r["per_document"]["nll"] for r in arm]) for arm in (a, b)]
+            sums = [np.array([r["per_document"]["nll"] for r in arm]) / nats for arm in (a, b)]
             paired = arms[name].keys() == arms[first].keys()
-            rows.append(row | paired_difference(*sums, np.array(a[0]["per_document"]["tokens"]), paired))
+            rows.append(row | paired_difference(*sums, np.array(a[0]["per_document"][size]), paired))
     return rows
+
+
+def records_of(data: Data, split: str) -> list[dict]:
+    return data.records("val" if split == "val_long" else split)
 
 
 def key_of(row: dict) -> tuple:
@@ -79,10 +122,10 @@ def row_of(report: dict, key: tuple) -> dict | None:
     return next((row for row in report["results"] if key_of(row) == key), None)
 
 
-def comparison_table(rows: list[dict]) -> str:
+def comparison_table(rows: list[dict], reports: list[dict] = ()) -> str:
     """The comparison as a Markdown table, and what its intervals can tell."""
     lines = [
-        "| protocol | length | scaling | compared | difference, nats/token | 95 % interval | p | seeds |",
+        f"| protocol | length | scaling | compared | difference, {rows[0]['unit']} | 95 % interval | p | seeds |",
         "|---|--:|---|---|--:|:-:|--:|:-:|",
     ]
     notes = []
@@ -97,11 +140,25 @@ def comparison_table(rows: list[dict]) -> str:
             interval = f"{r['interval'][0]:+.4f} … {r['interval'][1]:+.4f} | {r['p_value']:.2g}"
         seeds = f"{r['seeds'][0]}, {r['seeds'][1]}{', paired' if r['paired_seeds'] else ''}"
         lines.append(f"{head} {r['difference']:+.4f} | {interval} | {seeds} |")
-    if any(r.get("levels") == ["documents"] for r in rows):
+    measured = [r for r in rows if r.get("interval")]
+    if any(r["levels"] == ["documents"] for r in measured):
         notes.append(
             "One seed in an arm: interval and p-value are over documents, for these checkpoints. "
             "They say nothing about other seeds."
         )
-    if any("seeds" in r.get("levels", ()) for r in rows):
+    if any("seeds" in r["levels"] for r in measured):
         notes.append("Intervals and p-values are over seeds and documents.")
+    if measured:
+        notes.append(
+            "Each is for its own difference alone, not for all at once: without any true difference one row of twenty "
+            "has p < 0.05."
+        )
+    if any("documents" in r["levels"] and r["documents"] < FEW for r in measured):
+        notes.append(few_documents(min(r["documents"] for r in measured)))
+    if rows[0]["unit"] == "bits/byte":
+        names = ", ".join(dict.fromkeys(report["tokenizer"]["name"] for report in reports))
+        notes.append(f"Tokenizers {names}: all scored the same text. Lengths are in tokens of each.")
+    for report in reports:
+        if report.get("other_data"):
+            notes.append(f"Other data than {report['run']} was trained on: {report['data_dir']}")
     return "\n".join([*lines, "", *dict.fromkeys(notes)])

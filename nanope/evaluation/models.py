@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
 from data.shards import Data, open_data
 from model import GPT
@@ -23,23 +24,49 @@ class Subject:
 
 def open_run(run: str, which: str, folder: str | None) -> Subject:
     """The model of a run of train.py at checkpoint `which`, and the data in `folder` (None: the run's own). ValueError
-    where the run was trained with another tokenizer."""
+    where the run was trained with another tokenizer, and where its own folder holds other data by now."""
     path = checkpoint.find(run, which)
     state = checkpoint.load(path)
-    data = open_data(folder or state["config"]["data_dir"])
+    data = open_data(folder or own_data(run, state["config"]))
     if state["tokenizer"]["sha256"] != data.tokenizer_hash:
         theirs, ours = data.manifest["tokenizer"]["name"], state["tokenizer"]["name"]
         raise ValueError(
             f"{run} was trained with tokenizer {ours}; {data.folder} has another, {theirs}: "
             "their perplexities do not compare"
         )
+    trained_on = state.get("data_hash")
+    other = None if trained_on is None else trained_on != data.hash  # None: a checkpoint that does not know
+    if other and not folder:
+        raise ValueError(
+            f"{run} was trained on other data than {data.folder.resolve()} holds (hash of the manifest "
+            f"{trained_on[:12]}… then, {data.hash[:12]}… here): give --data {data.folder} to evaluate on these all the "
+            "same, or --data with the run's own"
+        )
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     model = checkpoint.build_model(state)
     about = {"run": str(run), "step": state["step"], "checkpoint_sha256": digest, "data_dir": str(data.folder)}
+    about |= {"training_data_hash": trained_on, "other_data": other}
     about |= {"pos": model.config.pos, "pos_options": model.config.pos_options}
     about |= {"parameters": model.parameter_count(), "config": state["config"]}
     return Subject(model, data, digest, about)
+
+
+def own_data(run: str, config: dict) -> Path:
+    """The data folder that a run's config names. ValueError where it is not there, with where it was looked for."""
+    folder, out, here = Path(config["data_dir"]), Path(config["out_dir"]), Path(run).resolve()
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute():
+        raise ValueError(f"{run} was trained on {folder}, which is not there: give --data with the folder")
+    advice = "start eval.py where train.py was started, or give --data with the folder"
+    if here.parts[-len(out.parts) :] == out.parts:  # where train.py was started, if the run is where it was written
+        there = here.parents[len(out.parts) - 1] / folder
+        advice = f"give --data {there}" if there.is_dir() else advice
+    raise ValueError(
+        f"{run} was trained on {folder}, a path from where train.py was started; from here it is {folder.resolve()}, "
+        f"which is not there: {advice}"
+    )
 
 
 def open_pretrained(name: str, folder: str, split: str) -> Subject:

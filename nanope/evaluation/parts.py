@@ -12,6 +12,8 @@ from nanope.distributed import Ranks
 from nanope.evaluation.models import Model
 from nanope.files import write_atomically
 
+FOLDER = ".parts"  # beside a report
+
 
 class Parts:
     """A JSON file a row, in `folder` (None: nothing is kept). Its name is a hash of the row's key and of `conditions`,

@@ -95,7 +95,7 @@ def evaluate_probe(
             rows.append(row | dict.fromkeys(FIGURES) | {"reason": reason})
             continue
         key = row | {"probe": options.probe, "split": options.split, "longest": len(trials[0].filler)}
-        key |= {"seed": options.seed, "resamples": options.resamples}
+        key["seed"] = options.seed
         found = parts.get(key)
         if found is None:
             found = parts.keep(key, measure_recall(variant.model, trials, length, options, compute))
@@ -104,7 +104,7 @@ def evaluate_probe(
 
 
 def measure_recall(model: Model, trials: list[Trial], length: int, options: Options, compute: Compute) -> dict:
-    """The figures of one length: recall in nats per token with its 95 % bootstrap interval over trials, the value's
+    """The figures of one length: recall in nats per token with its 95 % t interval over trials, the value's
     NLL with and without its key in context, the share of its tokens that were the likeliest, and the number of
     trials."""
     size, ranks = max(1, compute.batch_tokens // length), compute.ranks
@@ -119,7 +119,7 @@ def measure_recall(model: Model, trials: list[Trial], length: int, options: Opti
     recall = nll[1] - nll[0]
     return {
         "recall": float(recall.mean()),
-        "interval": document_interval(recall, np.ones(len(trials)), options.resamples, options.seed),
+        "interval": document_interval(recall, np.ones(len(trials))),
         "with_key": float(nll[0].mean()),
         "without_key": float(nll[1].mean()),
         "accuracy": float(hits[0].mean()),

@@ -138,6 +138,11 @@ def choose_targets(
         count = max(1, round(len(blocks) * max_targets / total))
         if count < len(blocks):
             blocks = blocks[np.arange(count) * len(blocks) // count]
+    return targets_of(split, documents, blocks)
+
+
+def targets_of(split: Split, documents: np.ndarray, blocks: np.ndarray) -> Targets:
+    """The tokens of `blocks`, as in Targets, of a split with these documents."""
     positions = np.concatenate([np.arange(first, last + 1) for _, first, last in blocks])
     ids = np.concatenate([split.read(first, last + 1) for _, first, last in blocks.tolist()])
     return Targets(blocks, positions, ids, np.searchsorted(documents[:, 0], positions, side="right") - 1)

@@ -1,63 +1,19 @@
-"""Reports of evaluations: their names, their tables, the files, and their figures for wandb."""
+"""Reports of evaluations: their tables, and their figures for wandb."""
 
-import argparse
 import dataclasses
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from nanope.config import RunConfig
 from nanope.errors import first_line
-from nanope.evaluation.parts import write_json
-from nanope.files import write_atomically
+from nanope.evaluation.statistics import FEW, few_documents
 from nanope.log import start_wandb
-
-# What a report's name tells where it is not the default
-NAMED = (
-    "stride",
-    "data",
-    "split",
-    "stream",
-    "max_targets",
-    "probe",
-    "offsets",
-    "windows",
-    "resamples",
-    "seed",
-    "dtype",
-)
-
-
-def report_name(args: argparse.Namespace, default: Callable[[str], object], step: int) -> str:
-    """The file name of a report of a checkpoint's step. `default` gives an option's default by its name."""
-    parts = [f"step_{step}", "+".join(args.protocol)]
-    if args.lengths:
-        parts.append(joined(args.lengths))
-    if args.scaling != ["none"]:
-        parts.append(f"{'+'.join(args.scaling)}-{args.factor:g}")
-    for name in NAMED:
-        value = getattr(args, name)
-        if value != default(name):
-            text = Path(value).name if name == "data" else joined(value) if name == "offsets" else value
-            parts.append(name if value is True else f"{name}-{text}")
-    return "_".join(parts) + ".json"
-
-
-def joined(numbers: list[int]) -> str:
-    return "-".join(map(str, numbers))
-
-
-def write_report(report: dict, path: Path) -> None:
-    """The report as JSON, and its table beside it as .md."""
-    write_json(path, report)
-    write_atomically(path.with_suffix(".md"), lambda file: file.write((table(report) + "\n").encode()))
-
 
 # ---- tables
 
 
 def table(report: dict) -> str:
-    """The report's rows as Markdown tables, and the reasons for what is missing."""
+    """The report's rows as Markdown tables, the reasons for what is missing, and what a reader must know."""
     reasons = []
     shifts = [row for row in report["results"] if row["protocol"] == "shift"]
     scored = [row for row in report["results"] if row["protocol"] != "shift"]
@@ -66,7 +22,18 @@ def table(report: dict) -> str:
         tables.append(probe_table(report["probe"], reasons))
     if shifts:
         tables.append(shift_table(shifts, reasons))
-    return "\n".join(["\n\n".join(tables), *reasons])
+    return "\n".join(["\n\n".join(tables), *reasons, *notes(report)])
+
+
+def notes(report: dict) -> list[str]:
+    """What a reader of the figures must know, a sentence or two each."""
+    found = []
+    counts = [row["documents"] for row in report["results"] if row["documents"]]
+    if counts and 1 < min(counts) < FEW:
+        found.append(few_documents(min(counts)))
+    if report.get("other_data"):
+        found.append(f"Other data than the run was trained on: {report['data_dir']}")
+    return found
 
 
 def score_table(rows: list[dict], reasons: list[str]) -> str:

@@ -15,7 +15,7 @@ from nanope.attention import kernel
 from nanope.distributed import Ranks, autocast
 from nanope.evaluation.models import Model
 from nanope.evaluation.protocols import Windows
-from nanope.ops import by_onednn, chunk_rows, head_dtype, linear, no_autocast, wide
+from nanope.ops import by_onednn, chunk_rows, exact_product, no_autocast, scoring_dtype, wide
 
 
 @dataclass(frozen=True)
@@ -51,24 +51,25 @@ class Compute:
 def score_head(h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """NLL in nats and whether the likeliest token is the target: h (n, C), weight (V, C), targets (n,) → (n,) float32
     (h's dtype if wider) and (n,) bool. Logits exist for a chunk of rows at a time."""
-    dtype, exact = head_dtype(h), wide(h.dtype)
+    dtype, exact = scoring_dtype(h), wide(h.dtype)
     rows = chunk_rows(weight.size(0), h.device)
     nll = torch.empty(len(h), dtype=exact, device=h.device)
     hits = torch.empty(len(h), dtype=torch.bool, device=h.device)
     with no_autocast(h.device):
         head = weight.to(dtype)
-        fast = dtype == h.dtype and by_onednn(h)
-        if fast:  # at full speed with half of the rows, and it holds packed copies
+        buffer = None
+        if dtype == h.dtype and by_onednn(h):  # at full speed with half of the rows, and it holds packed copies
             rows = max(1, rows // 2)
-        else:  # one buffer for all chunks: new memory is slow
+        elif dtype == exact:  # one buffer for all chunks: new memory is slow
             buffer = torch.empty(min(rows, len(h)), len(head), dtype=dtype, device=h.device)
         for i in range(0, len(h), rows):
             part = slice(i, i + rows)
             target = targets[part]
-            if fast:
-                logits = linear(h[part], head)  # (rows, V)
+            x = h[part].to(dtype)
+            if buffer is None:
+                logits = exact_product(x, head)  # (rows, V)
             else:
-                logits = torch.mm(h[part].to(dtype), head.t(), out=buffer[: len(target)]).to(exact)
+                logits = torch.mm(x, head.t(), out=buffer[: len(target)])
             peak, ours = logits.amax(1), logits.gather(1, target[:, None]).squeeze(1)
             hits[part] = ours == peak
             # Right, or one of several that are equally likely: then the first of them counts

@@ -36,6 +36,7 @@ from data.corpora import CORPORA
 from data.shards import given_path, unknown
 from nanope.config import RunConfig, as_field, carried, check
 from nanope.errors import nearest
+from nanope.evaluation.options import lengths_in_tokens
 from nanope.files import write_atomically
 from nanope.study.files import Files
 from nanope.study.run import Run, slug
@@ -325,11 +326,8 @@ def at_rate(fields: dict, rate: float | None) -> dict:
 
 def in_tokens(report: dict, block_size: int) -> dict:
     """Arguments of eval.py whose lengths are in tokens: 4x is four times block_size."""
-    lengths = [
-        round(float(n[:-1]) * block_size) if isinstance(n, str) and n.endswith("x") else int(n)
-        for n in as_list(report.get("lengths"))
-    ]
-    return {**report, **({"lengths": lengths} if lengths else {})}
+    lengths = [n if str(n).endswith("x") else int(n) for n in as_list(report.get("lengths"))]
+    return {**report, **({"lengths": lengths_in_tokens(lengths, block_size)} if lengths else {})}
 
 
 def bench_variants(grid: Grid) -> dict[str, str]:

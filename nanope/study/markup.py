@@ -9,7 +9,7 @@ import numpy as np
 
 from nanope.study.seed_statistics import seed_interval
 
-NOISE = "≈"
+NOISE, WORSE = "≈", "↑"
 
 
 @dataclass
@@ -43,7 +43,8 @@ class Table:
 LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "×": r"$\times$", "±": r"$\pm$", "≈": r"$\approx$",
-    "…": r"\dots{}", "γ": r"$\gamma$", "σ": r"$\sigma$", "–": "--", "−": "$-$", "²": "$^2$", "<": "$<$", ">": "$>$",
+    "↑": r"$\uparrow$", "…": r"\dots{}", "γ": r"$\gamma$", "σ": r"$\sigma$", "–": "--", "−": "$-$", "²": "$^2$",
+    "<": "$<$", ">": "$>$",
 }  # fmt: skip
 
 
@@ -75,8 +76,8 @@ def row_cell(rows: dict[int, dict], figure: str) -> str:
 
 
 def difference_cell(found: dict | None) -> str:
-    """A paired difference with its interval: ≈ where that contains 0, bold where it lies below 0 and is over seeds, not
-    over documents alone."""
+    """A paired difference with its interval: ≈ where that contains 0; where it is over seeds, not over documents
+    alone, bold if it lies below 0, and ↑ if it lies above."""
     if found is None:
         return "n/a"
     text, interval = f"{found['difference']:+.4f}", found["interval"]
@@ -85,4 +86,6 @@ def difference_cell(found: dict | None) -> str:
     text += f" [{interval[0]:+.4f}, {interval[1]:+.4f}]"
     if interval[0] <= 0 <= interval[1]:
         return f"{text} {NOISE}"
-    return f"**{text}**" if interval[1] < 0 and found["seeds"] > 1 else text
+    if found["seeds"] < 2:
+        return text
+    return f"**{text}**" if interval[1] < 0 else f"{text} {WORSE}"

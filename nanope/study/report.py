@@ -5,7 +5,7 @@ from pathlib import Path
 from nanope.config import RunConfig
 from nanope.study.figures import write_figures
 from nanope.study.grid import Grid, as_list
-from nanope.study.markup import NOISE
+from nanope.study.markup import NOISE, WORSE
 from nanope.study.results import Study, scored_rows, throughput
 from nanope.study.tables import tables
 
@@ -87,7 +87,10 @@ def notes(study: Study) -> list[str]:
     if grid.arms:
         found += [tuning_note(study), seeds_note(len(grid.seeds))]
         marks = f"{NOISE}: inside noise, the interval contains 0; bold: better than what is subtracted, beyond noise"
+        marks += f"; {WORSE}: worse, beyond noise"
         found.append(f"Differences are in nats per {study.unit}, negative is better; {marks}.")
+        if has_spread(grid):
+            found.append(SPREAD)
     for name in grid.eval:
         found += evaluation_notes(study, name)
     if grid.reduced:
@@ -96,9 +99,22 @@ def notes(study: Study) -> list[str]:
         found.append(
             f"Missing, not done or diverged: {'; '.join(study.missing)}. Means are over an arm's other seeds, "
             "differences over those that both arms have; where these are one, brackets are over documents alone, "
-            "and nothing is bold."
+            f"and nothing is bold or has {WORSE}."
         )
     return found
+
+
+SPREAD = (
+    "Published figures reach as far as their ±, and a difference of two as far as the root of the sum of the squares. "
+    "What is outside of the measured interval by less cannot be told apart; nor can the direction of a published "
+    "difference that is within its own reach."
+)
+
+
+def has_spread(grid: Grid) -> bool:
+    """Whether a published figure of the table has a ±."""
+    rows = [row for row in (grid.published or {}).get("rows", ()) if row.get("setting", "") in grid.settings]
+    return any(len(as_list(value)) > 1 for row in rows for value in row["values"].values())
 
 
 def set_up_note(study: Study, setting: str, c: RunConfig) -> str:
@@ -135,7 +151,7 @@ def seeds_note(n: int) -> str:
     if n == 1:
         return (
             "One seed: brackets are over documents, and say nothing about what another seed would give. "
-            "Nothing is bold for that reason."
+            f"Nothing is bold or has {WORSE} for that reason. They are for each difference alone, not for all at once."
         )
     return (
         f"{n} paired seeds. Brackets at means: 95 % t interval over seeds; at differences of validation loss: "
@@ -160,4 +176,8 @@ def evaluation_notes(study: Study, name: str) -> list[str]:
     same = "in whole windows" if curve else "the same for all arms and lengths"
     targets = f"{max(row['tokens'] for row in scored):,} target {study.unit}s, {same}"
     what = f"Report {name}: split {about['split']}, {span}, {targets}; stride {about['stride']}; {about['dtype']}."
+    if len(study.grid.seeds) == 1 and "interval" in about:  # that of the run itself, by the method of its day
+        what += f" Brackets at figures: {about['interval']}."
+    if any(report.get("other_data") for report in reports):
+        what += " It is on other data than that of the runs' training."
     return [what, *found]

@@ -40,21 +40,27 @@ def difference_of_rows(ours: dict[int, dict], base: dict[int, dict]) -> dict | N
     return {"difference": found["difference"], "interval": found["interval"], "seeds": len(seeds)}
 
 
-def verdict(published: float | None, interval: list[float] | None, seeds: int) -> str:
-    """Whether a published figure lies in the measured interval."""
+def verdict(published: float | None, interval: list[float] | None, seeds: int, spread: float = 0.0) -> str:
+    """Whether a published figure, which its paper gives as ± `spread`, agrees with the measured interval: it lies
+    inside; or outside, but not by more than the spread, so that the two cannot be told apart; or they differ."""
     if published is None:
         return ""
     if seeds < 2 or interval is None:
         return "one seed"
-    return "within interval" if interval[0] <= published <= interval[1] else "differs"
+    low, high = interval
+    if low <= published <= high:
+        return "within interval"
+    return "cannot be told apart" if low - spread <= published <= high + spread else "differs"
 
 
-def direction(published: float, found: dict) -> str:
-    """Whether a measured difference has the published one's sign."""
+def direction(published: float, found: dict, spread: float = 0.0) -> str:
+    """Whether a measured difference has the sign of the published one, whose ± is `spread`."""
     if found["seeds"] < 2 or found["interval"] is None:
         return "one seed"
     if found["interval"][0] <= 0 <= found["interval"][1]:
         return "inside noise"
+    if abs(published) <= spread:
+        return "cannot be told apart"
     return "same direction" if found["difference"] * published > 0 else "other direction"
 
 

@@ -158,6 +158,7 @@ def published_rows(study: Study, row: dict) -> list[list[str]]:
     label = ", ".join(filter(None, [setting, length]))
     texts = {arm: as_list(value) for arm, value in row["values"].items()}  # figure, spread; or a word
     published = {arm: value[0] for arm, value in texts.items() if isinstance(value[0], (int, float))}
+    spread = {arm: reach_in(nats, *texts[arm]) for arm in published}
     figures = {arm: measured(study, setting, arm, row) for arm in grid.arms}
     base = figures[grid.baseline]
     for arm, ours in figures.items():
@@ -171,19 +172,29 @@ def published_rows(study: Study, row: dict) -> list[list[str]]:
             cells += ["", "" if number is None else "not comparable"]
         else:
             change = show(np.mean(ours.nats)) - number
-            cells += [f"{change:+.{digits}f}", verdict(nats(number), ours.interval, seeds)]
+            cells += [f"{change:+.{digits}f}", verdict(nats(number), ours.interval, seeds, spread[arm])]
         less = theirs = None
         if arm != grid.baseline and base is not None:
             less = ours.difference(ours.by_seed, base.by_seed)
         if arm != grid.baseline and number is not None and grid.baseline in published:
             theirs = nats(number) - nats(published[grid.baseline])
+            both = math.hypot(spread[arm], spread[grid.baseline])
         cells += ["" if theirs is None else f"{theirs:+.4f}", difference_cell(less) if less else ""]
         if theirs is None or less is None:
             judged = ""
         else:
-            judged = direction(theirs, less) if grid.reduced else verdict(theirs, less["interval"], less["seeds"])
+            judged = (
+                direction(theirs, less, both)
+                if grid.reduced
+                else verdict(theirs, less["interval"], less["seeds"], both)
+            )
         found.append([*cells, judged])
     return found
+
+
+def reach_in(nats: Callable[[float], float], figure: float, spread: float = 0.0) -> float:
+    """Half of the width of figure ± spread in nats."""
+    return (nats(figure + spread) - nats(figure - spread)) / 2
 
 
 def measured(study: Study, setting: str, arm: str, row: dict) -> Measured | None:

@@ -57,10 +57,10 @@ def write_parquet(path, texts, row_group_size=50):
     return path
 
 
-def parquet(**columns):
+def parquet(table=None, **columns):
     """The bytes of a parquet file."""
     stream = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.table(columns), stream, row_group_size=40)
+    pyarrow.parquet.write_table(table or pyarrow.table(columns), stream, row_group_size=40)
     return stream.getvalue().to_pybytes()
 
 

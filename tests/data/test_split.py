@@ -86,6 +86,19 @@ def test_single_document_is_cut_at_a_line(tmp_path, capsys):
         files(tmp_path, tmp_path / "a.txt", "tiny")
 
 
+def test_a_few_large_texts_have_a_validation_document(tmp_path):
+    """A large source is not read beforehand, but one of a few .txt files is: their number could leave a side empty."""
+    large = {"sizes": Sizes(survey=0)}
+    (tmp_path / "a.txt").write_text("".join(f"line {i}\n" for i in range(1000)))
+    data = files(tmp_path, tmp_path / "a.txt", **large)
+    assert data.manifest["val_rule"]["kind"] == "cut" and len(data.split("val"))
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i in range(3):
+        (folder / f"{i}.txt").write_text(f"text {i}\n" * 100)
+    assert len(documents(files(tmp_path, folder, "three", **large), "val")) == 1
+
+
 def test_no_validation_document(tmp_path, corpus):
     """A large source is not read beforehand. So it shows at the end that the rule took nothing."""
     large = {"sizes": Sizes(survey=0)}

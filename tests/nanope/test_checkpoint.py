@@ -47,6 +47,27 @@ def test_loading_names_what_is_wrong(plain, tmp_path):
         checkpoint.find(plain, "7")
 
 
+@pytest.mark.parametrize("last", ["lost", "text", "dangling"])
+def test_a_run_copied_without_links_has_its_newest_step_as_the_last(plain, tmp_path, last, capsys):
+    run = tmp_path / "copy"
+    (run / "checkpoints").mkdir(parents=True)
+    for path in [*(plain / "checkpoints").iterdir(), plain / "best.pt"]:
+        shutil.copy(path, run / path.relative_to(plain))
+    newest = run / "checkpoints" / "step_12.pt"
+    if last == "text":  # what git, zip and some file systems make of a link
+        (run / "last.pt").write_text("checkpoints/step_12.pt")
+    if last == "dangling":
+        (run / "last.pt").symlink_to("checkpoints/step_99.pt")
+    assert checkpoint.find(run) == newest == checkpoint.find(run / "last.pt")
+    assert capsys.readouterr().err.count(f"taking the newest, {newest}") == 2
+    assert checkpoint.load_newest(run)["step"] == 12  # what a resumed run starts from
+    assert checkpoint.find(run, "best") == run / "best.pt" and checkpoint.find(plain) == plain / "last.pt"
+    (run / "best.pt").write_text("last.pt")
+    with pytest.raises(OSError, match="no checkpoint 'best'; it has step_12.pt, step_8.pt"):
+        checkpoint.find(run, "best")
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("size", [2000, 100_000, 3_000_000])
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, size):
     path = tmp_path / "step_1.pt"

@@ -12,6 +12,7 @@ from models import Calls, Largest, build, close, config, loss_and_gradients, rel
 
 from model import GPT
 from nanope import REPO, ops
+from nanope.evaluation.scoring import score_head
 from nanope.ops import linear, linear_cross_entropy, linear_nll, rotate
 
 # ------------------------------------------------------------------------------------------------
@@ -266,3 +267,19 @@ def test_real_and_complex_rotation_are_equal(monkeypatch):
         close(a, b, atol=1e-13)
     matrices = reference.rotations(angles).expand(5, 2, 3, 8, 8)
     close(results[0][0], torch.einsum("tshij,btshj->btshi", matrices, x))
+
+
+@pytest.mark.parametrize("offset", [0.0, -60.0, -100.0])
+def test_scores_of_logits_far_from_zero_are_exact_under_autocast(offset):
+    """bfloat16 has steps of 0.25 at 60 and 0.5 at 100: logits of that dtype would shift the NLL by 0.002 and 0.009."""
+    generator = torch.Generator().manual_seed(0)
+    h, weight = (torch.randn(n, 128, generator=generator) for n in (4000, 320))
+    weight *= 0.15
+    h[:, 0], weight[:, 0] = 1, offset
+    targets = torch.multinomial((h @ weight.T).softmax(1), 1, generator=generator)[:, 0]
+    expected = F.cross_entropy(h.double() @ weight.double().T, targets)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        assert linear_nll(h, weight, targets).double().mean().item() == pytest.approx(expected.item(), abs=3e-4)
+        assert linear_cross_entropy(h, weight, targets).item() == pytest.approx(expected.item(), abs=3e-4)
+        nll, _ = score_head(h, weight, targets)
+    assert nll.double().mean().item() == pytest.approx(expected.item(), abs=3e-4)

@@ -56,6 +56,7 @@ def test_every_parameter_is_in_one_group(pos, bias):
         ("comrope", {}, {"attn.c_attn.weight"}, {"attn.pos.P"}),
         ("comrope", {"kind": "ld"}, {"attn.c_attn.weight"}, {"attn.pos.P", "attn.pos.theta"}),
         ("carope", {}, {"attn.c_attn.weight", "attn.pos.c_pos.weight"}, {"attn.pos.c_pos.bias"}),
+        ("rope", {"qkv": "low-rank"}, {"attn.c_attn.down", "attn.c_attn.up"}, set()),
         ("alibi", {}, {"attn.c_attn.weight"}, set()),
     ],
 )
@@ -68,6 +69,18 @@ def test_what_is_decayed_and_what_is_positional(pos, options, own_decayed, own_p
     assert all(model.get_parameter(name).dim() == 1 for name in plain)
     assert [g["weight_decay"] for g in groups] == [0.2, 0.0, 0.0]
     assert [g["lr_multiplier"] for g in groups] == [1.0, 1.0, 3.0]
+
+
+@pytest.mark.parametrize("pos, own", [("carope", {"attn.pos.c_pos.weight"}), ("comrope", set()), ("learned", set())])
+def test_the_multiplier_reaches_matrices_of_the_scheme(pos, own):
+    """Where pos_lr_matrices says so, and decayed all the same; the others stay where they were."""
+    model = GPT(GPTConfig(16, 64, 1, 2, 16, bias=True, pos=pos))
+    fields = dict(weight_decay=0.2, pos_lr_multiplier=3.0)
+    before, _ = groups_of(model, **fields)
+    (decayed, *others, matrices), groups = groups_of(model, **fields, pos_lr_matrices=True)
+    assert matrices == {f"transformer.h.0.{name}" for name in own}
+    assert [decayed | matrices, *others] == before
+    assert groups[-1]["weight_decay"] == 0.2 and groups[-1]["lr_multiplier"] == 3.0
 
 
 class LessElsewhere(Ranks):

@@ -56,7 +56,7 @@ HARD_P = {
 }
 
 
-@pytest.mark.parametrize("kind", ["ap", "ld"])
+@pytest.mark.parametrize("kind", ["ap", "ld", "ld-shared"])
 @pytest.mark.parametrize("name", HARD_P)
 def test_comrope_equals_matrix_exp(name, kind):
     """Scores, and the gradients of a loss of the scores with respect to P, θ, the projection and its bias, against
@@ -144,10 +144,14 @@ def test_comrope_of_block_2_is_rope_with_learned_frequencies():
 
 
 def test_initial_own_values():
-    gaussian = GPT(config("comrope", {"init": "gaussian", "kind": "ld"}, n_head=6, n_embd=192)).transformer.h
-    first, second = (block.attn.pos for block in gaussian)
-    assert first.P.std().item() == pytest.approx(1, rel=0.1) and (first.theta == 1).all()
-    assert not torch.equal(first.P, second.P)
+    for kind, heads in (("ld", 24), ("ld-shared", 1)):  # the paper's θ, and the authors' code's
+        model = GPT(config("comrope", {"init": "gaussian", "kind": kind}, n_head=24, n_embd=1536))
+        first, second = (block.attn.pos for block in model.transformer.h)
+        assert first.theta.shape == (heads, 8) and first.P.shape == (24, 8, 8, 8)
+        assert first.P.std().item() == pytest.approx(1, rel=0.1)
+        assert first.theta.std().item() == pytest.approx(1, rel=0.1 if heads > 1 else 0.8)
+        assert not torch.equal(first.P, second.P) and not torch.equal(first.theta, second.theta)
+    assert (GPT(config("comrope", {"kind": "ld"})).transformer.h[0].attn.pos.theta == 1).all()
     # rope: A's frequencies are RoPE's in radians per token, times the unit, distinct within a block
     for unit in (None, 1.0):
         pos = GPT(config("comrope", {"unit": unit})).transformer.h[0].attn.pos

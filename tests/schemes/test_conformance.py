@@ -30,7 +30,12 @@ CASES = {name: Case(name) for name in SCHEMES}
 CASES |= {name: Case(f"{TOYS}:{name}") for name in GOOD}
 CASES |= {
     "comrope ld": Case("comrope", {"kind": "ld", "block": 4}),
+    "comrope ld-shared": Case("comrope", {"kind": "ld-shared", "init": "gaussian", "unit": 100.0}),
     "carope embedding": Case("carope", {"source": "embedding"}),
+    "carope from 1": Case("carope", {"first_power": 1, "std": 0.1}),
+    "carope shared": Case("carope", {"share_layers": True, "std": 0.1}),
+    "rope low-rank": Case("rope", {"qkv": "low-rank"}),
+    "carope shared, none": Case(["carope+alibi", "none", "carope"], {"carope": {"share_layers": True}}),
     "rope+alibi": Case("rope+alibi"),
     "comrope+Forget": Case(f"comrope+{TOYS}:Forget"),
     "WideSlope+Forget+Sigmoid": Case(f"{TOYS}:WideSlope+{TOYS}:Forget+{TOYS}:Sigmoid"),

@@ -13,11 +13,20 @@ from model import GPT, SCHEMES, GPTConfig
 
 ALTERNATIVES = {
     "sinusoidal": {"base": 50.0, "scale": 0.5},
-    "rope": {"base": 50.0, "fraction": 0.5, "explicit": True, "qkv": "grouped"},
+    "rope": {"base": "(1+ln2)^(D/2)", "fraction": 0.5, "explicit": True, "qkv": "grouped"},
     "crope": {"base": 50.0, "fraction": 0.5},
     "comrope": {"kind": "ld", "block": 4, "init": "gaussian", "base": 50.0, "unit": 3.0},
-    "carope": {"base": 50.0, "source": "embedding", "init": "paper", "content": False},
+    "carope": {
+        "base": 50.0,
+        "source": "embedding",
+        "init": "paper",
+        "std": 0.3,
+        "content": False,
+        "first_power": 1,
+        "share_layers": True,
+    },
 }
+NEEDS = {("carope", "share_layers"): {"std": 0.3}}  # options without which one does nothing
 
 
 def options_of(pos):
@@ -44,7 +53,8 @@ def test_every_option_does_something(pos, option):
                     parameter += torch.linspace(-0.3, 0.3, parameter.numel()).view_as(parameter)
         return model.state_dict(), model(tokens(BLOCK))[0]
 
-    (state, logits), (other, changed) = made({}), made({option: ALTERNATIVES[pos][option]})
+    others = NEEDS.get((pos, option), {})
+    (state, logits), (other, changed) = made(others), made({**others, option: ALTERNATIVES[pos][option]})
     if (pos, option) in {("rope", "explicit"), ("comrope", "unit"), ("comrope", "kind"), ("comrope", "block")}:
         assert state.keys() != other.keys() or any(not torch.equal(state[name], other[name]) for name in state)
         close(changed, logits, atol=1e-5)
@@ -92,17 +102,22 @@ def test_errors_name_the_schemes(pos, words):
         ("rope", {"fraction": 0.0}, ["fraction 0.0"]),
         ("rope", {"fraction": 0.19}, ["fraction 0.19", "16"]),  # 3 channels of 16
         ("rope", {"fraction": 0.01}, ["fraction 0.01", "16"]),  # none of 16: rope without positions
-        ("rope", {"qkv": "sparse"}, ["qkv of rope", "'sparse'", "dense", "grouped"]),
+        ("rope", {"qkv": "sparse"}, ["qkv of rope", "'sparse'", "dense", "grouped", "low-rank"]),
+        ("rope", {"base": "2^D"}, ["base of rope", "float or", r"\(1\+ln2\)\^\(D/2\)"]),
+        ("crope", {"base": "(1+ln2)^(D/2)"}, ["base of crope", "float"]),
         ("sinusoidal", {"base": -1.0}, ["base", "positive", "-1"]),  # would be nan
         ("sinusoidal", {"base": 0.0}, ["base", "positive", "0"]),
         ("comrope", {"block": 3}, ["block of comrope", "3", "2, 4, 8"]),
         ("comrope", {"block": 8.0}, ["block of comrope", "8.0"]),
         ("comrope", {"kind": "lp"}, ["kind of comrope", "'lp'", "ap", "ld"]),
-        ("comrope", {"unit": "x"}, ["unit of comrope", "'x'"]),
+        ("comrope", {"unit": "x"}, ["unit of comrope", "'x'", "float or null"]),
         ("comrope", {"unit": 0}, ["unit", "positive", "0"]),
         ("carope", {"source": "x"}, ["source of carope", "hidden", "embedding"]),
         ("carope", {"base": 1.0}, ["base", "1.0"]),
         ("carope", {"init": "paper", "content": False}, ["content false", "init rope"]),
+        ("carope", {"std": 0.1, "content": False}, ["content false", "std must be 0"]),
+        ("carope", {"std": -0.1}, ["std", "negative", "-0.1"]),
+        ("carope", {"first_power": 2}, ["first_power of carope", "2", "0, 1"]),
         ("rope", None, ["pos_options", "None"]),
         ("rope", [1], ["pos_options", r"\[1\]"]),
     ],
@@ -116,6 +131,7 @@ def test_errors_name_the_option(pos, options, words):
     [
         ("sinusoidal", {"n_head": 5, "n_embd": 15}, ["15", "even"]),
         ("comrope", {"n_embd": 36}, ["block 8", "12"]),
+        ("rope", {"n_head": 2, "n_embd": 20, "pos_options": {"qkv": "low-rank"}}, ["low-rank", "20", "8"]),
         ("rope", {"n_embd": 45}, ["rope", "15", "even"]),
         ("crope", {"n_embd": 45}, ["crope", "15", "even"]),
         ("carope", {"n_embd": 45}, ["carope", "15", "even"]),

@@ -1,10 +1,26 @@
-"""rope: equal to GPT-NeoX of the transformers library."""
+"""rope: equal to GPT-NeoX of the transformers library, and its base that depends on the head width."""
+
+import math
 
 import pytest
 import torch
 from models import HEADS, LAYERS, VOCAB, WIDTH, D, close, config, randomise, tokens
 
 from model import GPT
+
+
+@pytest.mark.parametrize("width, base", [(16, 67.54), (32, 4562), (64, 2.081e7)])
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_the_base_where_carope_stands_without_a_bias(width, base, fraction):
+    """A number by the width that turns, so that θ_i = f^i with f = 1/(1 + ln 2), which is carope at W = 0."""
+    options = {"base": "(1+ln2)^(D/2)", "fraction": fraction}
+    model = GPT(config("rope", options, n_head=2, n_embd=round(2 * width / fraction)))
+    assert model.config.pos_options["base"] == pytest.approx(base, rel=1e-3)
+    theta = model.transformer.h[0].attn.pos.frequencies()[: width // 2]
+    close(theta, (1 + math.log(2)) ** -torch.arange(width // 2, dtype=torch.float64))
+    if fraction == 1:  # carope's phases are the same, one token further on, to which rope is indifferent
+        carope = GPT(config("carope", {"init": "paper"}, n_head=2, n_embd=2 * width))
+        close(carope(tokens(40))[0], model(tokens(40))[0], atol=1e-6)
 
 
 @pytest.mark.slow  # transformers takes seconds to import

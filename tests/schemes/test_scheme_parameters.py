@@ -14,11 +14,19 @@ OWN = {  # a layer's, by case: name → shape
     "comrope 4 ld": {"P": (HEADS, D // 4, 4, 4), "theta": (HEADS, D // 4)},
     "comrope 2 unit": {"P": (HEADS, D // 2, 2, 2)},
     "comrope gaussian": {"P": (HEADS, D // 8, 8, 8)},
+    "comrope ld-shared": {"P": (HEADS, D // 8, 8, 8), "theta": (1, D // 8)},
     "carope": {"c_pos.weight": (HEADS, WIDTH), "c_pos.bias": (HEADS,)},
+    "carope from 1": {"c_pos.weight": (HEADS, WIDTH), "c_pos.bias": (HEADS,)},
+    "carope shared": {"c_pos.weight": (HEADS, WIDTH), "c_pos.bias": (HEADS,)},
     "carope embedding": {"c_pos.weight": (HEADS, WIDTH), "c_pos.bias": (HEADS,)},
     "carope paper": {"c_pos.weight": (HEADS, WIDTH)},
     "carope constant": {"c_pos.bias": (HEADS,)},
 }
+
+
+def owners(case):
+    """Layers that have own parameters: of those that all share, the first."""
+    return 1 if case == "carope shared" else LAYERS
 
 
 @all_cases
@@ -30,16 +38,18 @@ def test_names_shapes_and_counts(case, bias):
     expected = gpt2_names(bias)
     if case in HALVED:
         expected -= {f"transformer.h.{i}.attn.c_attn.weight" for i in range(L)}
-        expected |= {f"transformer.h.{i}.attn.c_attn.{part}" for i in range(L) for part in "AB"}
+        expected |= {f"transformer.h.{i}.attn.c_attn.{part}" for i in range(L) for part in HALVED[case]}
     else:
         assert shapes["transformer.h.0.attn.c_attn.weight"] == (3 * C, C)
     if pos == "learned":
         expected.add("transformer.wpe.weight")
-    own = {f"transformer.h.{i}.attn.pos.{name}": shape for i in range(L) for name, shape in OWN.get(case, {}).items()}
+    names = OWN.get(case, {})
+    own = {f"transformer.h.{i}.attn.pos.{name}": names[name] for i in range(owners(case)) for name in names}
     assert set(shapes) == expected | set(own)
     assert all(shapes[name] == shape for name, shape in own.items())
     buffers = {f"transformer.h.{i}.attn.pos.freqs" for i in range(L)} if case == "rope explicit" else set()
-    assert set(model.state_dict()) == set(shapes) | buffers | {"lm_head.weight"}
+    tied = {f"transformer.h.{i}.attn.pos.{name}" for i in range(owners(case), L) for name in names}
+    assert set(model.state_dict()) == set(shapes) | buffers | tied | {"lm_head.weight"}
     assert model.lm_head.weight is model.transformer.wte.weight
 
     count = V * C + L * 12 * C * C + (2 * L + 1) * C  # embedding, matrices, LayerNorm weights
@@ -47,10 +57,10 @@ def test_names_shapes_and_counts(case, bias):
     count += {
         "learned": BLOCK * C,
         "comrope": L * C * model.config.pos_options.get("block", 0),  # H · D/b · b²
-        "carope": L * (C * HEADS * (case != "carope constant") + HEADS * (case != "carope paper")),
+        "carope": owners(case) * (C * HEADS * (case != "carope constant") + HEADS * (case != "carope paper")),
     }.get(pos, 0)
     count -= L * 3 * C * C // 2 if case in HALVED else 0
-    count += L * HEADS * D // 4 if case == "comrope 4 ld" else 0
+    count += L * HEADS * D // 4 if case == "comrope 4 ld" else L * D // 8 if case == "comrope ld-shared" else 0
     assert model.parameter_count() == count == sum(math.prod(shape) for shape in shapes.values())
 
 
@@ -128,7 +138,8 @@ def test_initial_values_are_gpt2s(case):
         elif kind == "bias":
             assert not parameter.any()
         else:
-            std = 0.02 / math.sqrt(6) if part == "c_proj" else 0.02
+            controls = {"rope grouped": 0.02 * math.sqrt(2), "rope low-rank": math.sqrt(0.02 / math.sqrt(36))}
+            std = controls.get(case, 0.02) if part == "c_attn" else 0.02 / math.sqrt(6) if part == "c_proj" else 0.02
             assert parameter.std().item() == pytest.approx(std, rel=0.05), name
             assert abs(parameter.mean().item()) < 5 * std / math.sqrt(parameter.numel()), name
     assert not torch.equal(values["transformer.h.0.mlp.c_fc.weight"], values["transformer.h.1.mlp.c_fc.weight"])
@@ -146,16 +157,21 @@ def test_position_parameters():
         "comrope 4 ld": {"P", "theta"},
         "comrope 2 unit": {"P"},
         "comrope gaussian": {"P"},
+        "comrope ld-shared": {"P", "theta"},
         "carope": {"c_pos.bias"},
         "carope embedding": {"c_pos.bias"},
         "carope constant": {"c_pos.bias"},
+        "carope from 1": {"c_pos.bias"},
+        "carope shared": {"c_pos.bias"},
     }
+    assert len(build("carope shared").position_parameters()) == 1
     model = build("comrope 4 ld")
     assert len(model.position_parameters()) == 2 * LAYERS
     assert model.position_parameters() <= dict(model.named_parameters()).keys()
 
 
-OF_A_SCHEME = (".attn.pos.", ".c_attn.A", ".c_attn.B", ".wpe.")  # what GPT-2 has not, and its table of positions
+# What GPT-2 has not, and its table of positions
+OF_A_SCHEME = (".attn.pos.", ".c_attn.A", ".c_attn.B", ".c_attn.down", ".c_attn.up", ".wpe.")
 
 
 @pytest.mark.parametrize("case", ["learned", *HALVED, *OWN])

@@ -6,27 +6,50 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from nanope.evaluation.statistics import paired_difference, row_figures
+from nanope.evaluation.statistics import document_interval, paired_difference, row_figures
 
 
 def test_means_weight_tokens_not_documents():
     nll, document = np.array([1.0, 1.0, 1.0, 5.0]), np.array([0, 0, 0, 2])
-    figures = row_figures(nll, np.array([True, True, False, False]), np.array([1, 2, 1, 4]), document, 1000, 0)
+    figures = row_figures(nll, np.array([True, True, False, False]), np.array([1, 2, 1, 4]), document)
     assert figures["nats_per_token"] == 2.0 and figures["documents"] == 2 and figures["accuracy"] == 0.5
     assert figures["bits_per_byte"] == pytest.approx(8 / math.log(2) / 8)
-    assert figures["interval"] == [1.0, 5.0]  # two documents: resamples reach both extremes
-    assert row_figures(nll, nll > 2, nll, np.zeros(4, int), 1000, 0)["interval"] is None
-    assert figures["per_document"] == {"document": [0, 2], "nll": [3.0, 5.0], "tokens": [3, 1]}
+    assert figures["perplexity_interval"] == pytest.approx(np.exp(figures["interval"]))
+    alone = row_figures(nll, nll > 2, nll, np.zeros(4, int))
+    assert alone["interval"] is None is alone["perplexity_interval"]
+    found = {"document": [0, 2], "nll": [3.0, 5.0], "tokens": [3, 1], "bytes": [4, 4]}
+    assert figures["per_document"] == found
 
 
-def test_bootstrap_interval_covers_as_it_says():
-    # The mean of documents drawn from a known distribution lies in the 95 % interval about 95 times of 100
-    generator, hits = np.random.default_rng(0), 0
-    for trial in range(100):
-        nll = np.repeat(generator.normal(2.0, 0.3, 40), 5)
-        low, high = row_figures(nll, nll > 2, np.ones(200), np.repeat(np.arange(40), 5), 1000, trial)["interval"]
-        hits += low <= 2.0 <= high
-    assert 86 <= hits <= 100
+def test_an_interval_over_equal_documents_is_students():
+    means = np.random.default_rng(3).normal(2, 0.3, 7)
+    expected = scipy.stats.t.interval(0.95, 6, means.mean(), scipy.stats.sem(means))
+    assert document_interval(means * 50, np.full(7, 50)) == pytest.approx(expected)
+    # Documents that have the mean exactly, of whatever length, leave no doubt
+    assert document_interval(np.array([2.0, 8.0]), np.array([1, 4])) == pytest.approx([2.0, 2.0])
+
+
+def coverage(n, sigma, interval, trials=2000):
+    """How often the interval of n documents holds the truth, 2 nats; their lengths are log-normal, their NLL normal."""
+    generator, inside = np.random.default_rng(n), 0
+    for _ in range(trials):
+        counts = np.ceil(1000 * np.exp(sigma * generator.standard_normal(n)))
+        low, high = interval(counts * generator.normal(2, 0.2, n), counts)
+        inside += low <= 2 <= high
+    return inside / trials
+
+
+def bootstrapped(sums, counts):
+    """The interval of before: percentiles over resampled documents."""
+    drawn = np.random.default_rng(0).integers(0, len(sums), (1000, len(sums)))
+    return np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), [2.5, 97.5])
+
+
+@pytest.mark.parametrize("n", [2, 3, 13])
+def test_intervals_cover_as_documented(n):
+    assert 0.91 <= coverage(n, 0.5, document_interval) <= 0.97
+    assert 0.84 <= coverage(n, 1.0, document_interval) <= 0.93  # a few documents have most of the text
+    assert coverage(n, 0.5, bootstrapped, 300) < 0.93
 
 
 def draw(generator, seeds, sd_seed, sd_document, paired):

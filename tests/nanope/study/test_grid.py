@@ -10,6 +10,7 @@ import pytest
 import yaml
 from studies import EVAL, SWEEPS, arguments_of, diverge, finish, write_grid
 
+from model import resolve
 from nanope.config import RunConfig
 from nanope.study import report
 from nanope.study.costs import model_cost
@@ -196,8 +197,14 @@ def test_the_controls_that_papers_lack_are_there():
     for name in ("crope-1", "crope-2", "carope-1"):  # as large as the embeddings, beside Vaswani's amplitude of 1
         assert arms[name]["sinusoidal, scale 0.02"] == {"pos": "sinusoidal", "pos_options": {"scale": 0.02}}
     found = [(a["pos"], a.get("pos_options", {})) for a in arms["carope-1"].values()]
-    for control in (("rope", {"base": 5e5}), ("rope", {"base": 2e7}), ("carope", {"content": False}), ("alibi", {})):
+    for control in (("rope", {"base": 5e5}), ("carope", {"content": False}), ("alibi", {})):
         assert control in found
+    # f = 1/(1 + ln 2), carope's W = 0 without a bias, is another base at another head width: 64, 32 in the reduction
+    for scale, base in ((None, 2.081e7), ("cpu", 4562)):
+        runs = Grid.read(SWEEPS / "carope-1.yaml", scale).runs(RunFolders(Path("nowhere")))
+        configs = [RunConfig(**{**run.fields, "vocab_size": 320}) for run in runs if run.arm == "rope, f = 0.59"]
+        bases = {resolve(config.model_config()).pos_options["base"] for config in configs}
+        assert [*bases] == [pytest.approx(base, rel=1e-3)]
     assert {a.get("pos_options", {}).get("block") for a in arms["comrope-text"].values()} == {None, 2, 4, 8}
 
 

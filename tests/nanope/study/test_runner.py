@@ -5,13 +5,13 @@ import os
 import subprocess
 
 import pytest
-from studies import FIELDS, arguments_of, finish, write_grid
+from studies import EVAL, FIELDS, arguments_of, finish, write_grid
 
 from nanope.study.files import RunFolders
 from nanope.study.grid import Grid
 from nanope.study.locks import alone, held, take
 from nanope.study.results import bench_file
-from nanope.study.runner import flags, launched, measure_throughput, prepare, slots_of
+from nanope.study.runner import Work, flags, launched, measure_throughput, prepare, slots_of
 from nanope.study.slurm import write_script
 from nanope.study.status import state_of, status
 
@@ -89,6 +89,20 @@ def test_options_that_cannot_be(words, gpus, error):
 def test_arguments_as_a_command_line_has_them():
     arguments = {"lengths": [16, 32], "stream": True, "compile": False, "data": "x"}
     assert flags(arguments) == ["--lengths", "16", "32", "--stream", "--data", "x"]
+
+
+def test_an_evaluation_takes_the_runs_own_data_which_eval_checks(tmp_path, monkeypatch):
+    """Named by --data they would be whatever lies there, so the sweep names them only where it started elsewhere."""
+    grid = Grid.read(write_grid(tmp_path / "g.yaml", "data/set", eval=EVAL, seeds=1))
+    run = grid.runs(RunFolders(tmp_path / "out"))[0]
+    monkeypatch.chdir(tmp_path)
+    finish(run, 2.0)
+    evaluation = Work(run, 0, None, 1, {}, tmp_path).command("far")
+    assert "--data" not in evaluation and evaluation[evaluation.index("--lengths") + 1 :][:2] == ["16", "32"]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    evaluation = Work(run, 0, None, 1, {}, tmp_path).command("far")
+    assert evaluation[evaluation.index("--data") + 1] == "../data/set"
 
 
 def test_status_shows_every_run(grid, files):

@@ -21,7 +21,7 @@ from nanope.study.seed_statistics import (
     speed_ratios,
     verdict,
 )
-from nanope.study.tables import published_table, tables
+from nanope.study.tables import published_table, reach_in, tables
 
 # ---- statistics
 
@@ -61,6 +61,20 @@ def test_verdicts(published, interval, seeds, expected):
     assert verdict(published, interval, seeds) == expected
 
 
+@pytest.mark.parametrize("spread,expected", [(0.0, "differs"), (0.09, "differs"), (0.11, "cannot be told apart")])
+@pytest.mark.parametrize("published", [0.8, 1.2])
+def test_a_published_spread_reaches_towards_the_measured_interval(published, spread, expected):
+    assert verdict(published, [0.9, 1.1], 3, spread) == expected
+    assert verdict(1.0, [0.9, 1.1], 3, spread) == "within interval" and verdict(1.0, None, 1, spread) == "one seed"
+
+
+def test_a_published_difference_within_its_spread_has_no_direction():
+    found = {"difference": 0.02, "interval": [0.01, 0.03], "seeds": 2}
+    assert direction(0.5, found, 0.4) == "same direction" and direction(0.5, found, 0.6) == "cannot be told apart"
+    assert direction(-0.5, found, 0.6) == "cannot be told apart"
+    assert direction(0.5, found | {"interval": [-0.01, 0.05]}, 0.6) == "inside noise"
+
+
 @pytest.mark.parametrize("published,difference,interval,seeds,expected", [
     (0.5, 0.02, [0.01, 0.03], 2, "same direction"), (-0.5, -0.02, [-0.03, -0.01], 2, "same direction"),
     (0.5, -0.02, [-0.03, -0.01], 2, "other direction"), (0.5, 0.02, [-0.01, 0.05], 2, "inside noise"),
@@ -83,7 +97,8 @@ def test_ratios_of_speed_are_within_a_round():
 
 @pytest.mark.parametrize("difference,interval,seeds,expected", [
     (-0.02, [-0.03, -0.01], 3, "**-0.0200 [-0.0300, -0.0100]**"),  # better beyond noise
-    (0.02, [0.01, 0.03], 3, "+0.0200 [+0.0100, +0.0300]"),  # worse beyond noise
+    (0.02, [0.01, 0.03], 3, "+0.0200 [+0.0100, +0.0300] ↑"),  # worse beyond noise
+    (0.02, [0.01, 0.03], 1, "+0.0200 [+0.0100, +0.0300]"),
     (-0.02, [-0.05, 0.01], 3, "-0.0200 [-0.0500, +0.0100] ≈"),
     (-0.02, [-0.03, -0.01], 1, "-0.0200 [-0.0300, -0.0100]"),  # over documents only: not bold
     (-0.02, None, 1, "-0.0200"),
@@ -163,6 +178,37 @@ def test_published_figures_stand_beside_measured_ones(tmp_path):
     assert control["measured"].startswith("5.3000 [")
     assert "all of PG-19's training books" in report.markdown(study)
     assert r"5.3644 $\pm$ 0.0279" in report.latex_text(study)
+
+
+def test_a_published_spread_decides_in_a_table(tmp_path):
+    """CRoPE, table 1, WikiText-2: 5.3730 ± 0.0255 against 5.40 ± 0.013, and rope's 5.3644 ± 0.0279 against the same.
+    The difference +0.0086 has a ± of √(0.0255² + 0.0279²) = 0.0378."""
+    losses = {"rope": [5.399, 5.401], "crope": [5.399, 5.401], "sinusoidal": [5.9, 5.91]}
+    study = study_of(tmp_path, SWEEPS / "crope-1.yaml", losses, settings=["WikiText-2"])
+    table = published_table(study)
+    rows = {row[1]: dict(zip(table.head, row)) for row in table.rows}
+    assert rows["crope"]["verdict"] == "cannot be told apart" == rows["crope"]["verdict on the difference"]
+    assert rows["rope"]["verdict"] == "cannot be told apart"
+    assert rows["sinusoidal"]["verdict"] == "differs" == rows["sinusoidal"]["verdict on the difference"]
+    assert rows["sinusoidal"]["measured less rope, nats"].endswith("↑") and r"$\uparrow$" in report.latex_text(study)
+    assert "cannot be told apart" in "".join(report.notes(study))
+
+
+def test_a_spread_of_perplexities_is_taken_in_nats():
+    assert reach_in(math.log, 20.0, 2.0) == pytest.approx(math.log(22 / 18) / 2)
+    assert reach_in(float, 20.0, 2.0) == 2.0 and reach_in(float, 20.0) == 0.0
+
+
+def test_brackets_of_one_seed_name_the_method_that_made_them(tmp_path):
+    """Committed reports have the intervals of their day."""
+    losses = {"rope": [1.0], "crope": [1.0]}
+    study = study_of(
+        tmp_path, write_grid(tmp_path / "g.yaml"), losses, rows=lambda run: [report_row([10, 20])], eval=EVAL
+    )
+    for key in study.runs:
+        study.reports(*key, "far")[1]["interval"] = "95 % percentile bootstrap"
+    assert "Brackets at figures: 95 % percentile bootstrap." in "".join(report.notes(study))
+    assert "for each difference alone" in "".join(report.notes(study))
 
 
 def test_a_reduced_set_up_compares_directions_only(tmp_path):
