@@ -26,6 +26,13 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 # Fields that a config made before they existed does not have, with the value that it means by that
 SINCE = {"window": 0, "pos_lr_matrices": False}
 
+# Fields that do not change a result, beyond rounding. Where a run is and what it tells meanwhile:
+ELSEWHERE = ("out_dir", "resume", "device", "wandb", "verify_data")  # a study's names of runs do not depend on these
+ROUTINE = ("micro_batch_size", "compile", "rank_timeout", "checkpoint_interval", "keep_checkpoints", "log_interval")
+ROUTINE += ("sample_interval",)
+# … and all of them: what is validated, and where the data lie, whose hash is compared apart
+NEUTRAL = (*ELSEWHERE, *ROUTINE, "eval_interval", "eval_tokens", "data_dir")
+
 
 @dataclass
 class RunConfig:

@@ -6,15 +6,10 @@ from pathlib import Path
 
 from data.shards import DataError, open_data
 from nanope.checkpoint import read_metrics
-from nanope.config import RunConfig, completed, with_vocabulary
+from nanope.config import NEUTRAL, RunConfig, completed, with_vocabulary
 from nanope.distributed import Ranks
 from nanope.optim import resolve_batch
 from nanope.values import read_yaml_file
-
-# Fields that do not change the result, beyond rounding
-NEUTRAL = ("data_dir", "verify_data", "out_dir", "eval_interval", "eval_tokens", "checkpoint_interval", "log_interval")
-NEUTRAL += ("keep_checkpoints", "sample_interval", "resume", "wandb", "device", "compile", "micro_batch_size")
-NEUTRAL += ("rank_timeout",)
 
 
 def differences(config: RunConfig, run: Path) -> list[str]:

@@ -7,17 +7,11 @@ from pathlib import Path
 import torch
 
 from data.shards import as_path, cores, given_path
+from nanope.config import ELSEWHERE, ROUTINE
 from nanope.distributed import PEAK_FLOPS
 from nanope.errors import nearest
 from nanope.study.grid import Grid
-from nanope.study.run import ELSEWHERE
 from nanope.values import read_yaml
-
-# Fields whose change leaves a set-up the paper's own, within rounding
-NO_MATTER = {
-    *ELSEWHERE, "micro_batch_size", "compile", "checkpoint_interval", "keep_checkpoints", "log_interval",
-    "sample_interval", "rank_timeout",
-}  # fmt: skip
 
 
 def source(text: str) -> str:
@@ -99,7 +93,7 @@ def grid_of(path: Path, args) -> tuple[Grid, list[str]]:
     if args.corpus:
         grid.use_corpus(args.corpus)
         said += ["--corpus", args.corpus]
-    changed = [f"--set {k}={v}" for k, v in changes.get("fields", {}).items() if k not in NO_MATTER]
+    changed = [f"--set {k}={v}" for k, v in changes.get("fields", {}).items() if k not in (*ELSEWHERE, *ROUTINE)]
     changed += [f"--corpus {args.corpus}"] * bool(args.corpus)
     if changed and grid.published:
         texts = [grid.reduced, f"Changed on the command line: {', '.join(changed)}."]
