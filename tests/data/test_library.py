@@ -269,6 +269,14 @@ def test_units_do_not_depend_on_how_it_was_saved(splits, tmp_path):
     assert made[0] == made[1] and len(made[0]) > 9
 
 
+def test_a_corpus_keeps_its_own_splits(splits, tmp_path):
+    splits["train"].save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match="no split for validation, and this corpus has its own"):
+        prepare("pg19", tmp_path / "out", tmp_path / "saved", "byte")
+    splits.save_to_disk(tmp_path / "all")
+    assert documents(prepare("pg19", tmp_path / "out", tmp_path / "all", "byte"), "val") == TEXTS[200:230]
+
+
 def test_a_damaged_folder_of_save_to_disk(splits, tmp_path):
     splits["train"].save_to_disk(tmp_path / "saved")
     (file,) = (tmp_path / "saved").glob("*.arrow")
