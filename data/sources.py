@@ -70,8 +70,7 @@ def check_reading(files: list[File], reading: dict[str, str]) -> None:
 
 def identity_of(files: list[File]) -> str:
     """Hex sha256 that changes with the name, the size, the content or the split of a file."""
-    # The size of a stream is known only where the library has loaded it before.
-    return _sha256([[file.name, 0 if file.stream else file.bytes, file.identity, file.split] for file in files])
+    return _sha256([[file.name, file.bytes, file.identity, file.split] for file in files])
 
 
 def _split_of(name: str) -> str:
