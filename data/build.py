@@ -77,7 +77,7 @@ def prepare(
     options["val_bytes"] = val_bytes
     request = Request.checked(corpus_name, subset, source, tokenizer_name, options, field, separator, wanted)
     corpus = request.corpus
-    name = Path(wanted.dataset).name if wanted else corpus_name
+    name = Path(wanted.name).name if wanted else corpus_name
     out, folder = resolved(out or Path(__file__).parent / f"{name}-{request.tokenizer.name}")
 
     finished = open_data(out, verify) if (out / "COMPLETE").exists() else None
@@ -87,7 +87,7 @@ def prepare(
     files = None
     if plan:
         # Merging reads no source. For shards that are complete the hub is not asked again.
-        read_source = not merge and (source is not None or not (finished or (folder / "COMPLETE").exists()))
+        read_source = not merge and (request.is_here or not (finished or (folder / "COMPLETE").exists()))
         files = request.check(plan, out if finished else folder, read_source)
     if finished:
         output(f"{out} is complete and as it should be; nothing to do")

@@ -41,9 +41,8 @@ def mistaken_file(head: bytes, suffix: str) -> str | None:
 
     suffix: of the content, or of the compression that a file has as a whole.
     """
-    for start, (name, command) in POINTERS.items():
-        if head.startswith(start) and len(head) < 1024:
-            return f"is a pointer of {name}, not the text itself; fetch that: {command}"
+    if problem := pointer(head):
+        return problem
     if suffix in KINDS[1:] and head.lstrip().startswith(b"<"):
         return "is a web page (HTML or XML), perhaps an error message that was saved in its place; fetch it again"
     for start, (what, own) in MAGIC.items():
@@ -55,6 +54,14 @@ def mistaken_file(head: bytes, suffix: str) -> str | None:
     if suffix == ".parquet" and not head.startswith(b"PAR"):  # PARE, where it is encrypted
         return f"is not parquet: it begins with {head[:40]!r}" if head else "is not parquet: it is empty"
     return _wide_text(head) if suffix in KINDS and suffix != ".parquet" else None
+
+
+def pointer(head: bytes) -> str | None:
+    """What a file is, by its first HEAD bytes, where it only stands for one that was not fetched. Else None."""
+    for start, (name, command) in POINTERS.items():
+        if head.startswith(start) and len(head) < 1024:
+            return f"is a pointer of {name}, not the text itself; fetch that: {command}"
+    return None
 
 
 def _is_binary(head: bytes) -> bool:

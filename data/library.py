@@ -6,11 +6,15 @@ is cut into units by its rows, a stream by the files that the data set has on th
 
 import hashlib
 import json
+import os
+import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.diagnose import HEAD, pointer
 from data.progress import note
 from data.readers import Bad, Documents, File, text_column, texts_of
 from data.shards import DataError, fingerprint
@@ -18,6 +22,13 @@ from data.shards import DataError, fingerprint
 # What data sets call their splits, and we
 SPLIT_NAMES = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "val", "dev"), "val")
 BATCH_BYTES = 2**22  # of text that is read at a time
+HINTS = {  # part of the library's message → what to do
+    "scripts are no longer supported": "the code of a data set is not run here, and no option trusts it; many have a "
+    "copy in parquet: try --revision refs/convert/parquet",
+    "Config name is missing": "--config picks one",
+    "corresponds to no data": "--split NAME reads a split that has rows",
+    "Bad split": "--streaming reads a split as a whole, by its name",
+}
 
 
 @dataclass(frozen=True)
@@ -29,6 +40,16 @@ class Wanted:
     split: str | None = None
     revision: str | None = None
     streaming: bool = False
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder on this machine."""
+        return os.path.isdir(self.dataset)
+
+    @property
+    def name(self) -> str:
+        """The name on the hub, or that of the folder."""
+        return Path(self.dataset).resolve().name if self.is_folder else self.dataset
 
 
 def is_saved(source: Path | str) -> bool:
@@ -45,7 +66,8 @@ def saved_files(source: Path | str, field: str) -> list[File]:
         loaded = datasets.load_from_disk(str(source))
     except Exception as error:  # the library's own, pyarrow's, OSError, KeyError …
         raise DataError(f"--source {source} cannot be read as a folder of save_to_disk: {_line(error)}") from None
-    return _files(Path(source).name, loaded if isinstance(loaded, dict) else {None: loaded}, field)
+    splits = loaded if isinstance(loaded, dict) else {None: loaded}
+    return _files(Path(source).resolve().name, splits, field, f"--source {source}/")
 
 
 def loaded_files(wanted: Wanted, revision: str | None, field: str) -> tuple[str | None, list[File]]:
@@ -63,20 +85,16 @@ def loaded_files(wanted: Wanted, revision: str | None, field: str) -> tuple[str 
             loaded = builder.as_dataset(wanted.split)
     except Exception as error:
         raise _refused(wanted, error) from None
-    local = Path(wanted.dataset).is_dir()
-    files = _files(
-        Path(wanted.dataset).resolve().name if local else wanted.dataset,
-        loaded if isinstance(loaded, dict) else {None: loaded},
-        field,
-        builder,
-    )
-    return None if local else builder.hash, files
+    splits = loaded if isinstance(loaded, dict) else {None: loaded}
+    if wanted.is_folder:
+        return None, _files(wanted.name, splits, field, "--split ", builder, _contents(builder))
+    return builder.hash, _files(wanted.name, splits, field, "--split ", builder)
 
 
 def expected_bytes(wanted: Wanted) -> int:
     """Bytes of a data set as its page or its files tell, without downloading it. DataError where they do not."""
     builder = _builder(wanted, wanted.revision)
-    files = [path for paths in (builder.config.data_files or {}).values() for path in paths]
+    files = _data_files(builder)
     if builder.info.dataset_size:
         return builder.info.dataset_size
     if files and all(Path(path).is_file() for path in files):
@@ -114,19 +132,52 @@ def row_ranges(file: File, unit_bytes: int) -> list[tuple[int, int]]:
 def _builder(wanted: Wanted, revision: str | None) -> Any:
     import datasets
 
+    name = wanted.dataset
+    if wanted.is_folder and is_saved(name):
+        raise DataError(f"--dataset {name} was written by save_to_disk; read it as a source: files --source {name}")
+    if wanted.is_folder and revision:
+        raise DataError(f"--revision does not apply: --dataset {name} is a folder on this machine")
+    # A whole path is never taken for one of the library's formats, such as `text`
+    path = str(Path(name).resolve()) if wanted.is_folder else name
     try:
-        return datasets.load_dataset_builder(wanted.dataset, wanted.config, revision=revision)
+        with tempfile.TemporaryDirectory() as empty:  # what a stream is must not depend on what the cache has of it
+            cache = empty if wanted.streaming else None
+            builder = datasets.load_dataset_builder(path, wanted.config, revision=revision, cache_dir=cache)
     except Exception as error:
         raise _refused(wanted, error) from None
+    here = [path for path in _data_files(builder) if os.path.isfile(path)]
+    if here and not wanted.is_folder:
+        raise DataError(f"--dataset {name} is a format of the library, not a data set; give the folder of the files")
+    for path in here:
+        with open(path, "rb") as f:
+            if problem := pointer(f.read(HEAD)):
+                raise DataError(f"--dataset {name}: {path} {problem}")
+    if not wanted.is_folder and re.fullmatch("[0-9a-f]{40}", revision or "") and builder.hash != revision:
+        raise DataError(  # without the network the library takes the newest that it has
+            f"--dataset {name} at {revision} is neither on the hub nor in the library's cache, which has {builder.hash}"
+        )
+    return builder
+
+
+def _data_files(builder: Any) -> list[str]:
+    return [path for paths in (builder.config.data_files or {}).values() for path in paths]
+
+
+def _contents(builder: Any) -> str:
+    """A digest of the files of a folder. The library's own fingerprint changes with their times and their place."""
+    return _sha256([[Path(path).name, fingerprint(path)] for path in _data_files(builder)])
 
 
 def _refused(wanted: Wanted, error: Exception) -> DataError:
+    import datasets
+
+    while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
+        error = error.__cause__
     line = _line(error)
-    if "scripts are no longer supported" in line:
-        line += (
-            ". The code of a data set is not run here, and no option trusts it. Many such data sets have a copy in "
-            "parquet: try --revision refs/convert/parquet"
-        )
+    hints = [hint for part, hint in HINTS.items() if part in line]
+    if os.path.isfile(wanted.dataset):
+        hints.append(f"a file is read as a source: files --source {wanted.dataset}")
+    line = "; ".join([line.rstrip(".!"), *hints])
     return DataError(f"--dataset {wanted.dataset} cannot be loaded ({type(error).__name__}): {line}")
 
 
@@ -134,29 +185,35 @@ def _line(error: Exception) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:500]
 
 
-def _files(name: str, splits: dict[str | None, Any], field: str, builder: Any = None) -> list[File]:
-    """A File for each table, or for each file of a stream, of the splits that are read."""
+def _files(
+    name: str, splits: dict[str | None, Any], field: str, option: str, builder: Any = None, contents: str | None = None
+) -> list[File]:
+    """A File for each table, or for each file of a stream, of the splits that are read.
+
+    option: what, followed by the name of a split, reads that one alone.
+    contents: of a folder, instead of the library's fingerprints.
+    """
     files = []
-    for split, key in _chosen(name, splits):
+    for split, key in _chosen(name, splits, option):
         table, title = splits[key], f"{name}:{key}" if key else name
         if table.features:  # a stream may not know them yet
             column = table.select_columns(_names(table.features.arrow_schema, field, title)[:1])
         if hasattr(table, "num_rows"):
             digest = [fingerprint(cached["filename"]) for cached in table.cache_files]
             identity = _sha256([digest, table.num_rows])
-            mark = title, table._fingerprint
+            mark = title, contents or table._fingerprint
             files.append(File(title, column.data.nbytes, identity, split, title, table, fingerprint=mark))
             continue
-        sizes = builder.info.splits or {}
+        sizes, version = builder.info.splits or {}, contents or builder.hash
         size = sizes[key].num_bytes // table.num_shards if key in sizes else 0
         for i in range(table.num_shards):
             place = table.num_shards, i
-            identity, where = _sha256([builder.hash, str(key), *place]), f"{title}, file {i}"
-            files.append(File(f"{title}:{i}", size, identity, split, where, table, place, (title, builder.hash)))
+            identity, where = _sha256([version, str(key), *place]), f"{title}, file {i}"
+            files.append(File(f"{title}:{i}", size, identity, split, where, table, place, (title, version)))
     return files
 
 
-def _chosen(name: str, splits: dict[str | None, Any]) -> list[tuple[str | None, str | None]]:
+def _chosen(name: str, splits: dict[str | None, Any], option: str) -> list[tuple[str | None, str | None]]:
     """(our split or None, its key) of the splits that are read. None: the hash of a text decides.
 
     A data set that has training and validation is read with its own splits. Of another only train is read.
@@ -165,11 +222,11 @@ def _chosen(name: str, splits: dict[str | None, Any]) -> list[tuple[str | None, 
         return [(None, key) for key in splits]
     ours = {SPLIT_NAMES[key]: key for key in reversed(splits) if key in SPLIT_NAMES}
     if "train" not in ours:
-        raise DataError(f"{name} has the splits {', '.join(splits)}; name one: --split {next(iter(splits))}")
+        raise DataError(f"{name} has the splits {', '.join(splits)}; name one: {option}{next(iter(splits))}")
     own = [(split, ours[split]) for split in ("train", "val", "test") if split in ours and "val" in ours]
     chosen = own or [(None, ours["train"])]
     if left := [key for key in splits if key not in [k for _, k in chosen]]:
-        note(f"{name}: the splits {', '.join(left)} are left out; --split reads one of them")
+        note(f"{name}: the splits {', '.join(left)} are left out; one is read by {option}{left[0]}")
     return chosen
 
 
@@ -185,7 +242,8 @@ def _batches(file: File, field: str, start: int | None, stop: int | None) -> Ite
         for at in range(start or 0, len(table) if stop is None else stop, step):
             yield table[at : min(at + step, len(table) if stop is None else stop)]
     except Exception as error:  # pyarrow's, OSError, those of the network
-        raise DataError(f"{file.path} cannot be read: {_line(error)}; the same command continues") from None
+        line = f"{file.path} cannot be read: {_line(error).rstrip('.')}"
+        raise DataError(f"{line}; when that is mended, the same command continues") from None
 
 
 def _names(schema: Any, field: str, where: str) -> list[str]:

@@ -78,13 +78,18 @@ class Request:
         given = {key: now[key] for key in GIVEN[:2] if now[key] != own[key]}
         if self.options.get("val_bytes") is not None:
             given["val_bytes"] = self.options["val_bytes"]
-        return given | ({"hub": vars(self.wanted)} if self.wanted else {})
+        return given | ({"hub": dict(vars(self.wanted))} if self.wanted else {})
 
     def val_bytes(self) -> int | None:
         """Bytes of text to aim at for validation, if any number was given."""
         if self.options["val_tokens"] is not None:
             return round(self.options["val_tokens"] * self.tokenizer.bytes_per_token)
         return self.options["val_bytes"]
+
+    @property
+    def is_here(self) -> bool:
+        """Whether what is to be read is on this machine: a --source, or a folder as --dataset."""
+        return self.source is not None or bool(self.wanted and self.wanted.is_folder)
 
     def files(self, revision: str | None) -> tuple[str | None, list[File]]:
         """Revision and files of what is to be read: those of the hub at `revision`."""
@@ -110,8 +115,11 @@ class Request:
         """How the request differs from a plan, the text of the source left aside."""
         now = {"dataset": self.name, "subset": self.subset_name, "tokenizer": self.tokenizer.name} | self.options
         there = plan | {"tokenizer": plan["tokenizer"]["name"]}
+        given = self.given()
+        if self.wanted and self.wanted.is_folder and "hub" in plan:  # whatever way it is named, its text is compared
+            given["hub"] |= {"dataset": plan["hub"]["dataset"]}
         for key in GIVEN:
-            now[key], there[key] = repr(self.given().get(key)), repr(plan.get(key))
+            now[key], there[key] = repr(given.get(key)), repr(plan.get(key))
         differ = [f"{key} {there[key]} there, {now[key]} now" for key in there if key in now and there[key] != now[key]]
         if plan["tokenizer"]["sha256"] != self.tokenizer.sha256:
             differ.append(f"another vocabulary of {self.tokenizer.name}")
@@ -154,6 +162,8 @@ def make_plan(request: Request, revision: str | None, files: list[File], sizes: 
 
 def unfinished_plan(folder: Path) -> dict | None:
     """The plan of an interrupted run in `folder`. None where there is none. DataError where something else is there."""
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder} is in the way: it is not a folder; give another --out")
     if not folder.exists() or not any(folder.iterdir()):
         return None
     if (folder / "plan.json").is_file():

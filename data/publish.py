@@ -33,16 +33,16 @@ def join_units(folder: Path, plan: dict, corpus: Corpus) -> None:
             f"{marked:,} documents contain {END_OF_TEXT}, which is text here and not the end of a document; "
             f"--separator '{END_OF_TEXT}' divides .txt files there"
         )
+    kind = plan["val_rule"]["kind"]
+    advice = {
+        "names": f"validation is {', '.join(corpus.val)}",
+        "own": "the source's own split has no more (of a data set of the hub, --split NAME reads another)",
+    }
     for split in ("train", "val"):
         if not splits[split]:
             raise DataError(
                 f"there is no {split} document: the source has {counts['documents']:,} documents and "
-                f"{counts['empty']:,} empty ones"
-                + (
-                    f"; validation is {', '.join(corpus.val)}"
-                    if corpus.val
-                    else "; give another --val_tokens or --val_bytes"
-                )
+                f"{counts['empty']:,} empty ones; {advice.get(kind, 'give another --val_tokens or --val_bytes')}"
             )
     counts["bytes"] = sum(record["bytes"] for records in splits.values() for record in records)
     digests = [unit["sha256"] for unit in units]
@@ -77,6 +77,8 @@ def resolved(out: Path | str) -> tuple[Path, Path]:
     """
     try:
         path = Path(out).resolve()
+        if not path.name:
+            raise DataError(f"--out {out} is the root of the disk; give a folder in it")
         partial = path.with_name(f"{path.name}.partial")
         partial.exists()  # OSError where the longer name is too long
         if (path / "COMPLETE").exists() or not path.exists():

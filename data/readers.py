@@ -12,6 +12,7 @@ import io
 import json
 import lzma
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -105,9 +106,11 @@ def find_files(source: Path | str, tell: Callable[[str], None] = lambda message:
             found, passed = {}, f"1 {_label(source.name)}"
         if not found:
             known = list(SUFFIXES)
+            tables = re.search(r"\.(csv|tsv|arrow)\b", passed)
+            hint = "; the corpus hub reads a folder of tables: --dataset" if tables else ""
             raise DataError(
                 f"--source {source}: no {', '.join(known[:3])} file (nor {', '.join(known[3:])}; all but .parquet "
-                f"also with {', '.join(COMPRESSED)}); there is {passed or 'no file at all'}"
+                f"also with {', '.join(COMPRESSED)}); there is {passed or 'no file at all'}{hint}"
             )
         if passed:
             tell(f"passed over: {passed} (in {source})")

@@ -23,7 +23,10 @@ def source_files(
     The revision that is returned is a commit, or None where it is not known, as for a --source.
     """
     if source is not None and not corpus.reader and is_saved(source):
-        return None, saved_files(source, corpus.field)
+        files = saved_files(source, corpus.field)
+        if corpus.own_splits and not any(file.split == "val" for file in files):
+            raise DataError(f"--source {source}: no split for validation, and this corpus has its own")
+        return None, files
     if source is not None and corpus.reader:
         source, listed = Path(source), local_files(corpus, source)
         identity = _sha256([[file.name, file.identity] for file in listed])
@@ -67,8 +70,7 @@ def check_reading(files: list[File], reading: dict[str, str]) -> None:
 
 def identity_of(files: list[File]) -> str:
     """Hex sha256 that changes with the name, the size, the content or the split of a file."""
-    # The size of a stream is known only where the library has loaded it before.
-    return _sha256([[file.name, 0 if file.stream else file.bytes, file.identity, file.split] for file in files])
+    return _sha256([[file.name, file.bytes, file.identity, file.split] for file in files])
 
 
 def _split_of(name: str) -> str:

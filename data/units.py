@@ -64,11 +64,15 @@ def group_files(files: list[File], corpus: Corpus, unit_bytes: int) -> list[list
     """Cut the list of files into groups.
 
     Neighbours of one split stay together while they are small together, or if the corpus joins rows across files.
+    A file of a stream of unknown size is not small.
     """
     groups = []
     for file in files:
         together = groups and groups[-1][0].split == file.split
-        if together and (corpus.join != "rows" or sum(f.bytes for f in groups[-1]) + file.bytes <= unit_bytes // 3):
+        if together and corpus.join == "rows":
+            known = file.bytes or not file.stream
+            together = known and sum(f.bytes for f in groups[-1]) + file.bytes <= unit_bytes // 3
+        if together:
             groups[-1].append(file)
         else:
             groups.append([file])

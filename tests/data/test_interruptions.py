@@ -251,6 +251,12 @@ def test_refused_before_the_work(source, tmp_path, monkeypatch):
     for name in ("x" * 300, "x" * 250):  # which .partial makes too long
         with pytest.raises(DataError, match="name too long"):
             prepare("files", tmp_path / name, source, "byte")
+    with pytest.raises(DataError, match="the root of the disk"):
+        prepare("files", "/", source, "byte")
+    (tmp_path / "out.partial").write_text("mine")
+    with pytest.raises(DataError, match="out.partial is in the way: it is not a folder"):
+        prepare("files", tmp_path / "out", source, "byte")
+    (tmp_path / "out.partial").unlink()
     monkeypatch.chdir(tmp_path / "disk")
     with pytest.raises(DataError, match="is the folder you are in"):
         prepare("files", ".", source, "byte")

@@ -83,7 +83,8 @@ def test_splits_of_its_own_are_used(splits, tmp_path, capsys):
 def test_a_split_that_is_not_read_is_said(splits, tmp_path, capsys):
     splits.save_to_disk(tmp_path / "texts")
     files(tmp_path, tmp_path / "texts")
-    assert "the splits extra are left out" in capsys.readouterr().err
+    assert f"the splits extra are left out; one is read by --source {tmp_path}/texts/extra" in capsys.readouterr().err
+    assert all_documents(files(tmp_path, tmp_path / "texts" / "extra", "extra")) == sorted(TEXTS[250:])
     del splits["validation"]
     splits.save_to_disk(tmp_path / "without")
     data = files(tmp_path, tmp_path / "without", "train only")
@@ -91,7 +92,7 @@ def test_a_split_that_is_not_read_is_said(splits, tmp_path, capsys):
     assert "the splits test, extra are left out" in capsys.readouterr().err
     del splits["train"]
     splits.save_to_disk(tmp_path / "none")
-    with pytest.raises(DataError, match="none has the splits test, extra; name one: --split test"):
+    with pytest.raises(DataError, match="none has the splits test, extra; name one: --source .*/none/test"):
         files(tmp_path, tmp_path / "none", "nothing")
 
 
@@ -134,9 +135,58 @@ def test_what_cannot_be_loaded_is_refused(folder, tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.jsonl").write_text('{"text": "one"}\n{"text": \n')
     for streaming in (False, True):
-        with pytest.raises(DataError, match="broken.* cannot be (loaded|read)"):
+        with pytest.raises(DataError, match="broken.* cannot be (loaded|read).*JSON parse error"):
             loaded(tmp_path / "out", tmp_path / "broken", streaming=streaming)
+    with pytest.raises(DataError, match="train-0.jsonl; a file is read as a source: files --source"):
+        loaded(tmp_path / "out", folder / "train-0.jsonl")
+    with pytest.raises(DataError, match="Bad split.*reads a split as a whole"):
+        loaded(tmp_path / "out", folder, split="train[:10%]", streaming=True)
+    with pytest.raises(DataError, match="--revision does not apply.*is a folder"):
+        prepare("hub", tmp_path / "out", None, "byte", wanted=Wanted(str(folder), revision="main"))
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_a_format_is_no_data_set(folder, tmp_path, monkeypatch):
+    """The library's `json` would be all such files where one is. A folder of that name is itself."""
+    monkeypatch.chdir(folder)
+    with pytest.raises(DataError, match="--dataset json is a format of the library"):
+        loaded(tmp_path / "out", "json")
+    shutil.copytree(folder, tmp_path / "here" / "json")
+    write_jsonl(tmp_path / "here" / "other.jsonl", ["not this"])
+    monkeypatch.chdir(tmp_path / "here")
+    assert all_documents(loaded(tmp_path / "out", "json")) == sorted(TEXTS)
+
+
+@pytest.mark.parametrize("name", ["train.txt", "train.parquet"])
+def test_a_pointer_is_no_text(tmp_path, name):
+    (tmp_path / "cloned").mkdir()
+    (tmp_path / "cloned" / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{0:064}\nsize 9\n")
+    with pytest.raises(DataError, match=f"{name} is a pointer of Git LFS.*git lfs pull"):
+        loaded(tmp_path / "out", tmp_path / "cloned")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_validation_split_without_rows(splits, tmp_path, streaming):
+    splits["train"].to_parquet(tmp_path / "texts" / "train.parquet")
+    splits["validation"].select([]).to_parquet(tmp_path / "texts" / "validation.parquet")
+    with pytest.raises(DataError, match="--split NAME reads"):
+        loaded(tmp_path / "out", tmp_path / "texts", streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_is_its_text(folder, tmp_path, monkeypatch, streaming):
+    """Not its place, the way to name it, or its files' times. Other text is noticed, also after the work."""
+    data = loaded(tmp_path / "out", folder, streaming=streaming)
+    other = tmp_path / "elsewhere" / folder.name
+    shutil.copytree(folder, other, copy_function=shutil.copyfile)
+    manifest = loaded(tmp_path / "again", other, streaming=streaming).manifest
+    assert manifest | {"hub": None} == data.manifest | {"hub": None}
+    monkeypatch.chdir(other)
+    assert loaded(tmp_path / "out", ".", streaming=streaming).hash == data.hash  # nothing to do
+    with open("train-1.jsonl", "a") as f:
+        f.write('{"text": "one more"}\n')
+    with pytest.raises(DataError, match="other text in the source"):
+        loaded(tmp_path / "out", ".", streaming=streaming)
 
 
 # ---- interruptions and workers ----
@@ -160,6 +210,17 @@ def test_killed_it_continues_and_workers_make_the_same_bytes(folder, tmp_path, s
     kept = {time for time in times(tmp_path / "killed", "*.bin").values()} & set(made.values())
     assert len(kept) == 5
     assert "nothing to do" in finish(start(tmp_path / "killed", *options, **command))
+
+
+def test_a_stream_is_cut_by_its_files(folder, tmp_path, monkeypatch):
+    """Whatever the library's cache knows of them: else a run that continues would be cut in another way."""
+    made = []
+    for name in ("new", "known"):
+        made.append(loaded(tmp_path / name, folder, streaming=True, shard_tokens=20_000))
+        datasets.load_dataset(str(folder))
+    assert made[0].hash == made[1].hash and made[0].manifest["groups"] == 2
+    with pytest.raises(DataError, match="nobody knows how large"):
+        loaded(tmp_path / "out", folder, streaming=True, val_bytes=9_000, sizes=Sizes(survey=10_000))
 
 
 @pytest.mark.slow
@@ -189,6 +250,8 @@ def test_folders_of_save_to_disk(splits, tmp_path):
     assert documents(one, "train") == [text for text in rows["text"] if text not in documents(one, "val")]  # in order
     assert one.manifest["source"]["fingerprint"] == {"one": datasets.load_from_disk(tmp_path / "one")._fingerprint}
     files(tmp_path, tmp_path / "one", "shuffled")  # nothing to do
+    with pytest.raises(DataError, match="one was written by save_to_disk; read it as a source: files --source"):
+        loaded(tmp_path / "new", tmp_path / "one")
     shutil.rmtree(tmp_path / "one")
     splits["train"].select(range(50)).save_to_disk(tmp_path / "one", num_shards=3)
     with pytest.raises(DataError, match="other text in the source"):
@@ -204,6 +267,14 @@ def test_units_do_not_depend_on_how_it_was_saved(splits, tmp_path):
         data = files(tmp_path, tmp_path / "saved", f"out {number}", **options)
         made.append({name: content for name, content in contents(data.folder).items() if name.endswith(".bin")})
     assert made[0] == made[1] and len(made[0]) > 9
+
+
+def test_a_corpus_keeps_its_own_splits(splits, tmp_path):
+    splits["train"].save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match="no split for validation, and this corpus has its own"):
+        prepare("pg19", tmp_path / "out", tmp_path / "saved", "byte")
+    splits.save_to_disk(tmp_path / "all")
+    assert documents(prepare("pg19", tmp_path / "out", tmp_path / "all", "byte"), "val") == TEXTS[200:230]
 
 
 def test_a_damaged_folder_of_save_to_disk(splits, tmp_path):
@@ -244,3 +315,18 @@ def test_from_a_hub(small_hub, corpus, tmp_path, streaming):
     assert all_documents(data) == sorted(text for text in corpus[1] if text and text.strip())
     assert data.manifest["revision"] == "a" * 40 and list(data.manifest["source"]["fingerprint"])
     assert all("/resolve/" not in path or "a" * 40 in path for _, path in small_hub.asked)
+
+
+@pytest.mark.slow
+def test_without_the_hub(small_hub, corpus, tmp_path):
+    """The library's cache serves, but not for another commit than it has."""
+    command = {"corpus": "hub", "val_tokens": None}
+    environ = environment(small_hub, tmp_path / "home")
+    environ.pop("HF_DATASETS_CACHE", None)
+    finish(start(tmp_path / "one", "--dataset", "someone/texts", env=environ, **command))
+    environ["HF_HUB_OFFLINE"] = "1"
+    finish(start(tmp_path / "two", "--dataset", "someone/texts", "--revision", "a" * 40, env=environ, **command))
+    made = [open_data(tmp_path / name).manifest for name in ("one", "two")]
+    assert made[0]["splits"] == made[1]["splits"] and made[1]["revision"] == "a" * 40
+    other = start(tmp_path / "out", "--dataset", "someone/texts", "--revision", "b" * 40, env=environ, **command)
+    assert f"at {'b' * 40} is neither on the hub nor in the library's cache" in finish(other, code=1)
