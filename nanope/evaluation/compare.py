@@ -1,6 +1,7 @@
 """Comparisons of runs: experiments found by their configs, paired differences on the same tokens, and their table."""
 
 import dataclasses
+import hashlib
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from data.shards import Data
 from nanope.config import RunConfig
 from nanope.evaluation.options import Options, lengths_in_tokens
-from nanope.evaluation.protocols import Targets
+from nanope.evaluation.protocols import Targets, split_of
 from nanope.evaluation.same_text import same_text
 from nanope.evaluation.statistics import FEW, few_documents, paired_difference
 from schemes import label
@@ -62,9 +63,10 @@ def choose_text(datas: list[Data], options: Options) -> tuple[list[Targets | Non
     """What the runs with these data are to score, so that they compare: None, what each chooses by itself, where all
     have one tokenizer; else the same text (same_text), and its hash. ValueError where there is nothing that compares.
     """
-    hold = {tuple(record["sha256"] for record in records_of(data, options.split)) for data in datas}
     if len({data.tokenizer_hash for data in datas}) == 1:
-        if len(hold) > 1:
+        shards = {tuple(r["sha256"] for r in records_of(data, options.split)): data for data in datas}
+        # Folders may differ in how they cut the same tokens into shards
+        if len(shards) > 1 and len({tokens_hash(data, options.split) for data in shards.values()}) > 1:
             folders = ", ".join(dict.fromkeys(str(data.folder) for data in datas))
             raise ValueError(
                 f"the runs' data hold different text in {options.split} ({folders}): give --data with the folder that "
@@ -112,6 +114,16 @@ def compare(reports: list[dict]) -> list[dict]:
 
 def records_of(data: Data, split: str) -> list[dict]:
     return data.records("val" if split == "val_long" else split)
+
+
+def tokens_hash(data: Data, split: str) -> str:
+    """The sha256 of a split's tokens, whatever their shards are."""
+    digest = hashlib.sha256()
+    for path in split_of(data, split).files:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def key_of(row: dict) -> tuple:
