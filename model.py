@@ -349,9 +349,9 @@ class GPT(nn.Module):
     ) -> torch.Tensor:
         """Append n sampled tokens: idx (B, T) int64, T ≥ 1 → (B, T + n). Temperature 0 is greedy; top_k keeps the
         k likeliest. Cached: each token is computed once. ValueError where the scheme cannot reach T + n - 1."""
-        if idx.size(1) < 1 or n < 0 or not temperature >= 0 or (top_k is not None and top_k < 1):
+        if idx.size(1) < 1 or n < 0 or not 0 <= temperature < math.inf or (top_k is not None and top_k < 1):
             raise ValueError(
-                "generate needs a prompt of ≥ 1 tokens, n ≥ 0, temperature ≥ 0, top_k ≥ 1; "
+                "generate needs a prompt of ≥ 1 tokens, n ≥ 0, a finite temperature ≥ 0, top_k ≥ 1; "
                 f"got {idx.size(1)}, {n}, {temperature}, {top_k}"
             )
         self.check_length(idx.size(1) + n - 1)
@@ -365,8 +365,9 @@ class GPT(nn.Module):
                     logits = logits.masked_fill(logits < kth, -math.inf)
                 if temperature == 0:
                     new = logits.argmax(1, keepdim=True)
-                else:
-                    new = torch.multinomial(torch.softmax(logits / temperature, 1), 1, generator=generator)
+                else:  # beyond the bounds float32 overflows, and the distribution is the same as at them
+                    logits = logits / min(max(temperature, 1e-30), 1e30)
+                    new = torch.multinomial(torch.softmax(logits, 1), 1, generator=generator)
                 idx = torch.cat((idx, new), 1)
         finally:
             self.train(training)

@@ -23,15 +23,23 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data.shards import open_data
-from nanope import checkpoint
-from nanope.checkpoint import Keeper, build_model, initial_model
+from data.shards import as_path, open_data, output
+from nanope import checkpoint, schedule
+from nanope.checkpoint import Keeper, Progress, build_model, initial_model
 from nanope.config import RunConfig, check, parse, with_vocabulary, write_yaml
 from nanope.diff import differences
 from nanope.distributed import Ranks, autocast, compiler_works, data_parallel, pick_dtype, pinned, ranks_of, to_host
 from nanope.feed import Feed, Sampler, Validation, check_splits, diverged
 from nanope.log import Log, check_wandb, environment, title
-from nanope.optim import largest_micro_batch, learning_rate, make_optimizer, out_of_memory, resolve_batch, step_seed
+from nanope.optim import (
+    largest_micro_batch,
+    learning_rate,
+    make_optimizer,
+    out_of_memory,
+    resolve_batch,
+    seed_generators,
+    step_seed,
+)
 from nanope.run_folder import Stop, find_state, locked, resumed_if_restarted
 
 
@@ -105,7 +113,7 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
         closing.enter_context(locked(folder, ranks))
         optimizer = make_optimizer(model, config)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        progress = checkpoint.restore(state, optimizer, scaler, device) if state else checkpoint.begin(config.seed)
+        progress = checkpoint.restore(state, optimizer, scaler) if state else Progress()
         del state
         if ranks.main and progress.step < config.max_steps:  # a finished run keeps the record of how it was made
             write_yaml(config, folder / "config.yaml")
@@ -130,10 +138,13 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
             log.say(title(config, model, ranks, share, len(feed.split), device, dtype))
         elif progress.step >= config.max_steps:
             log.say(f"{folder} is at step {progress.step} of {config.max_steps}: nothing to do")
+        if progress.step < config.max_steps and (text := schedule.warning(config)):
+            log.say(f"warning: {text}")
 
         def validate_and_sample() -> bool:
             """Whether the validation loss is the lowest so far. A signal puts off both until the run is resumed."""
             step, lowest = progress.step, False
+            seed_generators(step_seed(config, step, f"validation {ranks.rank}"))
             if step in (0, config.max_steps) or due(step, config.eval_interval):
                 loss = validation.loss(model, dtype, stop)
                 if loss is None:
@@ -160,8 +171,7 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
             rate = learning_rate(progress.step, config)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["lr_multiplier"]
-            if config.dropout:
-                torch.manual_seed(step_seed(config, progress.step, ranks.rank))
+            seed_generators(step_seed(config, progress.step, ranks.rank))  # for dropout, and what else may be drawn
 
             # Forward and backward, a micro-batch at a time
             losses, auxiliaries, weight = [], [], micro / share
@@ -275,18 +285,21 @@ def main(arguments: list[str] | None = None, observe: Callable = unobserved) -> 
             raise ValueError(
                 f"--{of_plan[0]} goes with --plan, which trains nothing; without it this would start a run"
             )
-        if mode["plan"] and mode["diff"]:
+        if mode["plan"] and mode["diff"] is not None:
             raise ValueError("--plan and --diff are two questions: give one of them")
-        if mode["diff"]:
+        if mode["diff"] is not None:
             check(config)
-            lines = differences(config, Path(mode["diff"]))
-            print("\n".join(lines) or f"no difference from {Path(mode['diff'])}")
+            run = as_path(mode["diff"])
+            lines = differences(config, run)
+            output("\n".join(lines) or f"no difference from {run}")
             sys.exit(int(bool(lines)))
         if mode["plan"]:
             from nanope.plan import plan_text
 
+            if text := schedule.warning(config):
+                print(f"warning: {text}", file=sys.stderr)
             costs = {name: mode[name] for name in ("schemes", "gpus", "mfu", "price_per_hour")}
-            return print(plan_text(config, **costs))
+            return output(plan_text(config, **costs))
         result = train(config, observe)
     except (ValueError, OSError) as error:
         if dist.is_initialized():  # by ranks_of, which leaves it so: NCCL could wait at exit for ranks that do not come

@@ -26,7 +26,7 @@ from data.plan import RECORD, Request, make_plan, unfinished_plan
 from data.progress import Progress
 from data.publish import join_units, publish, resolved
 from data.readers import File
-from data.shards import Data, DataError, open_data, write_json
+from data.shards import Data, DataError, open_data, output, write_json
 from data.tokenizer import Tokenizer
 from data.units import SIZES, Sizes, Unit, UnitId, cut_group, finished_units, group_files, record_of
 from data.workers import do_in_processes, in_background
@@ -90,7 +90,7 @@ def prepare(
         read_source = not merge and (source is not None or not (finished or (folder / "COMPLETE").exists()))
         files = request.check(plan, out if finished else folder, read_source)
     if finished:
-        print(f"{out} is complete and as it should be; nothing to do")
+        output(f"{out} is complete and as it should be; nothing to do")
         return finished
 
     with _working_in(folder, part, merge):
@@ -106,7 +106,7 @@ def prepare(
                 downloads = out.with_name(f"{out.name}.downloads")
             Part(plan, files, folder, part, downloads, keep_downloads).do(workers, sizes)
         if part and not merge:
-            print(
+            output(
                 f"part {part[0]} of {part[1]} is done; when all are, join them: the same command with --merge instead "
                 f"of --part"
             )

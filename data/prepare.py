@@ -14,7 +14,7 @@ from data.build import LONG_TOKENS, SHARD_TOKENS, prepare
 from data.corpora import CORPORA, listing
 from data.library import Wanted
 from data.plan import estimate
-from data.shards import DataError, cores, unknown
+from data.shards import DataError, cores, given_path, output, unknown
 from data.split import VAL_FRACTION
 from data.summary import summary
 from data.tokenizer import TOKENIZERS
@@ -33,10 +33,16 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("corpus", nargs="?", metavar="CORPUS", help=f"one of {', '.join(CORPORA)}; see below")
-    add("--out", metavar="DIR", help="folder to make (default: data/CORPUS-TOKENIZER in this repository)")
+    add(
+        "--out",
+        metavar="DIR",
+        type=given_path,
+        help="folder to make (default: data/CORPUS-TOKENIZER in this repository)",
+    )
     add(
         "--source",
         metavar="PATH",
+        type=given_path,
         help="file or folder of .txt, .jsonl, .json (also .gz, .bz2, .xz, .zst) or .parquet to read, links followed, "
         "instead of downloading it",
     )
@@ -53,7 +59,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--subset", metavar="NAME", help="of the corpus, as --list has them (default: the first)")
     hub = parser.add_argument_group("only for the corpus hub").add_argument
-    hub("--dataset", metavar="NAME", help="what datasets.load_dataset loads: a name on the hub, or a folder")
+    hub(
+        "--dataset",
+        metavar="NAME",
+        type=given_path,
+        help="what datasets.load_dataset loads: a name on the hub, or a folder",
+    )
     hub("--config", metavar="C", help="of a data set that has several")
     hub(
         "--split",
@@ -126,7 +137,7 @@ def unescaped(separator: str) -> str:
 def run(args: argparse.Namespace, sizes: Sizes) -> None:
     """Do what the arguments ask for. DataError for what the user can put right."""
     if args.list:
-        print(listing())
+        output(listing())
         return
     if args.corpus is None:
         raise DataError(f"which corpus? One of {', '.join(CORPORA)}")
@@ -135,7 +146,7 @@ def run(args: argparse.Namespace, sizes: Sizes) -> None:
     wanted = Wanted(**hub) if any(hub.values()) else None
     if args.dry_run:
         rows = {"field": args.field, "separator": separator, "wanted": wanted}
-        print(estimate(args.corpus, args.source, args.tokenizer, args.workers, args.subset, **rows))
+        output(estimate(args.corpus, args.source, args.tokenizer, args.workers, args.subset, **rows))
         return
     part = None
     if args.part is not None:
@@ -166,7 +177,7 @@ def run(args: argparse.Namespace, sizes: Sizes) -> None:
         sizes=sizes,
     )
     if data:
-        print(summary(data))
+        output(summary(data))
 
 
 def main(arguments: list[str] | None = None, sizes: Sizes = SIZES) -> None:

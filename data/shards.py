@@ -8,10 +8,13 @@ A data folder holds
 Documents are whole and in source order. Each is followed by the end-of-text token. The same input gives the same bytes.
 """
 
+import argparse
 import difflib
 import hashlib
 import json
 import os
+import re
+import sys
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
@@ -38,6 +41,41 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> DataError:
 def cores() -> int:
     """How many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ---- commands ----
+
+
+class PathError(DataError, argparse.ArgumentTypeError):
+    """A path that cannot be meant."""
+
+
+def given_path(text: str) -> str:
+    """A path as it is meant on a command line or in a config: ~ and variables such as $HOME are replaced, which a
+    shell does not do within quotes or after `=`. PathError for an empty one, an unknown user or variable."""
+    if not text.strip():
+        raise PathError("an empty path: name a file or a folder")
+    path = os.path.expanduser(os.path.expandvars(text))
+    if not os.path.lexists(path):
+        if path.startswith("~"):
+            raise PathError(f"{text}: there is no such user; a file of that name here is ./{text}")
+        if unset := re.search(r"\$(\w+|\{[^}]*\})", path):
+            raise PathError(f"{text}: the variable {unset[0]} is not set")
+    return path
+
+
+def as_path(text: str) -> Path:
+    """given_path as a Path."""
+    return Path(given_path(text))
+
+
+def output(text: str) -> None:
+    """Print to standard output. A reader that has seen enough, as `| head` has, is no error: the command goes on, and
+    what it prints from then on is dropped."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # ---- files ----

@@ -4,13 +4,12 @@ Without an option, the manifest as a table. Documents and windows are counted fr
 """
 
 import argparse
-import os
 import sys
 
 import _root
 import numpy as np
 
-from data.shards import Data, DataError, open_data
+from data.shards import Data, DataError, given_path, open_data, output
 from data.summary import summary
 from data.tokenizer import load_tokenizer
 
@@ -72,24 +71,24 @@ def run(args: argparse.Namespace) -> None:
     data = open_data(args.folder, verify=args.verify)
     decode = load_tokenizer(data.manifest["tokenizer"]["name"]).decode
     if args.document is not None:
-        print(decode(document(data, args.split, args.document)))
+        output(decode(document(data, args.split, args.document)))
     elif args.window is not None:
         tokens = window(data, args.split, args.window, args.block_size)
         ends = np.flatnonzero(tokens == data.eot)
-        print("\n<|endoftext|>\n".join(decode(part) for part in np.split(tokens, ends)))
+        output("\n<|endoftext|>\n".join(decode(part) for part in np.split(tokens, ends)))
     elif args.longest is not None:
         for tokens, number in longest(data, args.split, args.longest):
-            print(f"document {number}: {tokens:,} tokens, {decode(document(data, args.split, number)[:20])!r}")
+            output(f"document {number}: {tokens:,} tokens, {decode(document(data, args.split, number)[:20])!r}")
     elif args.verify:
-        print(f"{data.folder}: every shard is what the manifest says")
+        output(f"{data.folder}: every shard is what the manifest says")
     else:
-        print(table(data))
+        output(table(data))
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command. Ends the process with a message where something is wrong."""
     parser = argparse.ArgumentParser(prog="data/show.py", description="Look into a data folder.", allow_abbrev=False)
-    parser.add_argument("folder", metavar="DIR", help="what data/prepare.py made")
+    parser.add_argument("folder", metavar="DIR", type=given_path, help="what data/prepare.py made")
     parser.add_argument("--split", default="train", help="train, val or test (default: train)")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--document", metavar="N", type=int, help="decode document N")
@@ -101,8 +100,6 @@ def main(arguments: list[str] | None = None) -> None:
         run(parser.parse_args(arguments))
     except DataError as error:
         sys.exit(f"show: {error}")
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

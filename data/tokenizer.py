@@ -102,6 +102,7 @@ class Tokenizer:
     """A vocabulary and its encoder.
 
     tokens: the byte string of each id; empty for ids that stand for no text
+    pattern: cuts text into words, within which tokens are merged; empty where no tokens are
     eot: id that ends a document; n_vocab: the highest id + 1
     sha256: hex, of the vocabulary, the same on every machine; version: of the library that encodes
     dtype: the smallest that holds every id; token_bytes: (n_vocab,) int64, bytes of text of each token
@@ -119,7 +120,8 @@ class Tokenizer:
         eot: int | None = None,
         n_vocab: int | None = None,
     ):
-        self.name, self.tokens, self.bytes_per_token, self.version = name, tokens, bytes_per_token, version
+        self.name, self.tokens, self.pattern = name, tokens, pattern
+        self.bytes_per_token, self.version = bytes_per_token, version
         self.eot = len(tokens) if eot is None else eot
         self.n_vocab = n_vocab or self.eot + 1
         self.dtype = np.dtype(np.uint16 if self.n_vocab <= 2**16 else np.uint32)

@@ -13,14 +13,12 @@ import hashlib
 import json
 import math
 import os
-import random
 import signal
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from data.shards import Data
@@ -61,7 +59,6 @@ def snapshot(
         "scaler": scaler.state_dict(),
         "step": progress.step,
         "config": dataclasses.asdict(config),
-        "generators": generators(),
         "data_hash": data.hash,
         "tokenizer": dict(data.manifest["tokenizer"]),
         "best_val_loss": progress.best_val_loss,
@@ -72,57 +69,23 @@ def snapshot(
     return host_copy(state)
 
 
-def begin(seed: int) -> Progress:
-    """The progress of a new run. Random generators start from the seed, so that nothing in a checkpoint comes from the
-    operating system's entropy."""
-    seed %= 2**32  # NumPy takes no larger one
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)
-    return Progress()
-
-
-def restore(
-    state: dict, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, device: torch.device
-) -> Progress:
-    """Put a checkpoint's state into the optimizer, the scaler and the generators. Weight decay, betas and the like stay
-    the config's. The model's weights come with build_model."""
+def restore(state: dict, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> Progress:
+    """Put a checkpoint's state into the optimizer and the scaler. Weight decay, betas and the like stay the config's.
+    The model's weights come with build_model, and random generators are seeded anew for each step."""
     fields = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
     for group, now in zip(optimizer.param_groups, fields):
         group.update(now)
     if state["scaler"]:  # empty where the run was not float16
         scaler.load_state_dict(state["scaler"])
-    restore_generators(state["generators"], device)
     state = {"watched": state["step"], **state}  # checkpoints of old were written after validation, and do not say so
     return Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})
 
 
-def generators() -> dict:
-    """The states of torch's, Python's and NumPy's random generators."""
-    version, internal, gauss = random.getstate()
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    keys = torch.from_numpy(keys.astype(np.int64))
-    old = {"kind": kind, "keys": keys, "position": position, "has_gauss": has_gauss, "cached": cached}
-    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": [version, list(internal), gauss], "numpy": old}
-
-
-def restore_generators(state: dict, device: torch.device) -> None:
-    """Set the random generators to what generators() returned."""
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"])
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    if old := state.get("numpy"):
-        keys = old["keys"].numpy().astype(np.uint32)
-        np.random.set_state((old["kind"], keys, old["position"], old["has_gauss"], old["cached"]))
-
-
 def host_copy(state, copies: dict | None = None):
     """A copy of nested dicts and lists with every tensor's values on the CPU, which can be written while training goes
-    on. Tied parameters stay tied: they are copied, and written, once."""
+    on. Tied parameters stay tied: they are copied, and written, once. So are equal texts, which a resumed run has read
+    one by one: equal states give equal files."""
     copies = {} if copies is None else copies
     if isinstance(state, torch.Tensor):
         same = state.data_ptr(), state.dtype, state.shape, state.stride()
@@ -130,7 +93,9 @@ def host_copy(state, copies: dict | None = None):
             copies[same] = state.detach().to("cpu", copy=True)
         return copies[same]
     if isinstance(state, dict):
-        return {k: host_copy(v, copies) for k, v in state.items()}
+        return {host_copy(k): host_copy(v, copies) for k, v in state.items()}
+    if isinstance(state, str):
+        return sys.intern(state)
     return type(state)(host_copy(v, copies) for v in state) if isinstance(state, (list, tuple)) else state
 
 
@@ -319,8 +284,13 @@ def was_link(path: Path) -> bool:
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """The whole lines of a run's metrics.jsonl, which may be being written. OSError where there is none."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    """The whole lines of a run's metrics.jsonl, which may be being written. OSError where there is none, ValueError
+    where it is damaged."""
+    path = run / "metrics.jsonl"
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 # ---- writing while training goes on

@@ -1,25 +1,37 @@
 """The fields of a run: defaults, then a YAML file, then the command line."""
 
 import dataclasses
+import json
 import math
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+from jsonargparse import ActionConfigFile, ArgumentParser, set_loader, set_parsing_settings
 
+import schemes
+from data.shards import PathError, given_path
 from model import GPTConfig, resolve
 from nanope.errors import nearest
 from nanope.files import write_atomically
+from nanope.schedule import jump
+from nanope.values import number, read_yaml, read_yaml_file
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 # Fields that a config made before they existed does not have, with the value that it means by that
 SINCE = {"window": 0, "pos_lr_matrices": False}
+
+# Fields that do not change a result, beyond rounding. Where a run is and what it tells meanwhile:
+ELSEWHERE = ("out_dir", "resume", "device", "wandb", "verify_data")  # a study's names of runs do not depend on these
+ROUTINE = ("micro_batch_size", "compile", "rank_timeout", "checkpoint_interval", "keep_checkpoints", "log_interval")
+ROUTINE += ("sample_interval",)
+# … and all of them: what is validated, and where the data lie, whose hash is compared apart
+NEUTRAL = (*ELSEWHERE, *ROUTINE, "eval_interval", "eval_tokens", "data_dir")
 
 
 @dataclass
@@ -151,6 +163,16 @@ def with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:
 
 # ---- parsing
 
+PATHS = ("data_dir", "out_dir", "init_from")
+
+
+def types_in(annotation) -> set:
+    """The types and the texts that an annotation allows."""
+    return set().union(*map(types_in, get_args(annotation))) if get_args(annotation) else {annotation}
+
+
+TYPES = {f.name: types_in(f.type) for f in dataclasses.fields(RunConfig)}
+
 
 class Parser(ArgumentParser):
     """jsonargparse with the nearest valid name in its errors."""
@@ -167,54 +189,120 @@ def parse(
 ) -> RunConfig | tuple[RunConfig, dict]:
     """The RunConfig of a command line: `--config FILE`, then `--field value …`. Exits with a message for what is
     unknown or of a wrong type. With modes, which adds arguments that are no fields of a run: (RunConfig, those)."""
-    arguments, by_name = split_options(sys.argv[1:] if arguments is None else arguments)
     description = "Train one GPT-2 with a positional scheme. Also under torchrun."
     parser = Parser(prog="train.py", description=description, allow_abbrev=False)
     if modes:
         modes(parser)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of fields; later arguments override it.")
     parser.add_class_arguments(RunConfig)
-    values = parser.parse_args(arguments).as_dict()
+    try:
+        words, files, options = understood(sys.argv[1:] if arguments is None else arguments)
+    except ValueError as error:
+        parser.error(str(error))
+    values = parser.parse_args(words).as_dict()
     values.pop("config")
     others = {k: values.pop(k) for k in [*values] if k not in RunConfig.__dataclass_fields__}
     if absent := [f.name for f in dataclasses.fields(RunConfig) if values[f.name] is None and f.default is not None]:
         parser.error(f"{', '.join(absent)} must not be null")
-    try:
-        values["pos_options"] = typed(merged(values["pos_options"], by_name))
-    except yaml.YAMLError as error:
-        parser.error(f"pos_options: {error}")
+    if files and not any(word.partition("=")[0] == "--pos_options" for word in words):
+        before = parser.parse_args(files).pos
+        values["pos_options"], lost = carried(values["pos_options"], before, values["pos"])
+        if lost:
+            text = f"note: {', '.join(lost)} of the file's pos_options, made for pos {schemes.label(before)}"
+            print(f"{text}, do not apply to {schemes.label(values['pos'])} and are left out", file=sys.stderr)
+    values["pos_options"] = merged(values["pos_options"], options)
     config = RunConfig(**values)
     return (config, others) if modes else config
 
 
-def split_options(arguments: list[str]) -> tuple[list[str], dict]:
-    """A command line without its --pos_options.SCHEME.OPTION VALUE, and these as {SCHEME: {OPTION: VALUE}}.
-    jsonargparse would keep the last OPTION of each SCHEME alone."""
-    rest, found, words = [], {}, iter(arguments)
+def understood(arguments: list[str]) -> tuple[list[str], list[str], dict]:
+    """A command line as jsonargparse reads it: with plain numbers and paths, and without --pos_options.OPTION and
+    --pos_options.SCHEME.OPTION, of which it would keep the last of each SCHEME alone. Also its --config FILE alone, and
+    those options as {OPTION: VALUE} and {SCHEME: {OPTION: VALUE}}. ValueError for what cannot be meant."""
+    rest, files, options, words = [], [], {}, iter(arguments)
     for word in words:
-        match = re.fullmatch(r"--pos_options\.([^.=]+)\.([^.=]+)(?:=(.*))?", word, re.DOTALL)
-        value = None if match is None else next(words, None) if match[3] is None else match[3]
-        if value is None:
+        name, equals, value = word.removeprefix("--").partition("=")
+        field = name.partition(".")[0] if word.startswith("--") else ""
+        known = name in TYPES or name == "config" or re.fullmatch(r"pos_options\.[^.]+(\.[^.]+)?", name)
+        if not (field and known) or (not equals and (value := next(words, None)) is None):
             rest.append(word)
-        else:
-            found = merged(found, {match[1]: {match[2]: value}})
-    return rest, found
+            continue
+        try:
+            if field == "pos_options" and name != field:
+                *_, scheme, option = ["", *name.split(".")[1:]]
+                value = number(read_yaml(value))
+                options = merged(options, {scheme: {option: value}} if scheme else {option: value})
+                continue
+            value = word_of(name, value)
+        except ValueError as error:
+            raise ValueError(f"--{name}: {error}") from None
+        rest += [f"--{name}", value]
+        files += ["--config", value] * (name == "config")
+    return rest, files, options
+
+
+def word_of(name: str, text: str) -> str:
+    """The value of a field, or of --config, as jsonargparse reads it."""
+    if name in (*PATHS, "config") and text != "null":
+        path = given_path(text)
+        if name == "config" and Path(path).is_file():
+            read_yaml_file(path)  # whose errors name the file
+        return path
+    if name == "pos_options" or {int, float} & TYPES.get(name, set()):
+        value = as_field(name, read_yaml(text))
+        return text if isinstance(value, str) or value is None else json.dumps(value)
+    return text
+
+
+def as_field(name: str, value):
+    """A field's value in a YAML file, as the field means it: 1e6 is a whole number where one is wanted, `off` is no
+    truth value where there is a choice of that name. ValueError for a path that cannot be."""
+    types = TYPES.get(name, set())
+    if isinstance(value, list):
+        return [as_field(name, part) for part in value]
+    if name == "pos_options" or {int, float} & types:
+        value = number(value)
+    if isinstance(value, float) and int in types and value.is_integer():
+        return int(value)
+    if value is False and "off" in types:
+        return "off"
+    if name in PATHS and isinstance(value, str):
+        try:
+            return given_path(value)
+        except PathError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return value
+
+
+def read_fields(text: str):
+    """The fields in a YAML text, each as as_field has it; jsonargparse reads other values by it too."""
+    value = read_yaml(text)
+    if isinstance(value, dict):
+        return {k: as_field(k, v) for k, v in value.items()}
+    return {} if value is None and text.strip() not in ("null", "~") else value
+
+
+set_loader("yaml", read_fields, (ValueError,))
+
+
+def carried(options: dict, before: str | list[str], now: str | list[str]) -> tuple[dict, list[str]]:
+    """The options of a file's `pos` for another one, and the names of those that it does not take."""
+    if before == now or any(schemes.problems_of(pos, {}) for pos in (before, now)):
+        return options, []
+    of_before, names = [[schemes.short(name) for name in schemes.names_in(pos)] for pos in (before, now)]
+    own = {of_before[0]: options} if schemes.single(before) else options
+    if not schemes.single(now):
+        return {k: v for k, v in own.items() if k in names}, [k for k, v in own.items() if k not in names and v]
+    given = own.get(names[0], options if schemes.single(before) else {})
+    known = schemes.options_of(schemes.scheme_class(schemes.names_in(now)[0]))
+    lost = [k for k in given if k not in known] + [k for k, v in own.items() if v and v is not given]
+    return {k: v for k, v in given.items() if k in known}, lost
 
 
 def merged(options: dict, changes: dict) -> dict:
     """pos_options with `changes`; those of several schemes, which go by name, are changed option by option."""
     inner = {k: v for k, v in changes.items() if isinstance(v, dict) and isinstance(options.get(k), dict)}
     return {**options, **changes, **{k: merged(options[k], v) for k, v in inner.items()}}
-
-
-def typed(value):
-    """Options with every text, such as that of --pos_options.block 4, replaced by its YAML value. 1e4 is a number too,
-    unlike in YAML 1.1."""
-    if isinstance(value, dict):
-        return {k: typed(v) for k, v in value.items()}
-    if not isinstance(value, str):
-        return value
-    return float(value) if re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d+", value) else yaml.safe_load(value)
 
 
 # ---- checks
@@ -239,10 +327,13 @@ def check(config: RunConfig) -> None:
     require(f"{amounts} pos_lr_multiplier seed data_seed", lambda x: not x < 0, "must not be negative, but is")
     require("learning_rate lr_gamma rank_timeout", lambda x: x > 0, "must be positive, not")
     require("micro_batch_size vocab_size", lambda n: n in (None, "auto") or n >= 1, "must be at least 1 or null, not")
+    require("data_dir out_dir", str.strip, "must name a folder, not")
     require("beta1 beta2", lambda x: 0 <= x < 1, "must lie in [0, 1), not")
     require("decay_fraction", lambda x: 0 < x <= 1, "must lie in (0, 1], not")
     if config.schedule in ("cosine", "wsd") and config.min_lr > config.learning_rate:
         problems.append(f"min_lr {config.min_lr} exceeds learning_rate {config.learning_rate}")
+    if not problems and config.schedule == "wsd" and (text := jump(config)):
+        problems.append(text)
     if config.block_size > 0 and config.batch_tokens % config.block_size:
         below = max(config.batch_tokens // config.block_size, 1) * config.block_size
         problems.append(

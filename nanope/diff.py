@@ -4,18 +4,12 @@ import contextlib
 import dataclasses
 from pathlib import Path
 
-import yaml
-
 from data.shards import DataError, open_data
 from nanope.checkpoint import read_metrics
-from nanope.config import RunConfig, completed, with_vocabulary
+from nanope.config import NEUTRAL, RunConfig, completed, with_vocabulary
 from nanope.distributed import Ranks
 from nanope.optim import resolve_batch
-
-# Fields that do not change the result, beyond rounding
-NEUTRAL = ("data_dir", "verify_data", "out_dir", "eval_interval", "eval_tokens", "checkpoint_interval", "log_interval")
-NEUTRAL += ("keep_checkpoints", "sample_interval", "resume", "wandb", "device", "compile", "micro_batch_size")
-NEUTRAL += ("rank_timeout",)
+from nanope.values import read_yaml_file
 
 
 def differences(config: RunConfig, run: Path) -> list[str]:
@@ -24,10 +18,13 @@ def differences(config: RunConfig, run: Path) -> list[str]:
     no such run, ValueError where its config.yaml is none."""
     mine, data_hash = resolved(config)
     path = run / "config.yaml" if run.is_dir() else run
-    theirs = yaml.safe_load(path.read_text())
-    if not isinstance(theirs, dict) or "pos" not in theirs:
+    theirs = read_yaml_file(path)
+    if "pos" not in theirs:
         raise ValueError(f"{path} is no config of a run")
-    theirs = completed(theirs, config)
+    try:
+        theirs = completed(theirs, config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     lines = []  # (whether it leaves the result as it is, text)
     for field in dataclasses.fields(RunConfig):
         name = field.name
@@ -36,13 +33,13 @@ def differences(config: RunConfig, run: Path) -> list[str]:
         if there == here or left_open or name in ("out_dir", "resume"):
             continue
         if isinstance(here, dict) and isinstance(there, dict):
-            options = sorted(k for k in here.keys() | there.keys() if here.get(k) != there.get(k))
+            options = sorted((k for k in here.keys() | there.keys() if here.get(k) != there.get(k)), key=str)
             there, here = ({k: d.get(k) for k in options} for d in (there, here))
         neutral = name in NEUTRAL
         lines.append((neutral, f"{name}: {there} there, {here} here" + " (changes rounding at most)" * neutral))
     with contextlib.suppress(OSError, StopIteration):
-        environment = next(line["environment"] for line in read_metrics(path.parent) if "environment" in line)
-        there = environment["data_hash"]
+        environments = (line.get("environment") for line in read_metrics(path.parent))
+        there = next(e["data_hash"] for e in environments if isinstance(e, dict) and "data_hash" in e)
         if data_hash and there != data_hash:
             lines.append((False, f"data: its manifest's hash is {there[:12]}… there, {data_hash[:12]}… here"))
     return [text for _, text in sorted(lines, key=lambda line: line[0])]

@@ -2,6 +2,7 @@
 builds one."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,6 +135,13 @@ def as_gpt2(model: nn.Module, eot: int):
     return config, state
 
 
+def partial_rotary_factor(width: int, D: int) -> float:
+    """The part of a head's D channels that turns. The reader truncates: int(D · factor) is `width`, where that of
+    width / D can be one less (30 of 44)."""
+    factor = width / D
+    return factor if int(D * factor) == width else math.nextafter(factor, 1)
+
+
 # GPT-NeoX's names of the parts of a block
 NEOX_NAMES = {
     "ln_1": "input_layernorm",
@@ -161,7 +169,8 @@ def as_gpt_neox(model: nn.Module, eot: int):
         max_position_embeddings=c.block_size, layer_norm_eps=1e-5, bos_token_id=eot, eos_token_id=eot,
         tie_word_embeddings=True, use_parallel_residual=False, attention_bias=True,
         rope_parameters={
-            "rope_type": "default", "rope_theta": c.pos_options["base"], "partial_rotary_factor": width / D
+            "rope_type": "default", "rope_theta": c.pos_options["base"],
+            "partial_rotary_factor": partial_rotary_factor(width, D),
         },
     )  # fmt: skip
     halves = [*range(0, width, 2), *range(1, width, 2), *range(width, D)]

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import secrets
 import subprocess
 import sys
 import time
@@ -131,6 +132,7 @@ class Log:
             self.lines.append(encode({"step": step, "environment": environment}))
         self.open()
         self.wandb = start_wandb(config, self.run, resumed=step > 0) if config.wandb != "off" else None
+        self.identity = (self.run / WANDB_FILE).read_bytes() if self.wandb else None
         self.terminal = sys.stderr.isatty()
         self.bar = tqdm(
             total=config.max_steps, initial=step, desc=self.run.name, unit="step", disable=not self.terminal
@@ -254,6 +256,8 @@ class Log:
         self.open()
         if gone:
             write_yaml(self.config, self.run / "config.yaml")
+            if self.identity:
+                write_atomically(self.run / WANDB_FILE, lambda file: file.write(self.identity))
         what = self.run if gone else self.path
         self.say(
             f"warning: {what} was lost or could not be written for a while: all lines of this run are written again"
@@ -321,6 +325,8 @@ def lines_until(path: Path, step: int, watched: bool) -> list[bytes]:
 
 # ---- wandb
 
+WANDB_FILE = "wandb.json"  # in the run's folder; a checkpoint holds nothing that is drawn from entropy
+
 
 def check_wandb(config: RunConfig) -> None:
     """ValueError where the config asks for a wandb that is not installed."""
@@ -328,12 +334,36 @@ def check_wandb(config: RunConfig) -> None:
         raise ValueError("wandb is not installed: pip install wandb, or --wandb off")
 
 
+def wandb_id(config: RunConfig, run: Path, resumed: bool) -> str:
+    """The id of a run, drawn when it begins and kept in its folder, so that a resumed run continues its curve.
+
+    A run that was killed before its first checkpoint begins anew, and keeps its id where the command is the same. So
+    does a folder that was moved. A copy, whose original is still there, is a run of its own.
+    """
+    path, here = run / WANDB_FILE, str(run.resolve())
+    now = {k: v for k, v in vars(config).items() if k not in ("out_dir", "resume")}
+
+    def known(folder: Path) -> dict:
+        file = folder / WANDB_FILE
+        return json.loads(file.read_text()) if file.is_file() else {}
+
+    found = known(run)
+    if not resumed and not (config.resume and found.get("config") == now):
+        found = {}
+    elif found and found["folder"] != here and known(Path(found["folder"])).get("id") == found["id"]:
+        found = {}
+    elif not found and (run / "wandb").is_dir():  # begun before the file existed: the id was that of the path
+        found = {"id": hashlib.sha256(here.encode()).hexdigest()[:16]}
+    content = {"id": found.get("id") or secrets.token_hex(8), "folder": here, "config": found.get("config", now)}
+    if content != found:
+        write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
+    return content["id"]
+
+
 def start_wandb(config: RunConfig, run: Path, resumed: bool):
     """The wandb run of this folder, the same one after a resume. Offline, with a warning, where nobody is logged in or
     the server is out of reach. None where wandb does not work at all."""
     os.environ.setdefault("WANDB_CACHE_DIR", str((run / "wandb" / "cache").resolve()))  # it would log under $HOME
-    # The id follows from the folder, so that a resumed run continues its curve
-    identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
     project = os.environ.get("WANDB_PROJECT", "nanope")
 
     def warn(text):
@@ -353,6 +383,7 @@ def start_wandb(config: RunConfig, run: Path, resumed: bool):
     try:
         import wandb
 
+        identity = wandb_id(config, run, resumed)
         if config.wandb == "online":
             try:
                 if wandb.login(prompt=False, verify=False):

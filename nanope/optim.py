@@ -1,16 +1,18 @@
-"""The optimizer, the learning-rate schedule, the arithmetic of batches, and the seeds of a step."""
+"""The optimizer, the arithmetic of batches, and the seeds of a step. The learning rate is schedule.py's."""
 
 import hashlib
-import math
+import random
 
+import numpy as np
 import torch
 
 from model import GPT
 from nanope.config import RunConfig
 from nanope.distributed import Ranks, autocast
 from nanope.errors import first_line
+from nanope.schedule import learning_rate as learning_rate
 
-# ---- the optimizer and its learning rate
+# ---- the optimizer
 
 
 def make_optimizer(model: GPT, config: RunConfig) -> torch.optim.AdamW:
@@ -39,27 +41,18 @@ def make_optimizer(model: GPT, config: RunConfig) -> torch.optim.AdamW:
     )
 
 
-def learning_rate(step: int, config: RunConfig) -> float:
-    """The learning rate of optimizer step `step`, counted from 0."""
-    peak, last = config.learning_rate, config.max_steps
-    if step < config.warmup_steps:
-        return peak * (step + 1) / config.warmup_steps
-    if config.schedule == "cosine":
-        progress = (step - config.warmup_steps) / max(1, last - config.warmup_steps)
-        return config.min_lr + (peak - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    if config.schedule == "step":
-        return peak * config.lr_gamma ** (step // config.lr_step)
-    if config.schedule == "wsd":
-        decay = config.decay_fraction * last
-        return config.min_lr + (peak - config.min_lr) * min(1.0, max(0.0, last - step) / decay)
-    return peak
-
-
 def step_seed(config: RunConfig, step: int, what: int | str) -> int:
     """The seed of what is drawn in a step, from (config.seed, step, what) alone, so that a resumed run draws the same.
     `what` is a rank's number for its dropout, and a name for what all ranks draw alike."""
     digest = hashlib.sha256(f"{config.seed}/{step}/{what}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+def seed_generators(seed: int) -> None:
+    """Seed torch's, Python's and NumPy's generators, all that a scheme may draw from."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # it takes no larger one
 
 
 # ---- batches

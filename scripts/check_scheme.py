@@ -11,9 +11,10 @@ import sys
 
 import _root
 import torch
-import yaml
 
+from data.shards import output
 from nanope.conformance import CHECKS, Case, run
+from nanope.values import number, read_yaml
 
 
 def main() -> None:
@@ -29,15 +30,15 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     try:
-        pos, options, window = (yaml.safe_load(text) for text in (args.pos, args.options, args.window))
+        pos, options, window = (number(read_yaml(text)) for text in (args.pos, args.options, args.window))
         found = run(Case(pos, options, {"window": window}))
-    except (ValueError, yaml.YAMLError) as error:
+    except ValueError as error:
         sys.exit(f"error: {error}")
     for name, error in found.items():
         what = CHECKS[name].__doc__.splitlines()[0]
-        print(f"{'FAIL' if error else 'ok':4}  {name.replace('_', ' ')}: {error or what}")
+        output(f"{'FAIL' if error else 'ok':4}  {name.replace('_', ' ')}: {error or what}")
     failed = sum(error is not None for error in found.values())
-    print(f"\n{len(found) - failed} of {len(found)} checks passed")
+    output(f"\n{len(found) - failed} of {len(found)} checks passed")
     sys.exit(int(failed > 0))
 
 

@@ -3,38 +3,30 @@
     python scripts/export.py runs/NAME --to hf --out exported/NAME
 
 `learned` becomes GPT2LMHeadModel; `rope` and `crope` (its complex-linear weights written out as dense ones) become
-GPTNeoXForCausalLM with a sequential residual. Before the command ends it loads what it wrote and compares the logits.
-Needs requirements-dev.txt. An exported model runs in lm-evaluation-harness:
+GPTNeoXForCausalLM with a sequential residual. The command loads what it wrote, compares the logits and the ids of odd
+texts, and keeps it only where they are the run's. As in data/, the name of a special token within text is text. Needs
+requirements-dev.txt. An exported model runs in lm-evaluation-harness:
 lm_eval --model hf --model_args pretrained=DIR --tasks …
 """
 
 import argparse
-import lzma
+import contextlib
+import shutil
 import sys
 from pathlib import Path
 
 import _root
 import torch
+from safetensors import SafetensorError
 
-from data.tokenizer import BYTE_CHARACTERS, VOCABULARY, load_tokenizer
+from data.shards import as_path, given_path, output
+from data.tokenizer import load_tokenizer
 from model import GPT
 from nanope import checkpoint
 from nanope.hf import as_transformers
+from nanope.hf_tokenizer import check_tokenizer, tokenizer_of
 
 TOLERANCE = 1e-4  # of logits
-
-
-def tokenizer_of(name: str):
-    """The tokenizer of data/, byte or gpt2, as one of transformers."""
-    import transformers
-
-    ours = load_tokenizer(name)
-    vocabulary = {"".join(BYTE_CHARACTERS[b] for b in token): i for i, token in enumerate(ours.tokens)}
-    vocabulary["<|endoftext|>"] = ours.eot
-    merges = []
-    if name == "gpt2":
-        merges = [tuple(line.split(" ")) for line in lzma.decompress(VOCABULARY.read_bytes()).decode().splitlines()[1:]]
-    return transformers.GPT2Tokenizer(vocab=vocabulary, merges=merges)
 
 
 @torch.no_grad()
@@ -50,27 +42,43 @@ def largest_difference(folder: Path, model: GPT) -> float:
 
 def export(run: str, which: str, out: Path, tolerance: float = TOLERANCE) -> str:
     """Write the run's checkpoint to `out` and return a line about it. ValueError for what cannot be exported, and where
-    a logit differs by more than the tolerance."""
+    a logit differs by more than the tolerance or a text has other ids: then nothing new is left."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     state = checkpoint.load(checkpoint.find(run, which))
-    model, tokenizer = checkpoint.build_model(state).eval(), state["tokenizer"]
-    theirs = as_transformers(model, tokenizer["eot"])
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    partial = out / ".partial"  # of an export that was killed, if it is there
+    if out.exists() and (not out.is_dir() or {*out.iterdir()} - {partial}):
         raise ValueError(f"{out} exists: choose another --out, or remove it")
-    theirs.save_pretrained(out)
-    tokenizer_of(tokenizer["name"]).save_pretrained(out)
-    difference = largest_difference(out, model)
-    if not difference < tolerance:
-        raise ValueError(
-            f"{out} was written, but its logits differ from the run's by {difference:.1e}, more than {tolerance}: "
-            "do not use it, and report this"
-        )
-    kind = type(theirs).__name__
+    model, tokenizer = checkpoint.build_model(state).eval(), load_tokenizer(state["tokenizer"]["name"])
+    if tokenizer.sha256 != state["tokenizer"]["sha256"]:
+        raise ValueError(f"the run's tokenizer {tokenizer.name} had another vocabulary than the one that is here")
+    theirs = as_transformers(model, tokenizer.eot)
+    new = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        theirs.save_pretrained(partial)
+        tokenizer_of(tokenizer).save_pretrained(partial)
+        check_tokenizer(partial, tokenizer)
+        difference = largest_difference(partial, model)
+        if not difference < tolerance:
+            raise ValueError(
+                f"{out} is removed again, so that you do not use it: its logits differ from the run's by "
+                f"{difference:.1e}, more than {tolerance}; please report this"
+            )
+        for path in partial.iterdir():
+            path.rename(out / path.name)
+    except SafetensorError as error:  # such as of a full disk
+        raise OSError(f"cannot write {out}: {error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):  # the export is there
+            for folder in new:
+                folder.rmdir()
     return (
-        f"{out}: {kind}, tokenizer {tokenizer['name']}, step {state['step']}; "
+        f"{out}: {type(theirs).__name__}, tokenizer {tokenizer.name}, step {state['step']}; "
         f"largest difference of a logit {difference:.1e}"
     )
 
@@ -82,15 +90,15 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("run", help="a run's folder, or a checkpoint file")
+    parser.add_argument("run", type=given_path, help="a run's folder, or a checkpoint file")
     parser.add_argument(
         "--to", choices=("hf",), default="hf", help="hf: the transformers library (the default, and all there is)"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
+    parser.add_argument("--out", type=as_path, required=True, help="folder to write, new or empty")
     parser.add_argument("--checkpoint", default="last", help="last, best, or a step number (default: last)")
     args = parser.parse_args()
     try:
-        print(export(args.run, args.checkpoint, args.out))
+        output(export(args.run, args.checkpoint, args.out))
     except ImportError:
         sys.exit("error: the export needs the transformers library: pip install -r requirements-dev.txt")
     except (ValueError, OSError) as error:

@@ -17,15 +17,29 @@ arrow and its value.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import _root
 
+from data.shards import as_path
+from nanope.study.export import reports_of
 from nanope.study.figures import draw, draw_reports
 from nanope.study.panels import PANELS
 from nanope.study.results import Study
+
+
+def draw_files(paths: list[Path], out: Path, protocol: str) -> None:
+    """Draw reports of eval.py. ValueError for what is none."""
+    reports = dict(pair for path in paths for pair in reports_of(path))
+    for name, report in reports.items():
+        if not isinstance(report, dict):
+            raise ValueError(f"{name} is no report of eval.py: it holds {report!r:.40}")
+    try:
+        draw_reports([*reports.values()], out, protocol)
+    except (TypeError, AttributeError) as error:
+        what = f"{type(error).__name__} {error}"
+        raise ValueError(f"not all of {', '.join(reports)} are reports of eval.py: {what}") from error
 
 
 def main() -> None:
@@ -35,18 +49,19 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("paths", nargs="+", type=Path, help="a folder of runs or of results, or reports of eval.py")
-    parser.add_argument("--out", type=Path, required=True, help="image to write (.png, .pdf, .svg)")
+    parser.add_argument("paths", nargs="+", type=as_path, help="a folder of runs or of results, or reports of eval.py")
+    parser.add_argument("--out", type=as_path, required=True, help="image to write (.png, .pdf, .svg)")
     parser.add_argument("--panels", nargs="+", choices=PANELS, help="of a folder (default: length difference)")
     parser.add_argument(
         "--protocol", default="same-targets", help="of reports: what is shown by length (default: same-targets)"
     )
     args = parser.parse_args()
     try:
-        if len(args.paths) == 1 and not args.paths[0].is_file():
-            draw(Study.read(args.paths[0]), args.out, args.panels)
+        first = args.paths[0]
+        if len(args.paths) == 1 and not (first.is_file() or first.suffix == ".json"):
+            draw(Study.read(first), args.out, args.panels)
         else:
-            draw_reports([json.loads(path.read_text()) for path in args.paths], args.out, args.protocol)
+            draw_files(args.paths, args.out, args.protocol)
     except KeyError as error:
         sys.exit(f"error: a report lacks {error}: is it one of eval.py?")
     except (OSError, ValueError) as error:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import _root
 
+from data.shards import as_path, given_path, output
 from nanope.files import write_atomically
 from nanope.study.export import write_csv
 from nanope.study.report import write
@@ -28,7 +29,7 @@ def save_csv(out: str, paths: list[Path]) -> None:
     text = io.StringIO(newline="")
     write_csv(paths, text)
     if out == "-":
-        sys.stdout.write(text.getvalue())
+        output(text.getvalue().removesuffix("\r\n"))
     else:
         write_atomically(Path(out), lambda file: file.write(text.getvalue().encode()))
 
@@ -41,9 +42,11 @@ def main(arguments: list[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "paths", nargs="+", type=Path, help="a folder of runs or results; for --csv reports of eval.py too"
+        "paths", nargs="+", type=as_path, help="a folder of runs or results; for --csv reports of eval.py too"
     )
-    parser.add_argument("--csv", metavar="OUT", help="write this file, or - for the terminal, and no tables")
+    parser.add_argument(
+        "--csv", type=given_path, metavar="OUT", help="write this file, or - for the terminal, and no tables"
+    )
     args = parser.parse_args(arguments)
     if len(args.paths) > 1 and not args.csv:
         parser.error("tables are of one folder; --csv OUT takes several reports")
@@ -51,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
         if args.csv:
             save_csv(args.csv, args.paths)
         else:
-            print(write(args.paths[0]))
+            output(write(args.paths[0]))
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import _root
 import torch
 
+from data.shards import given_path, output
 from nanope.config import check, parse
 from nanope.trace import by_part, table, trace
 from schemes import label
@@ -27,8 +28,8 @@ def main() -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--steps", type=int, default=5, help="profiled optimizer steps, after two others (default: 5)")
-    parser.add_argument("--out", required=True, help="file of the trace, .json or .json.gz")
-    parser.add_argument("--run", help="a run's folder, whose config.yaml to take")
+    parser.add_argument("--out", type=given_path, required=True, help="file of the trace, .json or .json.gz")
+    parser.add_argument("--run", type=given_path, help="a run's folder, whose config.yaml to take")
     args, fields = parser.parse_known_args()
     if args.steps < 1:
         parser.error(f"--steps must be at least 1, not {args.steps}")
@@ -43,11 +44,11 @@ def main() -> None:
         profiler.export_chrome_trace(args.out)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(
+    output(
         f"{label(c.pos)}, {c.n_layer} layers × {c.n_embd}, length {c.block_size}, {c.batch_tokens:,} tokens a step; "
         f"{device}, {torch.get_num_threads()} CPU thread(s), {args.steps} steps\n"
     )
-    print(table(by_part(profiler.events(), device), args.steps))
+    output(table(by_part(profiler.events(), device), args.steps))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -233,14 +234,39 @@ def test_a_damaged_checkpoint_without_its_hash_is_passed_over_too(make, plain, t
     assert "delete" in str(info.value) and capsys.readouterr().err.count("warning: ") == 2
 
 
-@pytest.mark.slow
-def test_resuming_restores_every_generator(make):
-    config, seen = make(keep_checkpoints=9), []
-    observer = at_step({5: kill(signal.SIGTERM), 6: lambda: seen.append(checkpoint.generators())})
-    train(config, observer)
-    torch.manual_seed(99), random.seed(99), np.random.seed(99)  # another process
-    train(dataclasses.replace(config, resume=True), observer)
-    assert len(seen) == 1 and same(seen[0], checkpoint.load(checkpoint.find(config.out_dir, "6"))["generators"])
+def another_process():
+    torch.manual_seed(99), random.seed(99), np.random.seed(99)
+
+
+def test_equal_commands_give_equal_files_also_where_one_was_interrupted(make):
+    config = make(resume=True, dropout=0.1, sample_interval=6, keep_checkpoints=9)
+    digests = []
+    for actions in {}, {6: crash}, {5: kill(signal.SIGTERM)}:
+        shutil.rmtree(config.out_dir, ignore_errors=True)
+        another_process()
+        with contextlib.suppress(RuntimeError):
+            train(config, at_step(actions))
+        train(config)
+        files = {name: content for name, content in files_of(config.out_dir).items() if name.endswith(".pt")}
+        digests.append({k: hashlib.sha256(v).hexdigest() for k, v in files.items() if k != "checkpoints/step_6.pt"})
+    assert digests[0].keys() >= {f"checkpoints/step_{n}.pt" for n in (4, 8, 12)} | {"best.pt"}
+    assert digests[0] == digests[1] == digests[2]
+
+
+def test_what_is_drawn_in_a_step_follows_from_the_step(make):
+    """Also by a scheme from outside, from whichever generator."""
+    draws, seen = lambda: (torch.rand(2).tolist(), random.random(), np.random.rand()), {}
+
+    def drawing(event, step, subject):
+        if event == "launched":
+            assert seen.setdefault(step, drawn := draws()) == drawn
+
+    config = make()
+    train(config, together(drawing, at_step({7: kill(signal.SIGTERM)})))
+    another_process()
+    train(dataclasses.replace(config, resume=True), drawing)
+    train(make("validated", eval_interval=1), drawing)
+    assert len({repr(drawn) for drawn in seen.values()}) == 12
 
 
 def test_dropout_depends_on_seed_and_step(make):
@@ -719,7 +745,8 @@ def test_init_from_refuses_what_does_not_fit(make, plain, folders, tmp_path):
 
 def test_what_a_checkpoint_holds(make, plain):
     state = torch.load(plain / "last.pt", weights_only=True)
-    assert {"model", "optimizer", "scaler", "step", "config", "generators", "data_hash", "tokenizer"} <= state.keys()
+    assert not {"generators", "numpy", "python"} & state.keys()  # each step seeds them: a resumed run needs none
+    assert {"model", "optimizer", "scaler", "step", "config", "data_hash", "tokenizer"} <= state.keys()
     data = open_data(make().data_dir)
     assert state["step"] == 12 and state["data_hash"] == data.hash
     assert state["tokenizer"]["sha256"] == data.tokenizer_hash
@@ -1222,6 +1249,35 @@ def diff(capsys, config, run):
     with pytest.raises(SystemExit) as info:
         main([*arguments(config), "--diff", str(run)])
     return info.value.code, capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"pos: [", "config.yaml: line 1, column 7: while parsing a flow"),
+        (b"", "config.yaml is no config of a run"),
+        (b"- 1", "config.yaml: expected names and values"),
+        (b"pos: rope\nseed: 1\nseed: 2\n", "'seed' stands twice"),
+        (b"\xff\xfe\x00", "config.yaml: 'utf-8' codec"),
+        (None, "No such file"),
+    ],
+)
+def test_diff_from_what_is_no_config(make, command, tmp_path, content, words):
+    (tmp_path / "other").mkdir()
+    if content is not None:
+        (tmp_path / "other" / "config.yaml").write_bytes(content)
+    assert words in command(*arguments(make()), "--diff", tmp_path / "other")
+    assert "empty path" in command(*arguments(make()), "--diff", "")
+
+
+def test_diff_from_a_run_with_odd_values(make, plain, capsys, tmp_path):
+    shutil.copytree(plain, tmp_path / "other", symlinks=True)
+    (tmp_path / "other" / "metrics.jsonl").write_text('{"environment": {}}\n{"environment": 4}\n')
+    assert diff(capsys, make("mine"), tmp_path / "other") == (0, [f"no difference from {tmp_path / 'other'}"])
+    there = yaml.safe_load((plain / "config.yaml").read_text()) | {"pos_options": {1: 2, "base": 3}}
+    for pos, status in (("alibi", 1), ("rope", f"error: {tmp_path}/other/config.yaml: pos_options: unknown option 1")):
+        (tmp_path / "other" / "config.yaml").write_text(yaml.safe_dump(there | {"pos": pos}))
+        assert str(diff(capsys, make("mine"), tmp_path / "other")[0]).startswith(str(status))
 
 
 def test_diff(make, plain, folders, capsys, tmp_path):

@@ -3,6 +3,7 @@ changes a run."""
 # ruff: noqa: F811 - pytest finds fixtures by their names; those of training.py are imported
 
 import dataclasses
+import hashlib
 import math
 import os
 import shutil
@@ -294,6 +295,77 @@ def test_a_wandb_that_fails_does_not_end_the_run(make, plain, monkeypatch, capsy
     train(config)
     assert same(metrics(config.out_dir), metrics(plain)) and len(fake.lines) == 3
     assert capsys.readouterr().err.count("warning: wandb failed (the service)") == 1
+
+
+class NotingWandb(FailingWandb):
+    """Notes how each run was begun."""
+
+    def __init__(self):
+        super().__init__()
+        self.begun = []
+
+    def init(self, id, resume, mode, **_):
+        self.begun.append((id, resume))
+        return types.SimpleNamespace(log=lambda values, step: None, finish=lambda exit_code: None)
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    fake = NotingWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("WANDB_CACHE_DIR", "unused")
+    return fake
+
+
+@pytest.mark.parametrize("again", [dict(seed=2), dict(seed=1), dict(seed=1, resume=True)])
+def test_a_run_that_is_deleted_and_begun_anew_is_another_one_to_wandb(make, wandb, again):
+    config = make(wandb="offline", max_steps=2)
+    train(config)
+    if "resume" in again:
+        shutil.rmtree(config.out_dir)
+    else:
+        for path in Path(config.out_dir).iterdir():  # as rm -r run/* does
+            shutil.rmtree(path) if path.is_dir() else path.name.startswith(".") or path.unlink()
+    train(dataclasses.replace(config, **again))
+    (first, _), (second, how) = wandb.begun
+    assert first != second and how is None
+
+
+def test_a_resumed_run_continues_its_wandb_run_wherever_its_folder_went(make, wandb, tmp_path):
+    config = make(wandb="offline", resume=True)
+    with pytest.raises(RuntimeError):
+        train(config, at_step({2: crash}))  # before the first checkpoint
+    with pytest.raises(RuntimeError):
+        train(config, at_step({5: crash}))
+    train(config)
+    ids, how = zip(*wandb.begun)
+    assert len({*ids}) == 1 and how == (None, None, "allow")
+    shutil.copytree(config.out_dir, tmp_path / "copy", symlinks=True)
+    for folder in ("copy", "copy", "run"):
+        train(dataclasses.replace(config, out_dir=str(tmp_path / folder), max_steps=13))
+    Path(config.out_dir).rename(tmp_path / "moved")
+    train(dataclasses.replace(config, out_dir=str(tmp_path / "moved"), max_steps=14))
+    train(dataclasses.replace(config, max_steps=3))  # a new one where the first was
+    copied, again, *same = [identity for identity, _ in wandb.begun[3:7]]
+    assert copied == again != ids[0] and {*same} == {ids[0]}
+    assert wandb.begun[-1][0] not in (copied, ids[0])
+
+
+def test_a_run_of_another_command_before_its_first_checkpoint_is_another_one_to_wandb(make, wandb):
+    config = make(wandb="offline", resume=True, max_steps=3)
+    for seed in 1, 2:
+        with pytest.raises(RuntimeError):
+            train(dataclasses.replace(config, seed=seed), at_step({2: crash}))
+    assert len({identity for identity, _ in wandb.begun}) == 2
+
+
+def test_a_run_that_was_begun_before_ids_were_kept_goes_on_under_its_own(make, wandb):
+    config = make(wandb="offline", resume=True)
+    train(dataclasses.replace(config, max_steps=4, wandb="off"))
+    (Path(config.out_dir) / "wandb").mkdir()
+    train(config)
+    path = str(Path(config.out_dir).resolve())
+    assert wandb.begun == [(hashlib.sha256(path.encode()).hexdigest()[:16], "allow")]
 
 
 # ---- steps that are not finite

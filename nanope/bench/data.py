@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data.corpora import CORPORA
-from data.shards import cores, open_data
+from data.shards import cores, open_data, output
 from data.sources import source_files
 from data.tokenizer import GPT2_PATTERN, load_tokenizer
 from nanope import REPO
@@ -227,15 +227,15 @@ def main(arguments: list[str]) -> None:
     processes = args.workers or cores()
     corpus = CORPORA["novels"]
     novels = [text for _, text in corpus.reader(source_files(corpus, None, args.source, None)[1][0])]
-    print(f"{os.cpu_count()} cores, {processes} workers; medians of {args.rounds} rounds\n")
-    print(heading(2, "corpus", "", "tokens/s", "prepare relative to it (min … max)", "less start-up"))
+    output(f"{os.cpu_count()} cores, {processes} workers; medians of {args.rounds} rounds\n")
+    output(heading(2, "corpus", "", "tokens/s", "prepare relative to it (min … max)", "less start-up"))
     with tempfile.TemporaryDirectory() as base:
         for number, (kind, texts) in enumerate(documents(novels, args.copies).items()):
             seconds, peak, tokens = measure(kind, texts, Path(base, str(number)), processes, args.rounds)
-            print(*table(kind, seconds, tokens), sep="\n")
+            output("\n".join(table(kind, seconds, tokens)))
             start_up, whole = (statistics.median(seconds[way]) for way in ("start-up", "prepare"))
             size = sum(len(text.encode()) for text in texts)
-            print(
+            output(
                 f"\n{len(texts):,} documents, {size / 1e6:.1f} MB, {tokens:,} tokens; "
                 f"start-up {start_up:.2f} s of {whole:.2f} s; peak memory of all processes {peak / 1e6:,.0f} MB "
                 f"(limit {MEMORY_LIMIT / 1e6:,.0f}); floor {FLOOR} of the better\n"

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from data.shards import output
 from nanope.bench.turns import Worker, command_line, heading, ratios, row, spread, take_turns, workers
 from nanope.distributed import peak_memory, pick_device
 
@@ -115,14 +116,14 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
     args = parser.parse_args(arguments)
-    print(
+    output(
         f"{args.n_layer} layers × {args.n_embd}, vocabulary {args.vocab_size:,}, float32, "
         f"{args.batch_tokens:,} tokens a turn; median of {args.rounds} rounds\n"
     )
     speeds = ("eval.py, input tokens/s", "transformers", "speed (min … max)")
-    print(heading(1, "protocol", "length", *speeds, "peak memory, MB", "transformers", "memory"))
+    output(heading(1, "protocol", "length", *speeds, "peak memory, MB", "transformers", "memory"))
     for protocol in ("nonoverlapping", "sliding"):
         for length in args.lengths:
-            print(measure(protocol, length, args), flush=True)
+            output(measure(protocol, length, args))
     if AT in args.lengths and all(getattr(args, name) == default for name, default in SHAPE.items()):
-        print(f"\nTargets at {AT:,}: at least {FLOOR} × the speed, at most {MEMORY_FLOOR} × the memory.")
+        output(f"\nTargets at {AT:,}: at least {FLOOR} × the speed, at most {MEMORY_FLOOR} × the memory.")

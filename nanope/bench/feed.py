@@ -10,7 +10,7 @@ larger than memory, or drop its cache.
 import sys
 import time
 
-from data.shards import open_data
+from data.shards import open_data, output
 from nanope.bench.turns import spread
 from nanope.config import check, parse
 from nanope.distributed import Ranks, pick_device
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     feed.close()
-    print(
+    output(
         f"{config.data_dir}, {len(split):,} tokens, windows of {config.block_size}, {micro} at a time: "
         f"{spread(speeds, 1, ' M tokens/s', f' over {ROUNDS} rounds')} by one process"
     )

@@ -25,12 +25,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import yaml
 
+from data.shards import as_path, output
 from model import GPT, Block, GPTConfig, resolve
 from nanope.bench.turns import Worker, command_line, heading, ratios, row, spread, take_turns, workers
 from nanope.distributed import autocast, peak_memory, pick_device, pick_dtype
 from nanope.log import device_name
+from nanope.values import number, read_yaml
 
 FIELDS = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "batch")
 SHAPES = {  # FIELDS, and steps a round
@@ -62,9 +63,9 @@ def scheme_of(variant: str) -> dict:
     pos, *options = variant.split() or [""]
     if odd := [option for option in options if "=" not in option]:
         raise ValueError(f"{odd[0]!r} is no option=value")
-    options = {k: yaml.safe_load(v) for k, v in (o.split("=", 1) for o in options)}
+    options = {k: number(read_yaml(v)) for k, v in (o.split("=", 1) for o in options)}
     window = options.pop("window", 0)
-    return {"pos": yaml.safe_load(pos) if pos.startswith("[") else pos, "pos_options": options, "window": window}
+    return {"pos": read_yaml(pos) if pos.startswith("[") else pos, "pos_options": options, "window": window}
 
 
 def check(variant: str, shape: dict) -> None:
@@ -229,7 +230,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, dict], di
     parser.add_argument("--compile", action="store_true", help="torch.compile our models, by parts")
     parser.add_argument("--nanogpt", metavar="DIR", help="a folder with nanoGPT's model.py, to compare with")
     parser.add_argument("--no_peer", action="store_true", help="leave transformers out (it is in requirements-dev.txt)")
-    parser.add_argument("--json", type=Path, help="where to write the seconds of every round; of one shape")
+    parser.add_argument("--json", type=as_path, help="where to write the seconds of every round; of one shape")
     args = parser.parse_args(arguments)
 
     own = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
@@ -267,11 +268,11 @@ def main(arguments: list[str]) -> None:
         lines += rows(label, shape, variants, seconds, model_seconds, memory)
         if args.json:
             args.json.write_text(json.dumps(record(shape, steps, seconds, memory, args), indent=1) + "\n")
-    print(f"{', '.join(FIELDS)}: " + "; ".join(f"{n} {', '.join(map(str, v))}" for n, (v, _) in SHAPES.items()))
-    print(
+    output(f"{', '.join(FIELDS)}: " + "; ".join(f"{n} {', '.join(map(str, v))}" for n, (v, _) in SHAPES.items()))
+    output(
         f"Median (min … max) over {args.rounds} rounds of the ratio of speeds: a scheme's to rope's, or rope's to a "
         "peer's, and of rope's memory to the peer's.\n"
     )
     speeds = ("tokens/s", "speed ratio", "target", "without the optimizer's step")
-    print(heading(2, "shape", "variant", *speeds, "peak memory, MB", "ratio"))
-    print(*lines, sep="\n")
+    output(heading(2, "shape", "variant", *speeds, "peak memory, MB", "ratio"))
+    output("\n".join(lines))

@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 from data.shards import Data
-from nanope.config import completed, config_of
+from nanope.config import NEUTRAL, completed, config_of
 from nanope.evaluation.options import Options, lengths_in_tokens
 from nanope.evaluation.protocols import Targets, split_of
 from nanope.evaluation.same_text import same_text
@@ -14,10 +14,7 @@ from nanope.evaluation.statistics import FEW, few_documents, paired_difference
 from schemes import label
 
 # Fields of a run in which two seeds of one experiment may differ
-NOT_THE_EXPERIMENT = {
-    *("out_dir", "seed", "data_seed", "resume", "device", "wandb", "micro_batch_size", "log_interval"),
-    *("checkpoint_interval", "keep_checkpoints", "eval_interval", "eval_tokens"),
-}
+NOT_THE_EXPERIMENT = {*NEUTRAL, "seed", "data_seed"} - {"data_dir", "compile"}
 # Of a report, in the JSON of a comparison
 CONDITIONS = ("run", "step", "checkpoint_sha256", "data_hash", "targets_sha256", "stride", "split", "stream", "dtype")
 CONDITIONS += ("device", "torch", "data_dir", "other_data", "text_sha256")

@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from typing import Self
 
+from data.shards import given_path
 from nanope.convert import SCALINGS
 from nanope.errors import nearest
 from nanope.evaluation.protocols import PROTOCOLS
@@ -82,13 +83,19 @@ def make_parser(description: str = "") -> Parser:
     parser = Parser(prog="eval.py", description=description, epilog=epilog, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     what, add = parser.add_mutually_exclusive_group(required=True), parser.add_argument
-    what.add_argument("--run", help="a run's folder, or a checkpoint file")
+    what.add_argument("--run", type=given_path, help="a run's folder, or a checkpoint file")
     what.add_argument(
-        "--compare", nargs="+", metavar="RUN", help="two or more runs: differences from the first's experiment"
+        "--compare",
+        nargs="+",
+        type=given_path,
+        metavar="RUN",
+        help="two or more runs: differences from the first's experiment",
     )
-    what.add_argument("--model", help="a transformers causal LM: a folder or a hub name such as gpt2; needs --data")
+    what.add_argument(
+        "--model", type=given_path, help="a transformers causal LM: a folder or a hub name such as gpt2; needs --data"
+    )
     add("--checkpoint", default="last", help="last, best, or a step number (default: last)")
-    add("--data", help="data folder (default: the run's own, which must be as it was in training)")
+    add("--data", type=given_path, help="data folder (default: the run's own, which must be as it was in training)")
     add("--split", default="val", help="a split of the data, or val_long, the long documents of val (default: val)")
     add("--stream", action="store_true", help="the split as one text, documents joined by end-of-text tokens")
     text = "context lengths in tokens, or 4x for 4 training lengths; the training length is added"
@@ -106,7 +113,11 @@ def make_parser(description: str = "") -> Parser:
     add("--seed", type=int, default=0, help="seed of the probe (default: 0)")
     add("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of autocast (default: float32)")
-    add("--json", help="where to write the report, with its table as .md (default: in RUN/eval/, for a run's folder)")
+    add(
+        "--json",
+        type=given_path,
+        help="where to write the report, with its table as .md (default: in RUN/eval/, for a run's folder)",
+    )
     return parser
 
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from data.shards import Data
+from data.shards import Data, output
 from nanope.distributed import Ranks
 from nanope.evaluation.parts import FOLDER, write_json
 from nanope.evaluation.report import table
@@ -137,7 +137,7 @@ def show_and_write(text: str, outputs: list[tuple[Path | None, dict]], ranks: Ra
     if not ranks.main:
         return
     try:
-        print(text, flush=True)
+        output(text)
     finally:
         for path, content in outputs:
             if path:

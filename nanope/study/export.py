@@ -31,7 +31,7 @@ def reports_of(path: Path) -> Iterator[tuple[str, dict]]:
     if not path.is_dir():
         try:
             yield str(path), json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # no JSON, or no text
             raise ValueError(f"{path} is no report of eval.py: {type(error).__name__} {error}") from error
         return
     files = open_runs(path)

@@ -13,10 +13,9 @@ import json
 import os
 from pathlib import Path
 
-import yaml
-
 from nanope.checkpoint import read_metrics, step_files, step_of
 from nanope.files import write_atomically
+from nanope.values import read_yaml_file
 
 RUNS_FILE = "runs.jsonl"
 
@@ -33,7 +32,7 @@ class RunFolders:
 
     def config(self, run: str) -> dict:
         """The resolved fields of a run. OSError where it has not started."""
-        return yaml.safe_load((self.folder / run / "config.yaml").read_text())
+        return read_yaml_file(self.folder / run / "config.yaml")
 
     def metrics(self, run: str) -> list[dict]:
         """The lines of metrics.jsonl so far; [] where the run has not started."""

@@ -33,13 +33,14 @@ import numpy as np
 import yaml
 
 from data.corpora import CORPORA
-from data.shards import unknown
-from nanope.config import RunConfig, check
+from data.shards import given_path, unknown
+from nanope.config import RunConfig, as_field, carried, check
 from nanope.errors import nearest
 from nanope.evaluation.options import lengths_in_tokens
 from nanope.files import write_atomically
 from nanope.study.files import Files
 from nanope.study.run import Run, slug
+from nanope.values import read_yaml_file
 from schemes import label, problems_of
 
 PER_RUN = ("out_dir", "seed", "data_seed", "resume")  # a grid sets none of these: they are what tells its runs apart
@@ -74,7 +75,7 @@ class Grid:
         """From a file. `changes` are keys that replace the file's; fields are added to its own. ValueError or OSError
         for what is wrong with it."""
         path = Path(path)
-        given = yaml.safe_load(path.read_text())
+        given = read_yaml_file(path)
         try:
             grid = cls._of(given, path, scale, changes or {})
             grid.check()
@@ -84,8 +85,6 @@ class Grid:
 
     @classmethod
     def _of(cls, given: dict, path: Path, scale: str | None, changes: dict) -> "Grid":
-        if not isinstance(given, dict):
-            raise ValueError("this is no grid: expected keys such as arms, seeds and eval")
         scales = given.pop("scales", None) or {}
         if scale not in (None, "paper", *scales):
             names = ["paper", *scales]
@@ -115,7 +114,10 @@ class Grid:
         path = Path(folder) / "grid.yaml"
         if not path.is_file():
             raise ValueError(f"{folder} holds no grid.yaml: expected a folder that scripts/sweep.py made")
-        return cls(**{k: v for k, v in yaml.safe_load(path.read_text()).items() if v is not None})
+        content = {k: v for k, v in read_yaml_file(path).items() if v is not None}
+        if odd := [k for k in content if k not in cls.__dataclass_fields__]:
+            raise ValueError(f"{path}: unknown key {odd[0]!r}: expected what scripts/sweep.py wrote")
+        return cls(**content)
 
     def write(self, folder: Path) -> None:
         """Write grid.yaml, without what is empty."""
@@ -190,7 +192,10 @@ class Grid:
     def fields_of(self, setting: str, arm: str) -> dict:
         """Fields of train.py for a setting and an arm, without seeds. Paths are relative to the repository."""
         own = {k: v for k, v in self.settings[setting].items() if k != "data"}
-        fields = {**self.fields, **own, **self.arms[arm]}
+        fields, arm = {**self.fields, **own}, self.arms[arm]
+        if "pos" in arm and fields.get("pos_options"):  # made for another scheme
+            fields["pos_options"], _ = carried(fields["pos_options"], fields.get("pos", "rope"), arm["pos"])
+        fields |= arm
         for name in fields:
             if name in PER_RUN:
                 raise ValueError(f"{name}: a grid sets it itself")
@@ -199,7 +204,8 @@ class Grid:
         if data := self.data_of(setting):
             fields["data_dir"] = f"data/{data['corpus']}-{data['tokenizer']}"
         floats = {k for k, v in vars(RunConfig()).items() if isinstance(v, float)}
-        return {k: float(v) if k in floats and v is not None else v for k, v in fields.items()}  # YAML: 1e-3 is a text
+        fields = {k: as_field(k, v) for k, v in fields.items()}
+        return {k: float(v) if k in floats and v is not None else v for k, v in fields.items()}
 
     # ---- runs
 
@@ -270,7 +276,7 @@ def overlaid(content: dict, layer: dict) -> dict:
 
 def config_of(path: Path, base: str | None) -> dict:
     """The fields of a config file that the grid file at `path` names as its base."""
-    there = yaml.safe_load((path.parent / base).read_text()) if base else {}
+    there = read_yaml_file(path.parent / given_path(base)) if base else {}
     return {k: v for k, v in there.items() if k not in PER_RUN}
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from data.shards import output
 from nanope.study.run import Run
 
 
@@ -49,6 +50,6 @@ def alone(path: Path, what: str) -> Iterator[TextIO]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting for another process that is {what}", flush=True)
+            output(f"waiting for another process that is {what}")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield file

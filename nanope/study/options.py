@@ -5,19 +5,19 @@ import os
 from pathlib import Path
 
 import torch
-import yaml
 
-from data.shards import cores
+from data.shards import as_path, cores, given_path
+from nanope.config import ELSEWHERE, ROUTINE
 from nanope.distributed import PEAK_FLOPS
 from nanope.errors import nearest
 from nanope.study.grid import Grid
-from nanope.study.run import ELSEWHERE
+from nanope.values import read_yaml
 
-# Fields whose change leaves a set-up the paper's own, within rounding
-NO_MATTER = {
-    *ELSEWHERE, "micro_batch_size", "compile", "checkpoint_interval", "keep_checkpoints", "log_interval",
-    "sample_interval", "rank_timeout",
-}  # fmt: skip
+
+def source(text: str) -> str:
+    """The --source of the command line: PATH, or CORPUS=PATH, with the path as it is meant."""
+    corpus, equals, path = text.partition("=")
+    return f"{corpus}={given_path(path)}" if equals else given_path(text)
 
 
 def parser_of(program: str, description: str) -> argparse.ArgumentParser:
@@ -35,15 +35,15 @@ def parser_of(program: str, description: str) -> argparse.ArgumentParser:
     what("--set", nargs="+", default=[], metavar="FIELD=VALUE", help=text)
 
     where = parser.add_argument_group("where and how").add_argument
-    where("--out", type=Path, help="folder of the runs (default: runs/NAME of the grid, with scale and corpus)")
+    where("--out", type=as_path, help="folder of the runs (default: runs/NAME of the grid, with scale and corpus)")
     text = "text for data/prepare.py to read instead of downloading it; CORPUS=PATH where there are several"
-    where("--source", nargs="+", metavar="PATH", help=text)
+    where("--source", nargs="+", type=source, metavar="PATH", help=text)
     where("--parallel", type=int, help="runs at a time (default: as many as fit on the GPUs, else one a core)")
     where("--threads", type=int, help="CPU threads a process (default: the cores over the processes at a time)")
     text = "processes a run, by torchrun: a GPU each, or on a CPU --threads each (default: 1)"
     where("--ranks", type=int, default=1, help=text)
     text = "write a SLURM array script of the runs that are not done, and stop"
-    where("--slurm", type=Path, metavar="FILE", help=text)
+    where("--slurm", type=as_path, metavar="FILE", help=text)
     where("--only", nargs="+", metavar="RUN", help="these runs by name, and no table: an element of the array")
 
     look = parser.add_argument_group("without running anything").add_argument
@@ -57,9 +57,9 @@ def parser_of(program: str, description: str) -> argparse.ArgumentParser:
     look("--mfu", type=float, default=0.4, help=text)
     look("--status", action="store_true", help="print where every run stands")
     text = "put the finished runs into one file, DIR/runs.jsonl, with tables and figure beside it"
-    look("--collect", type=Path, metavar="DIR", help=text)
+    look("--collect", type=as_path, metavar="DIR", help=text)
     text = "make the tables and the figure of this folder of runs or results again"
-    look("--from", dest="folder", type=Path, metavar="DIR", help=text)
+    look("--from", dest="folder", type=as_path, metavar="DIR", help=text)
     return parser
 
 
@@ -93,7 +93,7 @@ def grid_of(path: Path, args) -> tuple[Grid, list[str]]:
     if args.corpus:
         grid.use_corpus(args.corpus)
         said += ["--corpus", args.corpus]
-    changed = [f"--set {k}={v}" for k, v in changes.get("fields", {}).items() if k not in NO_MATTER]
+    changed = [f"--set {k}={v}" for k, v in changes.get("fields", {}).items() if k not in (*ELSEWHERE, *ROUTINE)]
     changed += [f"--corpus {args.corpus}"] * bool(args.corpus)
     if changed and grid.published:
         texts = [grid.reduced, f"Changed on the command line: {', '.join(changed)}."]
@@ -109,9 +109,9 @@ def fields_of(settings: list[str]) -> dict:
         if not equals:
             raise ValueError(f"--set takes FIELD=VALUE, not {text!r}")
         try:
-            found[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"--set: {value!r} is no value: {error}") from error
+            found[name] = read_yaml(value)
+        except ValueError as error:
+            raise ValueError(f"--set {text}: {error}") from error
     return found
 
 

@@ -7,10 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanope.config import RunConfig
+from nanope.config import ELSEWHERE, RunConfig
 from nanope.study.files import Files
-
-ELSEWHERE = ("out_dir", "resume", "device", "wandb", "verify_data")  # fields that say where and how, not what
 
 
 @dataclass

@@ -16,6 +16,7 @@ from typing import TextIO
 
 import yaml
 
+from data.shards import output
 from nanope import REPO
 from nanope.study.files import RunFolders, local
 from nanope.study.grid import Grid, as_list, bench_variants
@@ -253,7 +254,7 @@ def measure_throughput(grid: Grid, files: RunFolders) -> str | None:
         options = {**grid.throughput, "schemes": [*bench_variants(grid).values()]}
         command = [sys.executable, str(REPO / "scripts" / "bench.py"), "--no_peer", "--json", str(partial)]
         command += flags(options)
-        print(f"speed: {shlex.join(command[1:])}", flush=True)
+        output(f"speed: {shlex.join(command[1:])}")
         code = subprocess.run(command, stdout=subprocess.DEVNULL, pass_fds=[lock.fileno()]).returncode
         if code:
             return f"scripts/bench.py ended with exit code {code}; its message is above"

@@ -6,6 +6,7 @@ import time
 
 from tqdm import tqdm
 
+from data.shards import output
 from nanope.study.locks import held
 from nanope.study.run import Run
 
@@ -60,7 +61,7 @@ class Display:
             self.drawn = len(lines)
         else:
             rows = "; ".join(" ".join(line.strip("| ").split(" | ")[:4]) for line in lines[2:-1])
-            print(f"[{tqdm.format_interval(now - self.started)}] {counts}{': ' + rows if rows else ''}", flush=True)
+            output(f"[{tqdm.format_interval(now - self.started)}] {counts}{': ' + rows if rows else ''}")
 
     def clear(self) -> None:
         """Take what was drawn off the terminal."""
@@ -71,4 +72,4 @@ class Display:
     def say(self, text: str) -> None:
         """Print a line that stays."""
         self.clear()
-        print(text, flush=True)
+        output(text)

@@ -2,15 +2,16 @@
 
 import argparse
 import contextlib
+import itertools
 import shlex
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import yaml
-
-from nanope import REPO
+from data.shards import given_path, output
+from nanope import REPO, schedule
+from nanope.config import RunConfig
 from nanope.errors import nearest
 from nanope.study import report
 from nanope.study.costs import plan
@@ -40,7 +41,9 @@ def main(
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = parser_of(program, description)
     kind = "TABLE" if tables else "GRID"
-    parser.add_argument("grid", metavar=kind, help="a name, or a grid file" if not tables else f"{', '.join(tables)}")
+    parser.add_argument(
+        "grid", metavar=kind, type=given_path, help="a name, or a grid file" if not tables else f"{', '.join(tables)}"
+    )
     args = parser.parse_args(arguments)
     args.root = root
     if tables and args.grid not in tables:
@@ -52,7 +55,7 @@ def main(
 def run(args: argparse.Namespace, program: str, command: list[str]) -> int:
     """Do what the command line asks for. `command`: as it was typed. Returns the exit code."""
     if args.folder:
-        print(report.write(args.folder))
+        output(report.write(args.folder))
         return 0
     grid, said = grid_of(grid_path(args.grid, args.root), args)
     complete(args, grid, visible_gpus())
@@ -60,24 +63,28 @@ def run(args: argparse.Namespace, program: str, command: list[str]) -> int:
     files = RunFolders(args.out or Path("runs") / "-".join(filter(None, parts)))
     grid.command = shlex.join(["python", program, args.grid, *said])
     if grid.reduced:
-        print(f"Reduced: {' '.join(grid.reduced.split())}\n", flush=True)
+        output(f"Reduced: {' '.join(grid.reduced.split())}\n")
+
+    configs = [RunConfig(**grid.fields_of(*pair)) for pair in itertools.product(grid.settings, grid.arms)]
+    for text in dict.fromkeys(filter(None, map(schedule.warning, configs))):
+        print(f"warning: {text}", file=sys.stderr)
 
     if args.plan:
-        print(plan(grid, files, args))
+        output(plan(grid, files, args))
         return 0
     if args.status:
-        print(status(grid.planned_runs(files)))
+        output(status(grid.planned_runs(files)))
         return 0
     if args.collect:
         collect(grid, files, args.collect)
         report.start_readme(grid, args.collect)
-        print(report.write(args.collect))
+        output(report.write(args.collect))
         return 0
     if args.slurm:
         element = [program, args.grid, *said, "--out", str(files.folder)]
         element += ["--ranks", str(args.ranks), "--threads", str(args.threads)]
         prepare(grid, args.source, args.root)
-        print(write_script(args.slurm, grid, files, args, command, element))
+        output(write_script(args.slurm, grid, files, args, command, element))
         return 0
     return work(grid, files, args)
 
@@ -101,14 +108,14 @@ def work(grid: Grid, files: RunFolders, args: argparse.Namespace) -> int:
     if runs:
         how = f"{args.parallel} at a time, {args.ranks} process(es) of {args.threads} thread(s) each"
         count = f"{len(grid.planned_runs(files))} runs in {out}, {sum(run.done() for run in runs)} done already"
-        print(f"{count}; {how}; logs in {out / 'logs'}", flush=True)
+        output(f"{count}; {how}; logs in {out / 'logs'}")
     failed = Runner(grid, files, args).execute()
     if grid.throughput and (error := measure_throughput(grid, files)):
         failed["speed"] = error
     if grid.throughput or any(run and run.done() for run in grid.main_runs(files)):
-        print("\n" + report.write(out))
+        output("\n" + report.write(out))
         made = [out / name for name in ("table.md", "table.tex", "figure.png", "figure.pdf")]
-        print("Written: " + ", ".join(str(path) for path in made if path.is_file()))
+        output("Written: " + ", ".join(str(path) for path in made if path.is_file()))
     return told(grid, files, failed)
 
 
@@ -134,7 +141,7 @@ def exit_codes() -> Iterator[None]:
     before = {number: signal.signal(number, stop) for number in STOPS}
     try:
         yield
-    except (ValueError, OSError, yaml.YAMLError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except Interrupted as interruption:
         print("\ninterrupted: the runs wrote their checkpoints; the same command goes on", file=sys.stderr)

@@ -4,13 +4,28 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from preparing import TEXTS, documents, files, write_jsonl
 
 from data.shard_writer import ShardWriter
-from data.shards import FORMAT, SCAN, DataError, Split, WindowOrder, batch, open_data, write_manifest
+from data.shards import (
+    FORMAT,
+    SCAN,
+    DataError,
+    Split,
+    WindowOrder,
+    as_path,
+    batch,
+    given_path,
+    open_data,
+    write_manifest,
+)
+from nanope import REPO
 
 # ---- writing and reading ----
 
@@ -218,3 +233,52 @@ def test_how_much_is_verified(tmp_path, monkeypatch):
 def test_unknown_split(undamaged):
     with pytest.raises(DataError, match="'vall'; did you mean 'val'.*known: train, val"):
         open_data(undamaged).split("vall")
+
+
+def without_a_reader(*command):
+    """(exit status, stderr) of a Python command whose standard output nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, *command], cwd=REPO, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    return done.returncode, done.stderr
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    """What is printed from then on is dropped, and the command goes on."""
+    code = "import sys; from data.shards import output; [output('x' * 9999) for _ in 'abc']; sys.stderr.write('on')"
+    assert without_a_reader("-c", code) == (0, "on")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "data/prepare.py --list",
+        *(
+            pytest.param(command, marks=pytest.mark.slow)
+            for command in (
+                "train.py --plan",
+                "scripts/sweep.py quickstart --plan",
+                "scripts/report.py --csv - results/quickstart",
+                "scripts/check_scheme.py none",
+                "eval.py --help",
+            )
+        ),
+    ],
+)
+def test_commands_whose_output_is_cut_short(command):
+    assert without_a_reader(*command.split()) == (0, "")
+
+
+def test_paths_of_command_lines(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/x")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    assert given_path("~/a") == given_path("$HOME/a") == given_path("${HOME}/a") == "/home/x/a"
+    assert given_path("a/~b") == "a/~b" and as_path("a") == Path("a")
+    for text, words in (("", "empty path"), ("~nobody-here/a", "no such user"), ("$NOWHERE/a", "NOWHERE is not set")):
+        with pytest.raises(DataError, match=words):
+            given_path(text)
+    Path("~nobody-here").touch()  # odd names that are there are meant
+    Path("$NOWHERE").touch()
+    assert given_path("~nobody-here") == "~nobody-here" and given_path("$NOWHERE") == "$NOWHERE"

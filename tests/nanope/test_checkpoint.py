@@ -1,13 +1,11 @@
-"""nanope/checkpoint.py: files that are whole, errors that name what is wrong, and the state of random generators."""
+"""nanope/checkpoint.py: files that are whole and equal where their states are, and errors that name what is wrong."""
 # ruff: noqa: F811 - pytest finds fixtures by their names; those of training.py are imported
 
 import os
-import random
 import shutil
 import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from training import CPU, files_of, folders, one_thread, plain, same, small_files  # noqa: F401 - fixtures
@@ -15,13 +13,17 @@ from training import CPU, files_of, folders, one_thread, plain, same, small_file
 from nanope import checkpoint
 
 
-def test_every_generator_is_restored(tmp_path):
-    state = {"model": {}, "config": {}, "step": 1, "generators": checkpoint.generators()}
-    checkpoint.save(tmp_path / "step_1.pt", state)
-    draw = lambda: (torch.rand(3), random.gauss(0, 1), random.random(), np.random.rand(3).tolist())  # noqa: E731
-    first = draw()
-    checkpoint.restore_generators(checkpoint.load(tmp_path / "step_1.pt")["generators"], CPU)
-    assert same(first, draw())
+def test_equal_states_give_equal_files_also_once_read_from_one(tmp_path):
+    state = {
+        "config": {"pos": "rope", "schedule": "rope", "n": [1, "rope"]},
+        "model": {"rope": torch.ones(2)},
+        "step": 1,
+    }
+    checkpoint.save(tmp_path / "a.pt", checkpoint.host_copy(state))
+    checkpoint.save(tmp_path / "b.pt", checkpoint.host_copy(checkpoint.load(tmp_path / "a.pt")))
+    texts = {"config": {"pos": "".join("rope"), "schedule": "".join("rope"), "n": [1, "".join("rope")]}}
+    checkpoint.save(tmp_path / "c.pt", checkpoint.host_copy(state | texts))
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes() == (tmp_path / "c.pt").read_bytes()
 
 
 def test_loading_names_what_is_wrong(plain, tmp_path):

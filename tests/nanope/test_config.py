@@ -102,3 +102,111 @@ def test_help_explains_every_field(capsys):
     for field in dataclasses.fields(RunConfig):
         doc = " ".join(docs.split(f"\n    {field.name}: ")[1].split('"""')[1].split())
         assert len(doc) > 10 and f"--{field.name} " in explained and doc in explained, field.name
+
+
+WHOLE = ["1E6", "1e6", "+1e6", "1.0e6", "1_000_000", "1000000"]
+REAL = [".5e6", "5E5", "5e+5", "500000.", "500000"]
+
+
+@pytest.mark.parametrize("text", WHOLE)
+def test_whole_numbers_may_have_an_exponent(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(f"max_steps: {text}\nmicro_batch_size: {text}\nwindow: [{text}, 0]\n")
+    for given in (
+        ["--config", str(tmp_path / "c.yaml")],
+        ["--max_steps", text, f"--micro_batch_size={text}", "--window", f"[{text}, 0]"],
+    ):
+        config = parse(given)
+        assert (config.max_steps, config.micro_batch_size, config.window) == (10**6, 10**6, [10**6, 0])
+        assert type(config.max_steps) is int
+    with pytest.raises(SystemExit):
+        parse(["--max_steps", "1.5"])
+    assert parse(["--seed", "12345678901234567891"]).seed == 12345678901234567891  # to the last digit
+
+
+@pytest.mark.parametrize("text", REAL)
+def test_numbers_are_written_as_people_do(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(f"learning_rate: {text}\npos_options: {{base: {text}}}\n")
+    for given in (
+        ["--config", str(tmp_path / "c.yaml")],
+        ["--learning_rate", text, "--pos_options.base", text],
+        [f"--learning_rate={text}", "--pos_options", f"{{base: {text}}}"],
+    ):
+        config = parse(given)
+        assert config.learning_rate == config.pos_options["base"] == 5e5 and type(config.learning_rate) is float
+
+
+@pytest.mark.parametrize("text, words", [("010", "octal"), ("1:30", "base of 60")])
+@pytest.mark.parametrize("name", ["max_steps", "learning_rate", "micro_batch_size", "pos_options.base", "window"])
+def test_numbers_that_yaml_reads_as_others_are_refused(tmp_path, capsys, name, text, words):
+    outer, _, inner = name.partition(".")
+    (tmp_path / "c.yaml").write_text(f"{outer}: {{{inner}: {text}}}" if inner else f"{name}: {text}")
+    for given in (["--config", str(tmp_path / "c.yaml")], [f"--{name}", text], [f"--{name}={text}"]):
+        with pytest.raises(SystemExit):
+            parse(given)
+        err = capsys.readouterr().err
+        assert f"{text} is " in err and words in err and err.count("\n") == 1
+        assert "c.yaml: line 1" in err or f"--{name}: " in err
+
+
+def test_the_choice_off_is_no_truth_value(tmp_path):
+    for text in ("off", "no", "'off'", "false"):
+        (tmp_path / "c.yaml").write_text(f"wandb: {text}")
+        assert parse(["--config", str(tmp_path / "c.yaml")]).wandb == "off"
+    assert parse(["--wandb", "off"]).wandb == "off"
+
+
+@pytest.mark.parametrize("text", ["", "# n_layer: 3\n", "\n"])
+def test_a_config_of_comments_alone_changes_nothing(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text)
+    assert parse(["--config", str(tmp_path / "c.yaml")]) == RunConfig()
+
+
+@pytest.mark.parametrize("name", ["data_dir", "out_dir", "init_from"])
+def test_paths_are_what_a_shell_makes_of_them(tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PLACE", "some/where")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    meant = {"~/x": f"{tmp_path}/x", "$HOME/x": f"{tmp_path}/x", "${PLACE}/x": "some/where/x", "a~/x": "a~/x"}
+    wrong = {"": "an empty path", " ": "an empty path", "~nobody-here/x": "no such user", "$NOWHERE/x": "not set"}
+    for text, path in meant.items():
+        (tmp_path / "c.yaml").write_text(f"{name}: '{text}'")
+        for given in (["--config", "~/c.yaml"], [f"--{name}", text], [f"--{name}={text}"]):
+            assert getattr(parse(given), name) == path
+    for text, words in wrong.items():
+        (tmp_path / "c.yaml").write_text(f"{name}: '{text}'")
+        for given in (["--config", "$HOME/c.yaml"], [f"--{name}", text], [f"--{name}={text}"], ["--config", text]):
+            with pytest.raises(SystemExit):
+                parse(given)
+            assert words in (err := capsys.readouterr().err) and err.count("\n") == 1
+    if name != "init_from":
+        with pytest.raises(ValueError, match=f"{name} must name a folder"):
+            check(RunConfig(**{name: ""}))
+
+
+OF_ROPE = "pos: rope\npos_options: {base: 500.0, fraction: 1.0, explicit: false, qkv: dense}\n"
+
+
+@pytest.mark.parametrize(
+    "text, given, options, left_out",
+    [
+        (OF_ROPE, ["--pos", "alibi"], {}, "base, fraction, explicit, qkv"),
+        (OF_ROPE, ["--pos", "crope"], {"base": 500.0, "fraction": 1.0}, "explicit, qkv"),
+        (OF_ROPE, ["--pos=crope", "--pos_options.base=3"], {"base": 3, "fraction": 1.0}, "explicit, qkv"),
+        (OF_ROPE, ["--pos", "alibi", "--pos_options", "{}"], {}, None),
+        (OF_ROPE, ["--pos", "rope"], {"base": 500.0, "fraction": 1.0, "explicit": False, "qkv": "dense"}, None),
+        (
+            OF_ROPE,
+            ["--pos", "[rope, none]"],
+            {"rope": {"base": 500.0, "fraction": 1.0, "explicit": False, "qkv": "dense"}},
+            None,
+        ),
+        ("pos: rope+alibi\npos_options: {rope: {base: 3.0}}", ["--pos", "rope"], {"base": 3.0}, None),
+        ("pos: rope+alibi\npos_options: {rope: {base: 3.0}}", ["--pos", "learned"], {}, "rope"),
+        ("pos_options: {bse: 3.0}", ["--n_layer", "3"], {"bse": 3.0}, None),  # a mistake stays one
+    ],
+)
+def test_options_of_a_files_scheme_do_not_stand_in_the_way_of_another(tmp_path, capsys, text, given, options, left_out):
+    (tmp_path / "c.yaml").write_text(text)
+    assert parse(["--config", str(tmp_path / "c.yaml"), *given]).pos_options == options
+    err = capsys.readouterr().err
+    assert err.startswith(f"note: {left_out} of the file's pos_options") and "left out" in err if left_out else not err

@@ -1,6 +1,11 @@
 """scripts/export.py: models in the layout of transformers, and what runs on them."""
 
+import base64
+import dataclasses
+import functools
+import hashlib
 import json
+import random
 import subprocess
 import sys
 
@@ -9,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from exporting import any_data, byte_data, save  # noqa: F401
+from exporting import any_data, byte_data, prepared, save  # noqa: F401
+from training import small_files
 
-from data.tokenizer import load_tokenizer
+from data.tokenizer import PUBLISHED, TOKENIZERS, Published, load_tokenizer, published_tokenizer
 from nanope import REPO
+from nanope.hf_tokenizer import ODD
 
 
 @pytest.mark.parametrize(
@@ -37,6 +44,97 @@ def test_exported_model_and_tokenizer_are_the_same(any_data, tmp_path, pos, opti
     text = "Hello  world, it's — 漢字\n\n\x00 day"
     assert tokenizer(text)["input_ids"] == ours.encode(text).tolist() and tokenizer.decode(ours.encode(text)) == text
     assert tokenizer.eos_token_id == ours.eot == net.config.eos_token_id
+
+
+def a_vocabulary(name, folder, pattern, tokens, eot, n_vocab):
+    """A published tokenizer of that name, with a file of these tokens, id by id (b"" leaves a gap), in the folder."""
+    lines = [base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens) if token]
+    (folder / f"{name}.tiktoken").write_bytes(b"".join(lines))
+    digest = hashlib.sha256(b"".join(lines)).hexdigest()
+    return Published(f"{name}.tiktoken", digest, pattern, eot, n_vocab)
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """published(name, tokens, eot, n_vocab): a run with a tokenizer of PUBLISHED whose vocabulary is a small one."""
+
+    def run(name, tokens, eot, n_vocab, pos="learned"):
+        row = a_vocabulary(name, tmp_path, PUBLISHED[name].pattern, tokens, eot, n_vocab)
+        monkeypatch.setitem(PUBLISHED, name, row)
+        monkeypatch.setitem(TOKENIZERS, name, functools.partial(published_tokenizer, name, tmp_path))
+        load_tokenizer.cache_clear()
+        return save(tmp_path, prepared(tmp_path / f"data{len(tokens)}", name), pos)[0], load_tokenizer(name)
+
+    yield run
+    load_tokenizer.cache_clear()
+
+
+SMALL = load_tokenizer("gpt2").tokens[:2000]  # the first merges are a vocabulary too
+SPACES = [b" " * n for n in range(3, 26)]
+
+
+@pytest.mark.parametrize(
+    "name, tokens, eot, n_vocab",
+    [
+        ("cl100k_base", SMALL, 2000, 2020),
+        ("o200k_base", SMALL, 2001, 2021),  # a gap before the end of text
+        pytest.param("o200k_harmony", SMALL[:900] + [b""] + SMALL[900:], 2050, 2090, marks=pytest.mark.slow),
+        ("p50k_base", [*SMALL, b"", *SPACES], 2000, 2025),  # tokens after it
+        pytest.param("p50k_edit", [*SMALL, b"", *SPACES], 2000, 2028, marks=pytest.mark.slow),
+        pytest.param("r50k_base", SMALL, 2000, 2001, marks=pytest.mark.slow),
+    ],
+)
+def test_an_exported_tokenizer_is_the_runs(published, tmp_path, name, tokens, eot, n_vocab):
+    run, ours = published(name, tokens, eot, n_vocab)
+    command.export(str(run), "last", tmp_path / "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    parts = [
+        *" \n\t\r\u3000\xa0ab'sS1２.!日é\u0301😀ǅſKK/_-",
+        "  ",
+        "'S",
+        "'LL",
+        "'re",
+        "12345",
+        "<|endoftext|>",
+        " the",
+    ]
+    draw = random.Random(0)
+    for text in [*ODD, *("".join(draw.choices(parts, k=draw.randrange(40))) for _ in range(2000))]:
+        assert theirs(text)["input_ids"] == ours.encode(text).tolist(), text
+        assert theirs.decode(ours.encode(text)) == text
+    assert theirs.eos_token_id == theirs.convert_tokens_to_ids("<|endoftext|>") == eot
+    assert len(theirs("in the of and")["input_ids"]) == 4  # merged
+
+
+def test_a_tokenizer_that_transformers_would_read_differently_is_refused(published, tmp_path, monkeypatch):
+    """Such as one whose pattern has another meaning there. What was there before stays, and nothing new does."""
+    monkeypatch.setitem(
+        PUBLISHED, "cl100k_base", dataclasses.replace(PUBLISHED["cl100k_base"], pattern=r"\p{N}{1,3}+3|\p{N}|[^\p{N}]+")
+    )
+    run, _ = published("cl100k_base", SMALL, 2000, 2020)
+    before = {*tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="cl100k_base cannot be exported: that of transformers reads .* differently"):
+        command.export(str(run), "last", tmp_path / "some" / "where")
+    assert {*tmp_path.iterdir()} == before
+    (tmp_path / "empty" / ".partial").mkdir(parents=True)  # of an export that was killed
+    with pytest.raises(ValueError, match="differently"):
+        command.export(str(run), "last", tmp_path / "empty")
+    assert [*(tmp_path / "empty").iterdir()] == []
+
+
+def test_a_run_whose_vocabulary_is_another_by_now_is_refused(published, tmp_path):
+    run, _ = published("cl100k_base", SMALL, 2000, 2020)
+    published("cl100k_base", SMALL[:1500], 2000, 2020, pos="rope")
+    with pytest.raises(ValueError, match="tokenizer cl100k_base had another vocabulary"):
+        command.export(str(run), "last", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_full_disk_leaves_nothing(byte_data, tmp_path):  # noqa: F811
+    run, _ = save(tmp_path, byte_data, "rope")
+    with small_files(20_000), pytest.raises(OSError, match="cannot write .*hf"):
+        command.export(str(run), "last", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
 
 
 @pytest.mark.slow
@@ -68,8 +166,9 @@ def test_what_cannot_be_written_is_said(byte_data, tmp_path):  # noqa: F811
     run, _ = save(tmp_path, byte_data, "rope")
     with pytest.raises(ValueError, match="exists"):
         command.export(str(run), "last", tmp_path)
-    with pytest.raises(ValueError, match="do not use it"):
+    with pytest.raises(ValueError, match="removed again, so that you do not use it"):
         command.export(str(run), "last", tmp_path / "hf", tolerance=0.0)
+    assert not (tmp_path / "hf").exists() and (run / "last.pt").exists()
 
 
 def test_exported_model_runs_in_lm_evaluation_harness(byte_data, tmp_path, monkeypatch):  # noqa: F811

@@ -12,6 +12,8 @@ def config(**fields):
 
 def test_runs_that_differ_in_seeds_are_one_experiment():
     assert arms_of([config(), config(seed=2, out_dir="b"), config(pos="none")]) == ["rope", "rope", "none"]
+    for neutral in (dict(sample_interval=5), dict(rank_timeout=1.0), dict(verify_data=True), dict(log_interval=7)):
+        assert arms_of([config(), config(seed=2, **neutral), config(pos="none")]) == ["rope", "rope", "none"]
     # More than the scheme differs, so the names tell which fields do
     configs = [config(), config(n_layer=2), config(pos="none")]
     assert arms_of(configs) == ["n_layer=1 rope", "n_layer=2 rope", "n_layer=1 none"]

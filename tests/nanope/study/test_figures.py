@@ -379,7 +379,11 @@ def test_the_command_draws_panels_by_name(tmp_path, monkeypatch):
     [
         (["{tmp}/report.json", "--protocol", "sliding"], "no figures by sliding, and no per-position curve"),
         (["{tmp}/other.json"], "a report lacks 'pos': is it one of eval.py?"),
+        (["{tmp}/list.json"], "list.json is no report of eval.py: it holds []"),
+        (["{tmp}/odd.json"], "odd.json are reports of eval.py"),
+        (["{tmp}/report.json", "{tmp}/list.json"], "list.json is no report of eval.py"),
         (["{tmp}/gone"], "grid.yaml"),
+        (["{tmp}/gone.json"], "No such file"),
         (["{tmp}/gone.json", "{tmp}/report.json"], "No such file"),
         (["{results}/quickstart", "--panels", "position"], "nothing to draw of position"),
         (["{results}/quickstart", "--panels", "speed"], "nothing to draw of speed"),
@@ -388,6 +392,8 @@ def test_the_command_draws_panels_by_name(tmp_path, monkeypatch):
 def test_errors_are_one_line(arguments, message, tmp_path, monkeypatch):
     (tmp_path / "report.json").write_text(json.dumps(report_of("rope", "first")))
     (tmp_path / "other.json").write_text(json.dumps({"a": 1}))
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "odd.json").write_text(json.dumps({"pos": "rope", "results": 3}))
     given = [word.format(tmp=tmp_path, results=REPO / "results") for word in arguments]
     said = run_plot(monkeypatch, *given, "--out", tmp_path / "x.png")
     assert said.startswith("error: ") and message in said and "\n" not in said and not (tmp_path / "x.png").exists()

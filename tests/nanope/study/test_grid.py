@@ -117,6 +117,29 @@ def test_grids_that_are_wrong_say_where(tmp_path, keys, words):
         Grid.read(write_grid(tmp_path / "g.yaml", **keys))
 
 
+def test_a_grid_is_read_as_a_config_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/x")
+    fields = "{data_dir: ~/small, max_steps: 1E3, learning_rate: 1e-3, min_lr: 1e-4, wandb: off, warmup_steps: 1}"
+    (tmp_path / "base.yaml").write_text("pos: rope\npos_options: {base: 5.0, qkv: dense}\n")
+    path = tmp_path / "g.yaml"
+    path.write_text(f"base: base.yaml\nfields: {fields}\narms: [rope, alibi]\n")
+    rope, alibi = (run.config for run in Grid.read(path).runs(RunFolders(tmp_path)))
+    assert (rope.data_dir, rope.max_steps, rope.learning_rate, rope.wandb) == ("/home/x/small", 1000, 1e-3, "off")
+    assert rope.pos_options == {"base": 5.0, "qkv": "dense"} and alibi.pos_options == {}
+    for text, words in (
+        ("seeds: 1\nseeds: 2", "'seeds' stands twice"),
+        ("fields: {max_steps: 010}", "octal"),
+        ("fields: {data_dir: ''}", "an empty path"),
+        ("fields: {schedule: wsd, max_steps: 100, warmup_steps: 95}", "the learning rate jumps"),
+    ):
+        path.write_text(f"arms: [rope]\n{text}\n")
+        with pytest.raises(ValueError, match=f"g.yaml: .*{words}"):
+            Grid.read(path)
+    (tmp_path / "grid.yaml").write_text("- 1")
+    with pytest.raises(ValueError, match="grid.yaml: expected names and values"):
+        Grid.of_folder(tmp_path)
+
+
 def test_scales_and_selections(tmp_path):
     scales = {"cpu": {"fields": {"max_steps": 7}, "arms": ["crope"], "reduced": "fewer"}}
     path = write_grid(tmp_path / "g.yaml", scales=scales)
