@@ -278,8 +278,9 @@ def find(run: str | Path, which: str = "last") -> Path:
 
 
 def was_link(path: Path) -> bool:
-    """Whether a file is what some copies make of a link: a short text that names its target."""
-    return path.stat().st_size < 1024 and b".pt" in path.read_bytes()
+    """Whether a file is what some copies make of a link: empty, or a short text that names its target."""
+    size = path.stat().st_size
+    return not size or (size < 1024 and b".pt" in path.read_bytes())
 
 
 def read_metrics(run: Path) -> list[dict]:

@@ -346,6 +346,12 @@ def check(config: RunConfig) -> None:
 # ---- the fields of other runs
 
 
+def config_of(fields: dict) -> RunConfig:
+    """The config of a run's fields, without those that are none by now."""
+    known = {field.name for field in dataclasses.fields(RunConfig)}
+    return RunConfig(**{name: value for name, value in fields.items() if name in known})
+
+
 def completed(then: dict, config: RunConfig) -> dict:
     """The fields of a run, maybe made before some fields and options existed, with what it means by that; options of
     another scheme than the config's stay as they are. ValueError for what the scheme cannot have."""

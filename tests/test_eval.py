@@ -11,6 +11,7 @@ import pytest
 from evaluating import data, gpt2_data, prepare_texts, random_text, rows, runs, save_run  # noqa: F401
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from data.prepare import prepare
 from data.shards import open_data
 from eval import main
 from model import GPT
@@ -139,7 +140,10 @@ def forbid_work(monkeypatch):
         ("RUN/../README.json", "README.md was not written"),  # the table would
         ("DATA/manifest.json", "manifest.json was not written"),
         ("RUN/../comparison.json", "comparison.json was not written"),  # that of --compare
+        ("RUN/../other.json", "other.json was not written"),  # another program's results
+        ("RUN/../mine.json", "mine.md was not written"),  # the table would
         ("RUN", "folder report.json"),
+        (".", "folder report.json"),
         ("new/", "file's name"),
         ("RUN/../notes.txt/rep.json", "notes.txt/rep.json folder"),
         (f"RUN/{'x' * 250}.json", "cannot be written long"),
@@ -151,7 +155,9 @@ def test_nothing_is_overwritten_and_targets_are_checked_first(data, tmp_path, ta
     save_run(run, data)
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "README.md").write_text("# Mine\n")
+    (tmp_path / "mine.md").write_text("| my | table |\n|--|--|\n")
     (tmp_path / "comparison.json").write_text('{"comparison": []}')
+    (tmp_path / "other.json").write_text('{"results": {"hellaswag": 0.3}, "config": {}}')
     before = files_of(tmp_path)
     monkeypatch.chdir(tmp_path)
     forbid_work(monkeypatch)
@@ -186,8 +192,20 @@ def test_an_own_report_and_an_empty_file_may_be_overwritten(data, tmp_path):  # 
     for _ in range(2):
         main(arguments(run, *FEW, "--json", report))
     assert "results" in json.loads(report.read_text())
+    for more in (("--protocol", "shift"), ("--protocol", "shift", "--probe", "2")):  # other tables
+        for _ in range(2):
+            main(["--run", str(run), *more, "--windows", "2", "--json", str(report)])
     main(arguments(run, *FEW, "--json", tmp_path / "rep.v2"))
     assert {path.name for path in tmp_path.glob("rep.*")} == {"rep.v1", "rep.v1.md", "rep.v2", "rep.v2.md"}
+
+
+def test_a_link_to_a_report_stays_a_link(data, tmp_path):  # noqa: F811
+    run, link = tmp_path / "run", tmp_path / "rep.json"
+    save_run(run, data)
+    (tmp_path / "far").mkdir()
+    link.symlink_to("far/report.json")
+    main(arguments(run, *FEW, "--json", link))
+    assert link.is_symlink() and "results" in json.loads((tmp_path / "far" / "report.json").read_text())
 
 
 def test_what_differs_has_names_that_differ(data, tmp_path):  # noqa: F811
@@ -272,12 +290,27 @@ def test_a_relative_data_folder_from_elsewhere_gets_advice(data, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=rf"on set, .* it is {tmp_path}/set, .* give --data {there}/set"):
         main(["--run", str(there / "runs" / "a"), "--lengths", "32"])
+    with pytest.raises(SystemExit, match=f"give --data {there}/set"):  # by the file of a checkpoint
+        main(["--run", str(there / "runs" / "a" / "last.pt"), "--lengths", "32"])
+    save_run(there / "b", data, data_dir="set", out_dir=str(there / "b"))  # which does not tell where train.py was
+    with pytest.raises(SystemExit, match="start eval.py where train.py was started, or give --data"):
+        main(["--run", str(there / "b"), "--lengths", "32"])
     shutil.copytree(there / "runs" / "a", tmp_path / "copy")
     with pytest.raises(SystemExit, match="start eval.py where train.py was started, or give --data"):
         main(["--run", "copy", "--lengths", "32"])
     save_run(tmp_path / "copy", data, data_dir="/nowhere/set")
     with pytest.raises(SystemExit, match="on /nowhere/set, which is not there: give --data"):
         main(["--run", "copy", "--lengths", "32"])
+
+
+def test_runs_whose_data_are_cut_into_other_shards_compare(data, tmp_path, capsys):  # noqa: F811
+    source, sizes = data.folder.parent / "texts", {"val_tokens": 6000, "shard_tokens": 1500}
+    cut = prepare("files", tmp_path / "cut", source=source, tokenizer_name="byte", **sizes)
+    assert len(cut.records("val")) > len(data.records("val"))
+    save_run(tmp_path / "a", data)
+    save_run(tmp_path / "b", cut, pos="none")
+    main(["--compare", str(tmp_path / "a"), str(tmp_path / "b"), "--lengths", "32", *FEW])
+    assert "none less rope" in capsys.readouterr().out
 
 
 def test_runs_whose_data_hold_different_text_are_refused_before_the_work(data, tmp_path, monkeypatch):  # noqa: F811

@@ -1,22 +1,20 @@
 """Comparisons of runs: experiments found by their configs, paired differences on the same tokens, and their table."""
 
-import dataclasses
+import hashlib
 import math
 
 import numpy as np
 
 from data.shards import Data
-from nanope.config import NEUTRAL, RunConfig
+from nanope.config import NEUTRAL, completed, config_of
 from nanope.evaluation.options import Options, lengths_in_tokens
-from nanope.evaluation.protocols import Targets
+from nanope.evaluation.protocols import Targets, split_of
 from nanope.evaluation.same_text import same_text
 from nanope.evaluation.statistics import FEW, few_documents, paired_difference
 from schemes import label
 
 # Fields of a run in which two seeds of one experiment may differ
 NOT_THE_EXPERIMENT = {*NEUTRAL, "seed", "data_seed"} - {"data_dir", "compile"}
-# Values of fields that configs made before these fields lack
-DEFAULTS = {f.name: f.default for f in dataclasses.fields(RunConfig) if f.default is not dataclasses.MISSING}
 # Of a report, in the JSON of a comparison
 CONDITIONS = ("run", "step", "checkpoint_sha256", "data_hash", "targets_sha256", "stride", "split", "stream", "dtype")
 CONDITIONS += ("device", "torch", "data_dir", "other_data", "text_sha256")
@@ -28,20 +26,31 @@ def arms_of(configs: list[dict]) -> list[str]:
     Runs whose configs differ in nothing but seeds and housekeeping share an experiment. Its name is the scheme where
     that tells the experiments apart, else the fields that differ. ValueError unless there are two or more.
     """
-    keys = [{k: v for k, v in (DEFAULTS | config).items() if k not in NOT_THE_EXPERIMENT} for config in configs]
+    keys = [{k: v for k, v in whole(config).items() if k not in NOT_THE_EXPERIMENT} for config in configs]
     distinct = [key for i, key in enumerate(keys) if key not in keys[:i]]
     if len(distinct) < 2:
         raise ValueError(
             "the runs differ in their seeds at most: they are one experiment, and there is nothing to compare"
         )
     fields = [f for f in distinct[0] if any(key.get(f) != distinct[0][f] for key in distinct)]
-    if len({label(key["pos"]) for key in distinct}) == len(distinct):
-        fields = ["pos"]
-    names = [" ".join(label(key[f]) if f == "pos" else f"{f}={key[f]}" for f in fields) for key in keys]
+    for fewer in ([f for f in fields if f != "pos_options"], ["pos"]):  # short names, where they do
+        if len({name_of(key, fewer) for key in distinct}) == len(distinct):
+            fields = fewer
+    names = [name_of(key, fields) for key in keys]
     seeds = [(name, config["seed"], config["data_seed"]) for name, config in zip(names, configs)]
     if len(set(seeds)) < len(seeds):
         raise ValueError("two of the runs have the same config and the same seeds: name each run once")
     return names
+
+
+def name_of(key: dict, fields: list[str]) -> str:
+    return " ".join(label(key[f]) if f == "pos" else f"{f}={key[f]}" for f in fields)
+
+
+def whole(config: dict) -> dict:
+    """A run's config with the fields and options that did not exist when it was made, at their defaults."""
+    ours = config_of(config)
+    return completed(vars(ours) | config, ours)
 
 
 def tokens_for_all(lengths: list[int | str], configs: list[dict]) -> tuple[list[int], set[int]]:
@@ -59,9 +68,10 @@ def choose_text(datas: list[Data], options: Options) -> tuple[list[Targets | Non
     """What the runs with these data are to score, so that they compare: None, what each chooses by itself, where all
     have one tokenizer; else the same text (same_text), and its hash. ValueError where there is nothing that compares.
     """
-    hold = {tuple(record["sha256"] for record in records_of(data, options.split)) for data in datas}
     if len({data.tokenizer_hash for data in datas}) == 1:
-        if len(hold) > 1:
+        shards = {tuple(r["sha256"] for r in records_of(data, options.split)): data for data in datas}
+        # Folders may differ in how they cut the same tokens into shards
+        if len(shards) > 1 and len({tokens_hash(data, options.split) for data in shards.values()}) > 1:
             folders = ", ".join(dict.fromkeys(str(data.folder) for data in datas))
             raise ValueError(
                 f"the runs' data hold different text in {options.split} ({folders}): give --data with the folder that "
@@ -109,6 +119,16 @@ def compare(reports: list[dict]) -> list[dict]:
 
 def records_of(data: Data, split: str) -> list[dict]:
     return data.records("val" if split == "val_long" else split)
+
+
+def tokens_hash(data: Data, split: str) -> str:
+    """The sha256 of a split's tokens, whatever their shards are."""
+    digest = hashlib.sha256()
+    for path in split_of(data, split).files:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def key_of(row: dict) -> tuple:

@@ -54,13 +54,15 @@ def open_run(run: str, which: str, folder: str | None) -> Subject:
 
 def own_data(run: str, config: dict) -> Path:
     """The data folder that a run's config names. ValueError where it is not there, with where it was looked for."""
-    folder, out, here = Path(config["data_dir"]), Path(config["out_dir"]), Path(run).resolve()
+    folder, out, path = Path(config["data_dir"]), Path(config["out_dir"]), Path(run)
+    here = (path.parent if path.suffix == ".pt" else path).resolve()
     if folder.is_dir():
         return folder
     if folder.is_absolute():
         raise ValueError(f"{run} was trained on {folder}, which is not there: give --data with the folder")
     advice = "start eval.py where train.py was started, or give --data with the folder"
-    if here.parts[-len(out.parts) :] == out.parts:  # where train.py was started, if the run is where it was written
+    # Where train.py was started, if the run is where it was written; an absolute path does not tell
+    if not out.is_absolute() and here.parts[-len(out.parts) :] == out.parts:
         there = here.parents[len(out.parts) - 1] / folder
         advice = f"give --data {there}" if there.is_dir() else advice
     raise ValueError(

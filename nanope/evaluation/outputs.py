@@ -15,6 +15,9 @@ from nanope.files import check_writable, write_atomically
 
 # What a report's name tells where it is not the default
 NAMED = ("stride", "data", "split", "stream", "max_targets", "probe", "offsets", "windows", "seed", "dtype")
+# Keys of an earlier report, and of a comparison: other programs have "results" too
+REPORT, COMPARISON = {"results", "targets_sha256"}, {"comparison", "runs"}
+TABLES = (b"| protocol |", b"| probe length |", b"| positions shifted by |")  # how tables of either begin
 LONGEST = 240  # bytes of a name: file systems take 255, of which a temporary file needs some
 
 
@@ -68,7 +71,7 @@ def folder_name(data: Data) -> str:
 
 def table_path(report: Path) -> Path:
     """Where the table of a report is written: rep.md beside rep.json."""
-    return report.with_suffix(".md") if report.suffix in ("", ".json") else report.with_name(f"{report.name}.md")
+    return report.parent / f"{report.stem if report.suffix in ('', '.json') else report.name}.md"
 
 
 def check_outputs(reports: list[Path | None], comparison: Path | None, ranks: Ranks) -> None:
@@ -77,17 +80,17 @@ def check_outputs(reports: list[Path | None], comparison: Path | None, ranks: Ra
     problem = None
     if ranks.main:
         try:
-            targets = {}  # file → what may be overwritten there
-            for path, kind in [*((path, "results") for path in reports), (comparison, "comparison")]:
+            targets = {}  # file → keys of what may be overwritten there
+            for path, keys in [*((path, REPORT) for path in reports), (comparison, COMPARISON)]:
                 if path and path.suffix.lower() == ".md":
                     better = path.with_suffix(".json").name
                     raise ValueError(f"{path} is a table's name: with --json {better} it is written beside the report")
                 for file in (path, table_path(path)) if path else ():
                     if file.resolve() in targets:
                         raise ValueError(f"two files would be written to {file}: name another with --json")
-                    targets[file.resolve()] = kind
-            for file, kind in targets.items():
-                check_target(file, kind)
+                    targets[file.resolve()] = keys
+            for file, keys in targets.items():
+                check_target(file, keys)
             for folder in {path.parent / FOLDER for path in reports if path}:
                 check_writable(folder / "row.json")
         except (OSError, ValueError) as error:
@@ -96,12 +99,12 @@ def check_outputs(reports: list[Path | None], comparison: Path | None, ranks: Ra
         raise ValueError(problem)
 
 
-def check_target(path: Path, kind: str) -> None:
-    """ValueError where a file is there that is no table, and no JSON object with the key `kind`; OSError where nothing
-    can be written."""
+def check_target(path: Path, keys: set[str]) -> None:
+    """ValueError where a file is there that is no table of eval.py, and no JSON object with these keys, and where
+    nothing can be written."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give --json a file's name, such as {path / 'report.json'}")
-    if path.exists() and not is_ours(path, kind):
+    if path.exists() and not is_ours(path, keys):
         raise ValueError(f"{path} is there and was not written by such a command: name another file with --json")
     try:
         check_writable(path)
@@ -114,22 +117,23 @@ def check_target(path: Path, kind: str) -> None:
         ) from error
 
 
-def is_ours(path: Path, kind: str) -> bool:
+def is_ours(path: Path, keys: set[str]) -> bool:
     """Whether an earlier evaluation wrote this file, or it is an empty file."""
     if not path.is_file():  # a device, a pipe
         return False
     content = path.read_bytes()
-    if path.suffix == ".md":
-        return content[:1] in (b"", b"|")
+    if path.suffix == ".md" or not content:
+        return not content or content.startswith(TABLES)
     try:
-        return not content or kind in json.loads(content)
-    except (ValueError, TypeError):
+        found = json.loads(content)
+    except ValueError:
         return False
+    return isinstance(found, dict) and keys <= found.keys()
 
 
 def show_and_write(text: str, outputs: list[tuple[Path | None, dict]], ranks: Ranks) -> None:
     """On the first rank print `text`, whether or not the files can be written then, and write them (None: nowhere), as
-    JSON with a table beside each."""
+    JSON with a table beside each. Links are followed: what check_outputs looked at is what is written."""
     if not ranks.main:
         return
     try:
@@ -137,6 +141,6 @@ def show_and_write(text: str, outputs: list[tuple[Path | None, dict]], ranks: Ra
     finally:
         for path, content in outputs:
             if path:
-                write_json(path, content)
-                shown = table(content) if "results" in content else text
-                write_atomically(table_path(path), lambda file, shown=shown: file.write(f"{shown}\n".encode()))
+                shown = f"{table(content) if 'results' in content else text}\n".encode()
+                write_json(path.resolve(), content)
+                write_atomically(table_path(path).resolve(), lambda file, shown=shown: file.write(shown))

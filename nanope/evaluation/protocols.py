@@ -101,7 +101,8 @@ class Targets:
     """The scored tokens of a protocol: blocks of consecutive ones, in order, and the identity of the whole.
 
     blocks (n, 3) int64: start of the span, first and last target, all positions in the split. positions, ids, document
-    (tokens,): position in the split, id, and index of its document in the split, of every target.
+    (tokens,): position in the split, id, and index of its document in the split, of every target. Targets of same_text
+    have another number of a document, one for all folders.
     """
 
     blocks: np.ndarray

@@ -1,10 +1,9 @@
 """Reports of evaluations: their tables, and their figures for wandb."""
 
-import dataclasses
 import sys
 from pathlib import Path
 
-from nanope.config import RunConfig
+from nanope.config import config_of
 from nanope.errors import first_line
 from nanope.evaluation.statistics import FEW, few_documents
 from nanope.log import start_wandb
@@ -113,9 +112,8 @@ def log_to_wandb(report: dict) -> None:
     config, run = report["config"], Path(report["run"])
     if config.get("wandb", "off") == "off" or not run.is_dir():
         return
-    known = {field.name for field in dataclasses.fields(RunConfig)}
     try:
-        logged = start_wandb(RunConfig(**{k: v for k, v in config.items() if k in known}), run, resumed=True)
+        logged = start_wandb(config_of(config), run, resumed=True)
         logged.summary.update(flat_figures(report))
         logged.finish()
     except Exception as error:  # the report is written; whatever wandb has is no reason to fail

@@ -4,6 +4,7 @@ Lengths are in tokens of each, so the runs see different amounts of text before 
 bytes: pieces between two places where every tokenizer has a boundary, of documents that every data folder has.
 """
 
+import dataclasses
 import hashlib
 from functools import reduce
 
@@ -20,7 +21,8 @@ def same_text(datas: list[Data], options: Options) -> tuple[list[Targets], str]:
 
     A document is eligible where every folder has it with more tokens than the longest length. Its pieces begin where
     each tokenizer has that many tokens before, and have at most `stride` bytes, or one token of at most the shortest
-    length. Beyond max_targets bytes, pieces spread evenly over all are kept. ValueError where nothing is left.
+    length. Beyond max_targets bytes, pieces spread evenly over all are kept. Documents have one number in all folders,
+    whatever their order there: comparisons pair them by it. ValueError where nothing is left.
     """
     shortest, longest, limit = options.lengths[0], options.lengths[-1], options.max_targets
     splits = [spans_of(data, options.split, False, longest) for data in datas]
@@ -41,13 +43,15 @@ def same_text(datas: list[Data], options: Options) -> tuple[list[Targets], str]:
         count = max(1, round(len(pieces) * limit / sum(end - start for _, start, end in pieces)))
         if count < len(pieces):
             pieces = [pieces[i * len(pieces) // count] for i in range(count)]
-    targets = []
+    number, targets = {name: i for i, name in enumerate(names)}, []
     for (tokens, documents, _), edges in zip(splits, found):
         blocks = []
         for name, start, end in pieces:
             first, offsets = edges[name]
             blocks.append((first, *(first + np.searchsorted(offsets, (start, end)) - (0, 1))))
-        targets.append(targets_of(tokens, documents, np.array(blocks)))
+        chosen = targets_of(tokens, documents, np.array(blocks))
+        sizes = [last - first + 1 for _, first, last in blocks]
+        targets.append(dataclasses.replace(chosen, document=np.repeat([number[name] for name, *_ in pieces], sizes)))
     return targets, hashlib.sha256(repr(pieces).encode()).hexdigest()
 
 

@@ -47,13 +47,15 @@ def test_loading_names_what_is_wrong(plain, tmp_path):
         checkpoint.find(plain, "7")
 
 
-@pytest.mark.parametrize("last", ["lost", "text", "dangling"])
+@pytest.mark.parametrize("last", ["lost", "empty", "text", "dangling"])
 def test_a_run_copied_without_links_has_its_newest_step_as_the_last(plain, tmp_path, last, capsys):
     run = tmp_path / "copy"
     (run / "checkpoints").mkdir(parents=True)
     for path in [*(plain / "checkpoints").iterdir(), plain / "best.pt"]:
         shutil.copy(path, run / path.relative_to(plain))
     newest = run / "checkpoints" / "step_12.pt"
+    if last == "empty":
+        (run / "last.pt").touch()
     if last == "text":  # what git, zip and some file systems make of a link
         (run / "last.pt").write_text("checkpoints/step_12.pt")
     if last == "dangling":

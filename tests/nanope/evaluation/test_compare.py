@@ -17,12 +17,17 @@ def test_runs_that_differ_in_seeds_are_one_experiment():
     # More than the scheme differs, so the names tell which fields do
     configs = [config(), config(n_layer=2), config(pos="none")]
     assert arms_of(configs) == ["n_layer=1 rope", "n_layer=2 rope", "n_layer=1 none"]
-    patterns = [config(pos=["rope", "none"]), config(pos="rope+alibi"), config(pos=["rope", "none"], seed=2)]
+    combined, patterned = {"pos": "rope+alibi", "n_layer": 2}, {"pos": ["rope", "none"], "n_layer": 2}
+    patterns = [config(**patterned), config(**combined), config(**patterned, seed=2)]
     assert arms_of(patterns) == ["rope, none", "rope+alibi", "rope, none"]
 
 
 def test_a_field_that_came_later_has_its_default_in_older_configs():
     assert arms_of([config(), config(dropout=0.0, seed=2), config(pos="none")]) == ["rope", "rope", "none"]
+    before, now = {"content": True}, {"content": True, "first_power": 0, "share_layers": False}
+    shape = {"pos": "carope", "n_head": 1, "n_embd": 4}
+    carope = [config(**shape, pos_options=options, seed=seed) for seed, options in ((1, before), (2, now))]
+    assert len({*arms_of([*carope, config()])}) == 2
 
 
 @pytest.mark.parametrize(

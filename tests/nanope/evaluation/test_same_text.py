@@ -28,9 +28,10 @@ def scored_texts(data, targets):
     tokenizer, split = load_tokenizer(data.manifest["tokenizer"]["name"]), data.split("val")
     texts, before = [], []
     for number in dict.fromkeys(targets.document.tolist()):
-        ids, start = targets.ids[targets.document == number], split.documents()[number][0]
-        texts.append(tokenizer.decode(ids))
-        before.append(split.read(int(start), int(targets.positions[targets.document == number][0])))
+        of = targets.document == number
+        first, starts = int(targets.positions[of][0]), split.documents()[:, 0]
+        texts.append(tokenizer.decode(targets.ids[of]))
+        before.append(split.read(int(starts[starts <= first][-1]), first))
     return texts, before
 
 
@@ -48,6 +49,17 @@ def test_targets_of_two_tokenizers_are_the_same_text(both, limit):
     for t in targets:  # every window has 64 tokens; " darkness" has 9 bytes
         assert (t.blocks[:, 2] - t.blocks[:, 1] < 9).all() and (t.blocks[:, 2] - t.blocks[:, 0] >= 64).all()
     assert same_text(both, options)[1] == digest != same_text(both, Options([16, 64], stride=7).resolved(16))[1]
+
+
+def test_documents_in_another_order_are_paired_by_their_text(both, tmp_path):
+    """A difference for each document is of one text. By its place in each folder it was of two."""
+    turned = prepare_texts(tmp_path, TEXTS[::-1], "gpt2", val_tokens=2000)
+    targets, _ = same_text([both[0], turned], Options([16]).resolved(16))
+    ours, theirs = (
+        {n: load_tokenizer(name).decode(t.ids[t.document == n]) for n in np.unique(t.document).tolist()}
+        for name, t in zip(("byte", "gpt2"), targets)
+    )
+    assert ours == theirs and len(ours) > 2
 
 
 def test_pieces_end_where_every_tokenizer_has_a_boundary():
