@@ -20,12 +20,12 @@ from typing import TextIO
 
 from data.corpora import Corpus, planned
 from data.encode import encode_unit
+from data.files import File
 from data.hub import download
 from data.library import Wanted
 from data.plan import RECORD, Request, make_plan, unfinished_plan
 from data.progress import Progress
 from data.publish import join_units, publish, resolved
-from data.readers import File
 from data.shards import Data, DataError, open_data, output, write_json
 from data.tokenizer import Tokenizer
 from data.units import SIZES, Sizes, Unit, UnitId, cut_group, finished_units, group_files, record_of

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from data.documents import king_james, novels
-from data.readers import Documents, File
+from data.files import File
+from data.readers import Documents
 from data.shards import DataError, unknown
 
 SPLITS = ("train", "val", "test")

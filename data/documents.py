@@ -9,7 +9,8 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from data.readers import Documents, File, find_files, read_file
+from data.files import File, find_files
+from data.readers import Documents, read_file
 from data.shards import DataError
 
 # ---- rows to documents ----

@@ -12,7 +12,7 @@ import urllib.request
 from pathlib import Path
 
 from data.corpora import SPLITS, Corpus, Subset
-from data.readers import File
+from data.files import File
 from data.shards import DataError, file_sha256
 
 WAIT_AND_RETRY = (408, 429)  # HTTP statuses besides 5xx

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from data.diagnose import HEAD, pointer
+from data.files import File
 from data.progress import note
-from data.readers import Bad, Documents, File, text_column, texts_of
+from data.readers import Bad, Documents, text_column, texts_of
 from data.shards import DataError, fingerprint
 
 # What data sets call their splits, and we

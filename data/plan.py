@@ -9,8 +9,9 @@ from pathlib import Path
 
 from data.corpora import CORPORA, Corpus, Subset, named, subset_of
 from data.documents import king_james_file
+from data.files import File
 from data.library import Wanted, expected_bytes, loaded_files
-from data.readers import File, estimated_bytes
+from data.readers import estimated_bytes
 from data.shards import DataError, cores
 from data.sources import check_reading, identity_of, source_files
 from data.split import validation_rule

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from data.corpora import SPLITS, Corpus, Subset
 from data.documents import king_james_file
+from data.files import File, find_files, kind_of
 from data.hub import hub_files
 from data.library import is_saved, saved_files
 from data.progress import note
-from data.readers import Bad, File, find_files, kind_of, read_file
+from data.readers import Bad, read_file
 from data.shards import DataError
 
 

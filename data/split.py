@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from data.corpora import Corpus
+from data.files import File, kind_of
 from data.progress import note
-from data.readers import Bad, Documents, File, kind_of
+from data.readers import Bad, Documents
 from data.shards import DataError
 from data.units import cut_group, group_files, read_unit
 

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 from data.corpora import Corpus
 from data.documents import JOINS
+from data.files import File, kind_of
 from data.library import row_ranges, rows
-from data.readers import Bad, Documents, File, kind_of, read_file, row_group_bytes
+from data.readers import Bad, Documents, read_file, row_group_bytes
 from data.tokenizer import PIECE
 
 

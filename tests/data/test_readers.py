@@ -30,8 +30,9 @@ from preparing import (
 )
 
 from data.corpora import CORPORA
+from data.files import File, find_files
 from data.prepare import prepare
-from data.readers import Bad, File, find_files, read_file
+from data.readers import Bad, read_file
 from data.shards import DataError
 from data.units import Sizes, cut_group, group_files, read_unit
 

@@ -6,8 +6,8 @@ import pytest
 from preparing import TEXTS, documents, files, write_jsonl
 
 from data.corpora import named, subset_of
+from data.files import find_files
 from data.prepare import prepare
-from data.readers import find_files
 from data.shards import DataError
 from data.split import fraction, validation_rule
 from data.units import Sizes
