@@ -1,7 +1,6 @@
 """The fields of a run: defaults, then a YAML file, then the command line."""
 
 import dataclasses
-import json
 import math
 import re
 import sys
@@ -250,7 +249,9 @@ def word_of(name: str, text: str) -> str:
         return path
     if name == "pos_options" or {int, float} & TYPES.get(name, set()):
         value = as_field(name, read_yaml(text))
-        return text if isinstance(value, str) or value is None else json.dumps(value)
+        if isinstance(value, str) or value is None:
+            return text
+        return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n")
     return text
 
 

@@ -60,6 +60,8 @@ def read_yaml(text: str):
         raise ValueError(where + ", ".join(filter(None, (error.context, error.problem)))) from None
     except yaml.YAMLError as error:  # such as of a character that is none
         raise ValueError(" ".join(str(error).split())) from None
+    except (KeyError, RecursionError) as error:  # of a truth value such as !!bool x, of a thousand brackets
+        raise ValueError(f"no YAML that can be read: {error}") from None
 
 
 def read_yaml_file(path: Path) -> dict:

@@ -135,6 +135,13 @@ def test_numbers_are_written_as_people_do(tmp_path, text):
         assert config.learning_rate == config.pos_options["base"] == 5e5 and type(config.learning_rate) is float
 
 
+@pytest.mark.parametrize("text", ["1e-5", "0.00001", "1e20", "-1e-07", ".inf"])
+def test_options_given_at_once_are_those_given_one_by_one(text):
+    (one,) = parse(["--pos_options.a", text]).pos_options.values()
+    assert type(one) is float
+    assert parse(["--pos_options", f"{{a: {text}, s: {{b: [{text}]}}}}"]).pos_options == {"a": one, "s": {"b": [one]}}
+
+
 @pytest.mark.parametrize("text, words", [("010", "octal"), ("1:30", "base of 60")])
 @pytest.mark.parametrize("name", ["max_steps", "learning_rate", "micro_batch_size", "pos_options.base", "window"])
 def test_numbers_that_yaml_reads_as_others_are_refused(tmp_path, capsys, name, text, words):
