@@ -109,6 +109,7 @@ def downloads(hub):
     return [path for command, path in hub.asked if command == "GET" and "/resolve/" in path]
 
 
+@pytest.mark.slow
 def test_from_the_hub(hub, corpus, tmp_path):
     """Files are downloaded one by one, and deleted when they are done."""
     there = []

@@ -187,6 +187,7 @@ def test_what_was_written_is_checked_before_it_takes_its_place(corpus, tmp_path)
 # ---- the last step ----
 
 
+@pytest.mark.slow
 def test_links_are_followed(corpus, whole, tmp_path):
     """To a folder, and to one that is not there yet: the link stays, and points to the finished folder."""
     (tmp_path / "real").mkdir()

@@ -33,6 +33,7 @@ def adder(base):
     return add
 
 
+@pytest.mark.slow
 def test_workers_answer_and_a_dead_one_ends_the_program(capfd):
     with workers(Worker(name, adder, base) for name, base in (("ten", 10), ("twenty", 20))) as (ten, twenty):
         ten.send(1)
