@@ -4,8 +4,6 @@ Rows are read from the library's Arrow tables on disk, a few at a time, or with 
 is cut into units by its rows, a stream by the files that the data set has on the hub.
 """
 
-import hashlib
-import json
 import os
 import re
 import tempfile
@@ -18,7 +16,7 @@ from data.diagnose import HEAD, pointer
 from data.files import File
 from data.progress import note
 from data.readers import Bad, Documents, text_column, texts_of
-from data.shards import DataError, fingerprint
+from data.shards import DataError, fingerprint, json_sha256
 
 # What data sets call their splits, and we
 SPLIT_NAMES = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "val", "dev"), "val")
@@ -166,7 +164,7 @@ def _data_files(builder: Any) -> list[str]:
 
 def _contents(builder: Any) -> str:
     """A digest of the files of a folder. The library's own fingerprint changes with their times and their place."""
-    return _sha256([[Path(path).name, fingerprint(path)] for path in _data_files(builder)])
+    return json_sha256([[Path(path).name, fingerprint(path)] for path in _data_files(builder)])
 
 
 def _refused(wanted: Wanted, error: Exception) -> DataError:
@@ -201,7 +199,7 @@ def _files(
             column = table.select_columns(_names(table.features.arrow_schema, field, title)[:1])
         if hasattr(table, "num_rows"):
             digest = [fingerprint(cached["filename"]) for cached in table.cache_files]
-            identity = _sha256([digest, table.num_rows])
+            identity = json_sha256([digest, table.num_rows])
             mark = title, contents or table._fingerprint
             files.append(File(title, column.data.nbytes, identity, split, title, table, fingerprint=mark))
             continue
@@ -209,7 +207,7 @@ def _files(
         size = sizes[key].num_bytes // table.num_shards if key in sizes else 0
         for i in range(table.num_shards):
             place = table.num_shards, i
-            identity, where = _sha256([version, str(key), *place]), f"{title}, file {i}"
+            identity, where = json_sha256([version, str(key), *place]), f"{title}, file {i}"
             files.append(File(f"{title}:{i}", size, identity, split, where, table, place, (title, version)))
     return files
 
@@ -260,7 +258,3 @@ def _one_column(table: Any, field: str) -> Any:
     if table.column_names:
         table = table.select_columns([field if field in table.column_names else field.split(".")[0]])
     return table.with_format("arrow")
-
-
-def _sha256(value: object) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -120,6 +120,11 @@ def file_sha256(path: Path | str) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def json_sha256(value: object) -> str:
+    """Hex sha256 of a value as JSON."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
 # ---- reading ----
 
 

@@ -1,8 +1,6 @@
 """Finds the files that a corpus is read from: on this machine, on the hub, or in a package."""
 
 import dataclasses
-import hashlib
-import json
 import re
 from pathlib import Path
 
@@ -13,7 +11,7 @@ from data.hub import hub_files
 from data.library import is_saved, saved_files
 from data.progress import note
 from data.readers import Bad, read_file
-from data.shards import DataError
+from data.shards import DataError, json_sha256
 
 
 def source_files(
@@ -30,7 +28,7 @@ def source_files(
         return None, files
     if source is not None and corpus.reader:
         source, listed = Path(source), local_files(corpus, source)
-        identity = _sha256([[file.name, file.identity] for file in listed])
+        identity = json_sha256([[file.name, file.identity] for file in listed])
         return corpus.revision, [File(source.name, sum(file.bytes for file in listed), identity, path=str(source))]
     if source is not None:
         return None, local_files(corpus, source)
@@ -71,7 +69,7 @@ def check_reading(files: list[File], reading: dict[str, str]) -> None:
 
 def identity_of(files: list[File]) -> str:
     """Hex sha256 that changes with the name, the size, the content or the split of a file."""
-    return _sha256([[file.name, file.bytes, file.identity, file.split] for file in files])
+    return json_sha256([[file.name, file.bytes, file.identity, file.split] for file in files])
 
 
 def _split_of(name: str) -> str:
@@ -79,7 +77,3 @@ def _split_of(name: str) -> str:
     if len(found) != 1:
         raise DataError(f"{name}: its path should name one split, train, validation or test")
     return found[0]
-
-
-def _sha256(value: object) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -150,7 +150,7 @@ def forbid_work(monkeypatch):
         ("/dev/null", "/dev/null was not written"),
     ],
 )
-def test_nothing_is_overwritten_and_targets_are_checked_first(data, tmp_path, target, words, monkeypatch, capsys):  # noqa: F811
+def test_nothing_is_overwritten_targets_come_first(data, tmp_path, target, words, monkeypatch, capsys):  # noqa: F811
     run = tmp_path / "run"
     save_run(run, data)
     (tmp_path / "notes.txt").write_text("mine")
@@ -257,7 +257,7 @@ def test_lengths_are_also_multiples_of_the_training_length(data, tmp_path, capsy
 # ---- the run's data
 
 
-def test_other_data_than_the_runs_are_refused_unless_they_are_asked_for(data, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_other_data_than_the_runs_are_refused_unless_asked_for(data, tmp_path, monkeypatch, capsys):  # noqa: F811
     run, folder = tmp_path / "run", tmp_path / "data"
     shutil.copytree(data.folder, folder)
     save_run(run, data, data_dir=str(folder))
