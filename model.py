@@ -243,7 +243,10 @@ class GPT(nn.Module):
         # Positions in float64, which is exact for every length. The embedding as a view: torch.compile would make
         # another graph for the first layer, whose x is the embedding itself
         steps = torch.arange(start + offset, end + offset, dtype=torch.float64, device=double_device(idx.device))
-        ctx = Context(steps, start, wide(x.dtype), idx.device, idx, x.view_as(x), self.draw_seed, self.attend)
+        places = torch.arange(start, end, device=idx.device)
+        ctx = Context(
+            steps, start, wide(x.dtype), idx.device, idx, x.view_as(x), places, seed=self.draw_seed, attend=self.attend
+        )
         first = [self.transformer["h"][group[0]].attn.pos for group in self.groups]
         positions = [pos.positions(ctx) if self.training else steps for pos in first]  # of each group of layers
         if self.table_group is not None:

@@ -10,20 +10,24 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
-from nanope.ops import Linear
+from nanope.ops import Linear, double_sum, running_sums
 
 
 @dataclass
 class Context:
     """Where the tokens of this forward pass stand, as one layer sees it."""
 
-    positions: torch.Tensor  # (T,) float64, or (T, axes) where a token has several coordinates; on the CPU for MPS
+    # float64, on the CPU for MPS: (T,); (B, T) where documents restart; (…, axes) where a token has several coordinates
+    positions: torch.Tensor
     start: int  # tokens before these: 0, or the length of the cache
     dtype: torch.dtype  # of angles and biases: float32, or the model's if wider
     device: torch.device
     idx: torch.Tensor  # (B, T) int64, token ids
     embedding: torch.Tensor  # (B, T, C) token embeddings
+    places: torch.Tensor  # int64, (T,) or (B, T): tokens of the same text before each, whatever `positions` are
+    documents: torch.Tensor | None = None  # (B, S) int64: which text each token is of, where texts do not see others
     seed: int | None = None  # of what a scheme draws in this optimizer step; None outside of training
     attend: Callable | None = None  # the attention function, see nanope/attention.py
     block_mask: Any = None  # FlexAttention's mask, where this layer's attention goes through it
@@ -55,6 +59,36 @@ class Context:
             return new
         self.cache[key] = torch.cat((self.cache[key], new), dim) if key in self.cache else new
         return self.cache[key]
+
+    def accumulated(self, name: str, new: torch.Tensor, modulus: float | None = None) -> torch.Tensor:
+        """Σ over all tokens up to each of these, of `new` (B, T, …); with a modulus up to multiples of it. The cache
+        keeps the sum of all so far in float64."""
+        sums = running_sums(new, modulus)
+        if self.cache is None:
+            return sums
+        key, total = self.key(name), double_sum(new, 1, keepdim=True)
+        if key in self.cache:
+            sums, total = sums + self.cache[key].to(sums), total + self.cache[key]
+        self.cache[key] = total if modulus is None else total % modulus
+        return sums
+
+    def convolved(self, name: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The causal convolution of each channel of x (B, T, K) over tokens: (B, T, K). weight (K, n): its last column
+        is for the token itself. What is before a text counts as 0. The cache keeps n - 1 tokens."""
+        T, n = x.size(1), weight.size(1)
+        seen = x
+        if self.cache is not None:
+            key = self.key(name)
+            seen = torch.cat((self.cache[key], x), 1) if key in self.cache else x
+            self.cache[key] = seen[:, 1 - n :].clone()
+        seen = F.pad(seen, (0, 0, T + n - 1 - seen.size(1), 0))  # (B, n - 1 + T, K)
+        y = torch.zeros_like(x)
+        for back in range(n):
+            part = seen[:, n - 1 - back : n - 1 - back + T] * weight[:, -1 - back]
+            if back and self.documents is not None:
+                part = part * (self.places >= back).unsqueeze(-1)
+            y = y + part
+        return y
 
     def generator(self) -> torch.Generator:
         """A CPU generator that draws the same in every micro-batch and on every rank of an optimizer step."""

@@ -8,36 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from nanope.ops import Linear, double_device, no_autocast, rotate, wide
+from nanope.ops import Linear, no_autocast, rotate, running_sums, wide
 from schemes.base import Scheme
 
 TURN = 2 * math.pi
-CHUNK = 32  # tokens whose sum is exact enough in float32: within 2e-5 of up to 32 radians
-
-
-def double_sum(x: torch.Tensor, dim: int, keepdim: bool = False) -> torch.Tensor:
-    """The sum in float64. MPS has none: there it is summed in float32, and float64, on the CPU, from then on."""
-    dtype = torch.float32 if x.device.type == "mps" else torch.float64
-    return x.sum(dim, keepdim, dtype=dtype).to(double_device(x.device), torch.float64)
-
-
-def running_sums(x: torch.Tensor, modulus: float | None = None) -> torch.Tensor:
-    """Σ_{s ≤ t} x_s over dimension 1, of x (B, T, H, n) in x's dtype; with a modulus up to multiples of it.
-
-    Summed within chunks in x's dtype, and over chunks in float64, of which there are few. A float32 scan of all tokens
-    is wrong by 1.4 radians at 16,384 where it is sequential, as CUDA's is; a CPU's has float64 sums inside.
-    """
-    T = x.size(1)
-    if T <= CHUNK:
-        return x.cumsum(1)
-    if T % CHUNK:
-        x = F.pad(x, (0, 0, 0, 0, 0, -T % CHUNK))
-    chunks = x.unflatten(1, (-1, CHUNK))  # (B, chunks, tokens, H, n)
-    totals = double_sum(chunks, 2)
-    before = totals.cumsum(1) - totals
-    if modulus is not None:
-        before = before % modulus
-    return (chunks.cumsum(2) + before.to(x).unsqueeze(2)).flatten(1, 2)[:, :T]
 
 
 def powers(log_f: torch.Tensor, pairs: int, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,11 +120,7 @@ class CARoPE(Scheme):
         log_f = self.log_frequencies(x if self.source == "hidden" else ctx.embedding)
         if ctx.cache is None:
             return PathRotation.apply(qk, log_f, self.first_power)
-        key = ctx.key("phase")  # of the last token, in float64, less whole turns
         f_i, _ = powers(log_f, self.head_width // 2, self.first_power)
-        phases, total = running_sums(f_i, TURN), double_sum(f_i, 1, keepdim=True)
-        if key in ctx.cache:
-            phases, total = phases + ctx.cache[key].to(phases), total + ctx.cache[key]
-        ctx.cache[key] = total % TURN  # (B, 1, H, D/2)
+        phases = ctx.accumulated("phase", f_i, TURN)  # of the last token kept in float64, less whole turns
         phases = phases.unsqueeze(2)  # (B, T, 1, H, D/2)
         return rotate(qk, phases.cos(), phases.sin())

@@ -150,7 +150,7 @@ def layer_context(pos, x, start=0, **fields):
     """What a layer with the scheme `pos` is told about its normed input x (B, T, C); the first token is at `start`."""
     positions = torch.arange(start, start + x.size(1), dtype=torch.float64)
     idx = torch.zeros(x.shape[:2], dtype=torch.int64)
-    ctx = Context(positions, start, torch.promote_types(x.dtype, torch.float32), x.device, idx, x)
+    ctx = Context(positions, start, torch.promote_types(x.dtype, torch.float32), x.device, idx, x, positions.long())
     constants = pos.constants([pos])
     prepared = pos.prepare([pos], dataclasses.replace(ctx, constants=constants))
     own = {"constants": constants and constants[0], "prepared": prepared and prepared[0]}

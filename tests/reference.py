@@ -5,6 +5,7 @@ matrix for each position, comrope's by torch.matrix_exp; the scores and the soft
 B batch, T positions, H heads, D head width, C = H·D. Everything has the dtype of the parameters: use float64.
 """
 
+import dataclasses
 import itertools
 import math
 
@@ -108,6 +109,87 @@ def gelu(x):
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
+# ---- the schemes, by what they change: each function gets a Layer
+
+
+@dataclasses.dataclass
+class Layer:
+    """One layer of attention, as a scheme's formula sees it."""
+
+    x: torch.Tensor  # (B, T, C) the normed input
+    q: torch.Tensor  # (B, T, H, D), k likewise: before positions in ROTATIONS, with them later
+    k: torch.Tensor
+    options: dict
+    embedding: torch.Tensor  # (B, T, C) of the tokens
+    config: object
+    parameters: dict
+    name: str  # transformer.h.0.attn
+
+    def own(self, name):
+        """A parameter of the scheme's: this layer's, or that of layer 0 which all share; None where there is none."""
+        found = self.parameters.get(f"{self.name}.pos.{name}")
+        return self.parameters.get(f"transformer.h.0.attn.pos.{name}") if found is None else found
+
+    @property
+    def sizes(self):
+        """B, T, H, D."""
+        return self.q.shape
+
+    @property
+    def distance(self):
+        """(T, T): m - n of query m and key n."""
+        T = self.q.size(1)
+        return torch.arange(T).view(-1, 1) - torch.arange(T)
+
+
+ROTATIONS, ENCODINGS, BIASES, SCORES, WEIGHTS = {}, {}, {}, {}, {}
+
+
+def of(table, *schemes):
+    """A decorator: the function is what these schemes do.
+
+    ROTATIONS  (layer) → (B, T, H, D, D), or what broadcasts to it: a matrix for q and k
+    ENCODINGS  (layer) → q, k (B, T, H, any width): for what is no such matrix
+    BIASES     (layer) → (B, H, T, T), or what broadcasts to it: added after the division by √D
+    SCORES     (layer) → (B, H, T, T), divided by √D already, instead of q kᵀ / √D
+    WEIGHTS    (layer, scores (B, H, T, T), -inf where a key is hidden) → attention weights instead of the softmax
+    """
+
+    def enter(function):
+        table.update(dict.fromkeys(schemes, function))
+        return function
+
+    return enter
+
+
+@of(ROTATIONS, "rope", "crope")
+def rope(layer):
+    _, T, _, D = layer.sizes
+    return rotations(rope_angles(T, D, layer.options["base"], layer.options["fraction"])).view(1, T, 1, D, D)
+
+
+@of(ROTATIONS, "comrope")
+def comrope(layer):
+    T = layer.sizes[1]
+    return comrope_rotations(layer.own("P"), layer.own("theta"), layer.options["unit"], T).unsqueeze(0)
+
+
+@of(ROTATIONS, "carope")
+def carope(layer):
+    source = layer.x if layer.options["source"] == "hidden" else layer.embedding
+    weight, bias = layer.own("c_pos.weight"), layer.own("c_pos.bias")
+    return rotations(carope_phases(source, weight, bias, layer.sizes[3], layer.options["first_power"]))
+
+
+@of(BIASES, "alibi")
+def alibi(layer):
+    slopes = torch.tensor(alibi_slopes(layer.sizes[2]), dtype=layer.x.dtype)
+    return -slopes.view(-1, 1, 1) * layer.distance
+
+
+# ---- the model
+
+
 def attention(x, embedding, config, p, name):
     """x (B, T, C), the normed input, and the token embeddings (B, T, C) → (B, T, C)."""
     pos, options = config.pos, config.pos_options
@@ -123,27 +205,21 @@ def attention(x, embedding, config, p, name):
         qkv = linear(x, p, name + ".c_attn")
     q, k, v = (part.reshape(B, T, H, D) for part in qkv.split(C, -1))
 
-    if pos in ("rope", "crope"):
-        R = rotations(rope_angles(T, D, options["base"], options["fraction"])).view(1, T, 1, D, D)
-    elif pos == "comrope":
-        R = comrope_rotations(p[name + ".pos.P"], p.get(name + ".pos.theta"), options["unit"], T).unsqueeze(0)
-    elif pos == "carope":
-        source = x if options["source"] == "hidden" else embedding
-        own = ("transformer.h.0.attn" if options["share_layers"] else name) + ".pos.c_pos."
-        phases = carope_phases(source, p.get(own + "weight"), p.get(own + "bias"), D, options["first_power"])
-        R = rotations(phases)
-    else:
-        R = torch.eye(D, dtype=x.dtype)
-    R = R.expand(B, T, H, D, D)
-    q, k = (torch.einsum("bthij,bthj->bthi", R, z) for z in (q, k))
-
-    scores = torch.einsum("bmhd,bnhd->bhmn", q, k) / math.sqrt(D)
-    if pos == "alibi":
-        distance = torch.arange(T).view(-1, 1) - torch.arange(T)  # m - n
-        scores = scores - torch.tensor(alibi_slopes(H), dtype=x.dtype).view(H, 1, 1) * distance
+    layer = Layer(x, q, k, options, embedding, config, p, name)
+    if pos in ROTATIONS:
+        R = ROTATIONS[pos](layer).expand(B, T, H, D, D)
+        layer.q, layer.k = (torch.einsum("bthij,bthj->bthi", R, z) for z in (q, k))
+    if pos in ENCODINGS:
+        layer.q, layer.k = ENCODINGS[pos](layer)
+    scores = SCORES[pos](layer) if pos in SCORES else torch.einsum("bmhd,bnhd->bhmn", layer.q, layer.k) / math.sqrt(D)
+    if pos in BIASES:
+        scores = scores + BIASES[pos](layer)
     future = torch.ones(T, T, dtype=torch.bool).triu(1)
-    weights = scores.masked_fill(future, -math.inf).exp()
-    weights = weights / weights.sum(-1, keepdim=True)
+    scores = scores.masked_fill(future, -math.inf)
+    if pos in WEIGHTS:
+        weights = WEIGHTS[pos](layer, scores)
+    else:
+        weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
     return linear(torch.einsum("bhmn,bnhd->bmhd", weights, v).reshape(B, T, C), p, name + ".c_proj")
 
 

@@ -99,7 +99,7 @@ def test_the_readmes_scheme_is_kerple(kerple):
     attention = gpt.transformer["h"][0].attn
     x = torch.randn(1, 24, 16, dtype=torch.float64)
     positions = torch.arange(24, dtype=torch.float64)
-    ctx = model.Context(positions, 0, torch.float64, x.device, idx[:1], x, attend=gpt.attend)
+    ctx = model.Context(positions, 0, torch.float64, x.device, idx[:1], x, positions.long(), attend=gpt.attend)
     q, k, v = attention.c_attn(x).view(24, 3, 2, 8).permute(1, 2, 0, 3)  # (H, T, D) each
     r = F.softplus(torch.tensor(0.7, dtype=torch.float64))
     distance = positions[:, None] - positions

@@ -24,9 +24,17 @@ OWN = {  # a layer's, by case: name → shape
 }
 
 
+# Own parameters without weight decay, by scheme, where a case has them
+UNDECAYED = {"comrope": {"P", "theta"}, "carope": {"c_pos.bias"}}
+# Own parameters whose initial values differ, and are not drawn, by case or scheme
+SET = {"comrope": {"P"}, "comrope gaussian": set(), "comrope ld-shared": set()}
+# Cases in which all layers share all of their own parameters: these are the first layer's
+SHARED = {"carope shared"}
+
+
 def owners(case):
-    """Layers that have own parameters: of those that all share, the first."""
-    return 1 if case == "carope shared" else LAYERS
+    """How many layers have own parameters."""
+    return 1 if case in SHARED else LAYERS
 
 
 @all_cases
@@ -54,13 +62,9 @@ def test_names_shapes_and_counts(case, bias):
 
     count = V * C + L * 12 * C * C + (2 * L + 1) * C  # embedding, matrices, LayerNorm weights
     count += L * (3 + 1 + 4 + 1 + 2) * C + C if bias else 0
-    count += {
-        "learned": BLOCK * C,
-        "comrope": L * C * model.config.pos_options.get("block", 0),  # H · D/b · b²
-        "carope": owners(case) * (C * HEADS * (case != "carope constant") + HEADS * (case != "carope paper")),
-    }.get(pos, 0)
+    count += BLOCK * C if pos == "learned" else 0
+    count += owners(case) * sum(math.prod(shape) for shape in names.values())
     count -= L * 3 * C * C // 2 if case in HALVED else 0
-    count += L * HEADS * D // 4 if case == "comrope 4 ld" else L * D // 8 if case == "comrope ld-shared" else 0
     assert model.parameter_count() == count == sum(math.prod(shape) for shape in shapes.values())
 
 
@@ -119,7 +123,8 @@ def test_seeds(case):
         if name in learned:
             shared += 1
             assert torch.equal(parameter, learned[name]), name
-        random = parameter.std() > 0 and not (name.endswith(".P") and model.config.pos_options["init"] == "rope")
+        own = name.partition(".attn.pos.")[2]
+        random = parameter.numel() > 1 and parameter.std() > 0 and own not in SET.get(case, SET.get(pos, ()))
         assert torch.equal(parameter, other[name]) != random, name
     assert shared >= len(gpt2_names(True)) - (LAYERS if case in HALVED else 0)
 
@@ -147,23 +152,10 @@ def test_initial_values_are_gpt2s(case):
 
 def test_position_parameters():
     """The ones without weight decay: P, θ and CARoPE's bias, and no matrix that acts on activations."""
-    found = {}
     for case in CASES:
         names = GPT(config(case.split()[0], CASES[case])).position_parameters()
-        if names:
-            found[case] = {name.split(".attn.pos.")[-1] for name in names}
-    assert found == {
-        "comrope": {"P"},
-        "comrope 4 ld": {"P", "theta"},
-        "comrope 2 unit": {"P"},
-        "comrope gaussian": {"P"},
-        "comrope ld-shared": {"P", "theta"},
-        "carope": {"c_pos.bias"},
-        "carope embedding": {"c_pos.bias"},
-        "carope constant": {"c_pos.bias"},
-        "carope from 1": {"c_pos.bias"},
-        "carope shared": {"c_pos.bias"},
-    }
+        own = UNDECAYED.get(case.split()[0], set()) & set(OWN.get(case, ()))
+        assert {name.split(".attn.pos.")[-1] for name in names} == own, case
     assert len(build("carope shared").position_parameters()) == 1
     model = build("comrope 4 ld")
     assert len(model.position_parameters()) == 2 * LAYERS
