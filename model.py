@@ -48,6 +48,15 @@ class GPTConfig:
     pos_options: dict = field(default_factory=dict)
     # A token sees itself and the window - 1 before it; 0: all. A list cycles over the layers
     window: int | list[int] = 0
+    # A token sees its own document alone, in which positions start at 0. `eot` is the id of the token that ends one
+    document_mask: bool = False
+    eot: int | None = None
+    # q and k of every head are divided by their root mean square, before their positions and without a gain
+    qk_norm: bool = False
+    # `log`: scores are multiplied by s log(visible keys), s trained for each head (SSMax 2501.19399). It starts at the
+    # paper's 0.168, or where None at 1/log(block_size)
+    logit_scale: Literal["none", "log"] = "none"
+    logit_scale_start: float | None = 0.168
 
 
 class Attention(nn.Module):
@@ -62,25 +71,42 @@ class Attention(nn.Module):
         pos = schemes.make(config, layer)
         windows = config.window if isinstance(config.window, list) else [config.window]
         self.n_head, self.dropout, self.window = config.n_head, config.dropout, windows[layer % len(windows)]
+        self.qk_norm, self.logit_factor = config.qk_norm, 1.0  # of all scores: evaluation at other lengths sets it
         # Optimizer states and gradient norms know parameters by their order, which is that of earlier checkpoints:
         # first the scheme's own, then q, k, v and output, last those of the scheme's modules
         if next(pos.parameters(recurse=False), None) is not None:
             self.pos = pos
         self.c_attn = pos.projection(config)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.logit_scale = nn.Parameter(torch.empty(config.n_head)) if config.logit_scale == "log" else None
         self.pos = pos
 
     def forward(self, x: torch.Tensor, ctx: Context) -> torch.Tensor:
         B, T, C = x.size()
         qk, v = self.pos.project(self.c_attn, x, ctx).split((2 * C, C), dim=2)
-        qk = self.pos.encode(qk.unflatten(2, (2, self.n_head, -1)), x, ctx)  # (B, T, 2, H, D)
+        qk = qk.unflatten(2, (2, self.n_head, -1))  # (B, T, 2, H, D)
+        if self.qk_norm:
+            qk = F.rms_norm(qk, qk.shape[-1:], eps=1e-6)
+        qk = self.pos.encode(qk, x, ctx)
         q, k = (part.transpose(1, 2) for part in qk.unbind(2))  # (B, H, T, D)
+        if self.logit_scale is not None:
+            q = (q * self.logit_scale.to(ctx.dtype).view(-1, 1, 1) * self.log_visible(ctx)).to(q.dtype)
+        if self.logit_factor != 1:
+            q = q * self.logit_factor
         v = v.unflatten(2, (self.n_head, -1)).transpose(1, 2)  # (B, H, T, D)
         k, v = ctx.appended("k", k, 2), ctx.appended("v", v, 2)  # (B, H, start + T, D): behind those in the cache
         dropout = self.dropout if self.training else 0.0
         y = ctx.attend(self.pos, q, k, v, x, ctx, self.window, dropout)  # (B, H, T, D), with the scheme's bias
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
+
+    def log_visible(self, ctx: Context) -> torch.Tensor:
+        """The logarithm of how many keys each query sees: (T, 1), or (B, 1, T, 1) where documents restart."""
+        count = ctx.places + 1
+        if self.window:
+            count = count.clamp_max(self.window)
+        count = count.to(ctx.dtype).log().unsqueeze(-1)
+        return count.unsqueeze(1) if count.dim() == 3 else count
 
 
 class LayerNorm(nn.Module):
@@ -173,7 +199,10 @@ class GPT(nn.Module):
                 generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
                 return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)
 
-            if own:
+            if last == "logit_scale":
+                start = self.config.logit_scale_start
+                value = torch.full(parameter.shape, start or 1 / math.log(max(self.config.block_size, 2)))
+            elif own:
                 value = pos.initial(own, parameter.shape, normal)
             elif isinstance(self.get_submodule(parent), (LayerNorm, nn.LayerNorm, nn.RMSNorm)):
                 value = torch.full(parameter.shape, float(last == "weight"))
@@ -240,13 +269,14 @@ class GPT(nn.Module):
         self.check_length(end)
         self.check_tokens(idx, 0, "idx")
         x = self.transformer["wte"](idx)  # (B, T, C)
+        places, documents = torch.arange(start, end, device=idx.device), None
+        if self.config.document_mask:
+            places, documents = attention.places_in_documents(idx, self.config.eot, caches[0] if caches else None)
         # Positions in float64, which is exact for every length. The embedding as a view: torch.compile would make
         # another graph for the first layer, whose x is the embedding itself
-        steps = torch.arange(start + offset, end + offset, dtype=torch.float64, device=double_device(idx.device))
-        places = torch.arange(start, end, device=idx.device)
-        ctx = Context(
-            steps, start, wide(x.dtype), idx.device, idx, x.view_as(x), places, seed=self.draw_seed, attend=self.attend
-        )
+        steps = places.to(double_device(idx.device), torch.float64) + offset
+        told = {"documents": documents, "seed": self.draw_seed, "attend": self.attend}
+        ctx = Context(steps, start, wide(x.dtype), idx.device, idx, x.view_as(x), places, **told)
         first = [self.transformer["h"][group[0]].attn.pos for group in self.groups]
         positions = [pos.positions(ctx) if self.training else steps for pos in first]  # of each group of layers
         if self.table_group is not None:
@@ -263,6 +293,7 @@ class GPT(nn.Module):
         layers, found = [block.attn for block in self.transformer["h"]], {}
         dropout = self.config.dropout if self.training else 0.0
         made = self.constants() if self.fixed_constants is None else self.fixed_constants
+        masks = attention.BlockMasks(ctx, dropout)
         for group, seen, constants in zip(self.groups, positions, made):
             members = [layers[i].pos for i in group]
             shared = dataclasses.replace(ctx, positions=seen, constants=constants)
@@ -272,7 +303,7 @@ class GPT(nn.Module):
                     shared,
                     constants=None if constants is None else constants[n],
                     prepared=None if prepared is None else prepared[n],
-                    block_mask=attention.block_mask(members[n], layers[i].window, ctx, dropout),
+                    block_mask=masks.of(members[n], layers[i].window),
                     cache=None if caches is None else caches[i],
                 )
                 found[i] = members[n].told(own)
@@ -413,8 +444,16 @@ def resolve(config: GPTConfig) -> GPTConfig:
             problems.append(f"{name} must be a positive whole number, not {value!r}")
     if type(config.dropout) not in (int, float) or not 0 <= config.dropout < 1:
         problems.append(f"dropout must lie in [0, 1), not {config.dropout!r}")
-    if type(config.bias) is not bool:
-        problems.append(f"bias must be True or False, not {config.bias!r}")
+    for name in ("bias", "document_mask", "qk_norm"):
+        if type(getattr(config, name)) is not bool:
+            problems.append(f"{name} must be True or False, not {getattr(config, name)!r}")
+    if config.document_mask is True and type(config.eot) is not int:
+        problems.append(f"document_mask needs eot, the id of the token that ends a document, not {config.eot!r}")
+    if config.logit_scale not in ("none", "log"):
+        problems.append(f"logit_scale must be 'none' or 'log', not {config.logit_scale!r}")
+    start = config.logit_scale_start
+    if start is not None and not (type(start) in (int, float) and 0 < start < math.inf):
+        problems.append(f"logit_scale_start must be a positive number or None, not {start!r}")
     if not isinstance(config.pos_options, dict):
         problems.append(f"pos_options must be a mapping of option to value, not {config.pos_options!r}")
     if not problems and config.n_embd % config.n_head:

@@ -87,7 +87,7 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
     dtype, folder = pick_dtype(config.dtype, device), Path(config.out_dir)
     check_wandb(config)
     data = open_data(config.data_dir, verify=config.verify_data or None)
-    config = with_vocabulary(config, data.vocab_size)
+    config = with_vocabulary(config, data.vocab_size, data.eot)
     share, micro = resolve_batch(config, ranks)  # windows a step, windows a forward pass
     check_splits(data, config)
 
@@ -97,7 +97,7 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
     state = find_state(config, data.hash, ranks)
     what = f"the step to resume from: {folder} must be one folder, shared by all nodes"
     ranks.check_equal(state["step"] if state else 0, device, what)
-    model = build_model(state) if state else initial_model(config, data.tokenizer_hash)
+    model, taken = (build_model(state), None) if state else initial_model(config, data.tokenizer_hash)
     model.to(device)
     if config.micro_batch_size == "auto":
         found = state["config"]["micro_batch_size"] if state else None
@@ -136,6 +136,8 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
 
         if progress.step == 0:
             log.say(title(config, model, ranks, share, len(feed.split), device, dtype))
+            if taken:
+                log.say(taken)
         elif progress.step >= config.max_steps:
             log.say(f"{folder} is at step {progress.step} of {config.max_steps}: nothing to do")
         if progress.step < config.max_steps and (text := schedule.warning(config)):

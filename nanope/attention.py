@@ -1,11 +1,12 @@
 """Causal attention with a bias, within a window, by the fastest kernel that is exact.
 
-    softmax(q kᵀ / √D + bias) v,  query m sees key n where n ≤ m, and within a window of w where m - w < n
+    softmax(q kᵀ / √D + bias) v,  query m sees key n where n ≤ m, within a window of w where m - w < n, and with
+                                  documents where both are of one
 
 What a scheme asks for decides the way:
     nothing, or `encode`   the fused causal kernel (flash attention)
-    `bias`, or a window    on CUDA, in training: FlexAttention. Else sdpa for a chunk of queries at a time, with a dense
-                           mask of those queries and the keys that they may see. It is fused unless a bias has
+    `bias`, a window,      on CUDA, in training: FlexAttention. Else sdpa for a chunk of queries at a time, with a dense
+    or documents           mask of those queries and the keys that they may see. It is fused unless a bias has
                            parameters in training; then each chunk is computed again in the backward pass
     `scores`, `weights`    no fused kernel: dense scores of a chunk of queries, computed again in the backward pass
 
@@ -50,11 +51,12 @@ def attend_fused(
 ) -> torch.Tensor:
     """Attention by a fused kernel; bias: as Scheme.bias gives it, or None; scale: of scores, 1/√(width of q) where
     None."""
-    plain = bias is None and not window
+    documents = ctx.documents
+    plain = bias is None and not window and documents is None
     # MPS has let is_causal see future tokens (pytorch #195910): there the mask is explicit
     if plain and ctx.start == 0 and q.device.type != "mps":
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scale)
-    if bias is None and ctx.length == 1:  # one new token sees every cached one, or the window's
+    if bias is None and documents is None and ctx.length == 1:  # one new token sees every cached one, or the window's
         if window:
             k, v = k[:, :, -window:], v[:, :, -window:]
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
@@ -62,13 +64,17 @@ def attend_fused(
         return flex_attend(q, k, v, bias, ctx.block_mask, scale)
     B, H, T, S = q.size(0), q.size(1), ctx.length, k.size(2)
     share, trained = of_bias(bias, B, H, q.device) if B * H * T * S > chunk else (1, False)
-    rows = queries_at_a_time(share, H, T, S, window, chunk)
+    if documents is not None:
+        # A mask for each sequence. Not all at once, and where they would fill a chunk together, none is kept
+        share, trained = B, torch.is_grad_enabled() and (trained or B * T * S > chunk)
+    rows = queries_at_a_time(share, 1 if bias is None else H, T, S, window, chunk)
+    rows = rows if documents is None else min(rows, 128)
 
     def part(q, k, v, i: int):
         start, end = ctx.start + i, ctx.start + min(i + rows, T)
         low = max(0, start - window + 1) if window else 0
         batch, heads, m, n = indices(B, H, start, end, low, q.device)
-        mask = visible(m, n, window)
+        mask = visible(m, n, window, documents, batch)
         parts = q[:, :, i : i + rows], k[:, :, low:end], v[:, :, low:end]
         if bias is not None:
             # All four dimensions, so that a CPU's fused kernel takes it. Without autocast, which would round the bias,
@@ -106,7 +112,8 @@ def attend_densely(scheme, q, k, v, x, ctx, window: int, dropout: float, chunk: 
         batch, heads, m, n = indices(B, H, ctx.start + i, end, 0, q.device)
         if bias is not None:
             scores = scores + bias(batch, heads, m, n)
-        weights = scheme.weights(scores.masked_fill(~visible(m, n, window), -math.inf), ctx)
+        hidden = ~visible(m, n, window, ctx.documents, batch)
+        weights = scheme.weights(scores.masked_fill(hidden, -math.inf), ctx)
         weights = F.dropout(weights, dropout, dropout > 0)
         return weights.to(v.dtype) @ v[:, :, :end]
 
@@ -129,9 +136,29 @@ def indices(B: int, H: int, start: int, end: int, low: int, device: torch.device
     return batch, heads, m.view(-1, 1), n.view(1, -1)
 
 
-def visible(m, n, window: int):
-    """Whether query m may see key n."""
-    return (n <= m) & (m - n < window) if window else n <= m
+def visible(m, n, window: int, documents=None, batch=0):
+    """Whether query m may see key n; documents (B, S): which text each token is of, where texts do not see others."""
+    seen = (n <= m) & (m - n < window) if window else n <= m
+    return seen if documents is None else seen & (documents[batch, m] == documents[batch, n])
+
+
+def places_in_documents(idx: torch.Tensor, eot: int, cache: dict | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The place of each token in its document, (B, T), and the number of the document of every token so far, (B, S):
+    int64. idx (B, T) follows the tokens of `cache`, where it is not None. An end-of-text token is its document's
+    last."""
+    ends, step = idx == eot, torch.arange(idx.size(1), device=idx.device)
+    begins = F.pad(ends[:, :-1], (1, 0))  # (B, T): behind an end in this pass
+    documents = begins.long().cumsum(1)  # (B, T)
+    places = step - torch.where(begins, step, 0).cummax(1).values  # (B, T)
+    if cache is None:
+        return places, documents
+    if "documents" in cache:
+        next_place, next_document = cache["next"]  # (B, 1) each: of the token behind the cached ones
+        places = torch.where(documents == 0, places + next_place, places)
+        documents = documents + next_document
+    cache["next"] = torch.where(ends[:, -1:], 0, places[:, -1:] + 1), documents[:, -1:] + ends[:, -1:]
+    cache["documents"] = torch.cat((cache["documents"], documents), 1) if "documents" in cache else documents
+    return places, cache["documents"]
 
 
 def queries_at_a_time(share: int, H: int, T: int, S: int, window: int, chunk: int) -> int:
@@ -150,11 +177,23 @@ def flex_fits(device: torch.device, start: int, dropout: float) -> bool:
     return device.type == "cuda" and start == 0 and dropout == 0 and torch.is_grad_enabled()
 
 
-def block_mask(scheme, window: int, ctx, dropout: float):
-    """The mask with which a layer's attention goes through FlexAttention, or None where it goes another way."""
-    if scheme.dense or not flex_fits(ctx.device, ctx.start, dropout) or not (window or scheme.claims("bias")):
-        return None
-    return causal_block_mask(ctx.length, 0 if window >= ctx.length else window, ctx.device)
+class BlockMasks:
+    """The masks with which attention goes through FlexAttention in one forward pass, one a window."""
+
+    def __init__(self, ctx, dropout: float):
+        self.ctx, self.made, self.fits = ctx, {}, flex_fits(ctx.device, ctx.start, dropout)
+
+    def of(self, scheme, window: int):
+        """A layer's mask, or None where its attention goes another way."""
+        window = 0 if window >= self.ctx.length else window
+        needed = window or self.ctx.documents is not None or scheme.claims("bias")
+        if scheme.dense or not self.fits or not needed:
+            return None
+        if self.ctx.documents is None:
+            return causal_block_mask(self.ctx.length, window, self.ctx.device)
+        if window not in self.made:
+            self.made[window] = document_block_mask(self.ctx.documents, window)
+        return self.made[window]
 
 
 @functools.lru_cache(maxsize=8)
@@ -163,6 +202,17 @@ def causal_block_mask(length: int, window: int, device: torch.device):
     import torch.nn.attention.flex_attention as flex
 
     return flex.create_block_mask(lambda b, h, m, n: visible(m, n, window), None, None, length, length, device=device)
+
+
+def document_block_mask(documents: torch.Tensor, window: int):
+    """FlexAttention's mask of texts that do not see one another, documents (B, S). It is another in every batch: on
+    CUDA its making is compiled, or it would form (B, S, S) elements."""
+    import torch.nn.attention.flex_attention as flex
+
+    B, S = documents.shape
+    mask = functools.partial(flex.create_block_mask, B=B, H=None, Q_LEN=S, KV_LEN=S, device=documents.device)
+    compiled = documents.device.type == "cuda"
+    return mask(lambda b, h, m, n: visible(m, n, window, documents, b), _compile=compiled)
 
 
 @functools.cache
@@ -196,10 +246,12 @@ def kernel_of_layer(attn, config, device: torch.device, dtype: torch.dtype, trai
     if attn.pos.dense:
         return "dense scores, by chunks"
     windowed = 0 < attn.window < config.block_size
-    if attn.pos.claims("bias") or windowed:
+    if attn.pos.claims("bias") or windowed or config.document_mask:
         if training and device.type == "cuda" and not config.dropout:
             return "flex_attention"
-        return "sdpa with a dense bias, by chunks" if attn.pos.claims("bias") else "sdpa in a window, by chunks"
+        if attn.pos.claims("bias"):
+            return "sdpa with a dense bias, by chunks"
+        return "sdpa in documents, by chunks" if config.document_mask else "sdpa in a window, by chunks"
     q = torch.empty(1, config.n_head, config.block_size, config.n_embd // config.n_head, device=device, dtype=dtype)
     choice = torch._fused_sdp_choice(q, q, q, None, config.dropout if training else 0.0, True)
     return f"sdpa {torch.nn.attention.SDPBackend(choice).name.lower()}"

@@ -23,7 +23,8 @@ from nanope.values import number, read_yaml, read_yaml_file
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 # Fields that a config made before they existed does not have, with the value that it means by that
-SINCE = {"window": 0, "pos_lr_matrices": False}
+SINCE = {"window": 0, "pos_lr_matrices": False, "document_mask": False, "eot": None, "qk_norm": False}
+SINCE |= {"logit_scale": "none", "logit_scale_start": 0.168}
 
 # Fields that do not change a result, beyond rounding. Where a run is and what it tells meanwhile:
 ELSEWHERE = ("out_dir", "resume", "device", "wandb", "verify_data")  # a study's names of runs do not depend on these
@@ -68,6 +69,16 @@ class RunConfig:
     window: list[int] | int = 0
     """Sliding-window attention: a token sees itself and the w-1 before it; 0 is full attention; a list cycles over the
     layers."""
+    document_mask: bool = False
+    """A token sees its own document alone, and positions restart there: in training, validation and evaluation."""
+    eot: int | None = None
+    """Id of the end-of-text token, which document_mask needs; null is the data's."""
+    qk_norm: bool = False
+    """Divide q and k of every head by their root mean square, before their positions, without a gain."""
+    logit_scale: Literal["none", "log"] = "none"
+    """log: multiply scores by s·log(visible keys) with s trained for each head (SSMax 2501.19399)."""
+    logit_scale_start: float | None = 0.168
+    """Where that s starts; null is 1/log(block_size)."""
     pos_lr_multiplier: float = 1.0
     """Learning-rate multiplier of the scheme's own undecayed parameters (comrope's P, carope's bias)."""
     pos_lr_matrices: bool = False
@@ -125,6 +136,9 @@ class RunConfig:
     """Continue from the newest good checkpoint in out_dir, or start where there is none."""
     init_from: str | None = None
     """Start from weights only: a run's folder, a checkpoint, "gpt2" (hub) or a GPT-2 folder in transformers' layout."""
+    init_pos_from_config: bool = False
+    """With init_from: positions, window, qk_norm, logit_scale and document_mask are this config's, not those of the
+    weights. Says which parameters are new and which are left behind (DroPE: configs/drope.yaml)."""
 
     seed: int = 1
     """Seed of initial weights and dropout."""
@@ -150,13 +164,21 @@ def padded_vocabulary(vocab_size: int) -> int:
     return -(-vocab_size // 64) * 64
 
 
-def with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:
-    """The config for data of `vocab_size` tokens: its own vocab_size is filled in where it is None. ValueError where it
-    is too small."""
+def with_vocabulary(config: RunConfig, vocab_size: int, eot: int | None) -> RunConfig:
+    """The config for data of `vocab_size` tokens whose documents end with `eot`: its own vocab_size and, for
+    document_mask, eot are filled in where they are None. ValueError where they do not fit the data."""
     if config.vocab_size is None:
         config = dataclasses.replace(config, vocab_size=padded_vocabulary(vocab_size))
     if config.vocab_size < vocab_size:
         raise ValueError(f"vocab_size {config.vocab_size} is smaller than the {vocab_size} of {config.data_dir}")
+    if config.document_mask:
+        config = dataclasses.replace(config, eot=eot if config.eot is None else config.eot)
+        if config.eot is None:
+            raise ValueError(
+                f"document_mask needs data whose documents end with end-of-text: {config.data_dir} has none"
+            )
+        if eot is not None and config.eot != eot:
+            raise ValueError(f"eot {config.eot} is not the end-of-text of {config.data_dir}, which is {eot}")
     return config
 
 
@@ -340,6 +362,8 @@ def check(config: RunConfig) -> None:
         problems.append(
             f"batch_tokens {config.batch_tokens} must be a multiple of block_size {config.block_size}, such as {below}"
         )
+    if config.init_pos_from_config and config.init_from is None:
+        problems.append("init_pos_from_config says what of init_from's weights to leave: give init_from too")
     if problems:
         raise ValueError("; ".join(problems))
 

@@ -15,7 +15,7 @@ def to_rope(model):
     """The equivalent GPT that is plain `rope`, with explicit frequencies and dense weights. ValueError where a layer's
     scheme has no such form."""
     config = dataclasses.replace(model.config, pos="rope", pos_options={"explicit": True})
-    state = {k: v for k, v in model.state_dict().items() if ".attn." not in k or ".c_proj." in k}
+    state = {k: v for k, v in model.state_dict().items() if ".attn.pos." not in k and ".c_attn." not in k}
     for i, block in enumerate(model.transformer["h"]):
         pos = block.attn.pos
         weight, bias, freqs = pos.as_rope(block.attn.c_attn)
@@ -43,12 +43,11 @@ def scaled(model, rule: str, factor: float):
     block_size: evaluation beyond the training length. ValueError where to_rope has no such model."""
     rope, length = to_rope(model), model.config.block_size
     for before, block in zip(model.transformer["h"], rope.transformer["h"]):
-        old, new, c_attn = before.attn.pos, block.attn.pos, block.attn.c_attn
+        old, new = before.attn.pos, block.attn.pos
         width = round(getattr(old, "fraction", 1.0) * old.head_width)
         freqs, logits = scale_frequencies(new.frequencies(), rule, factor, length, width, getattr(old, "base", 10000.0))
         new.freqs.copy_(freqs)
-        for parameter in c_attn.parameters():  # the model's own copy: q carries the factor of the logits
-            parameter[: old.n_embd] *= logits
+        block.attn.logit_factor = logits
     return rope
 
 

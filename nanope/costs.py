@@ -179,7 +179,7 @@ class GPUAttention:
             return attend(scheme, q, k, v, x, ctx, window, dropout)
         window = 0 if window >= k.size(2) else window
         bias = scheme.bias(x, q, k, ctx)
-        if (bias is not None or window) and dropout:  # FlexAttention has no dropout
+        if (bias is not None or window or ctx.documents is not None) and dropout:  # FlexAttention has no dropout
             return attend(scheme, q, k, v, x, ctx, window, dropout)
         self.held.append(bias)  # FlexAttention saves the tensors that it captured
         width = v.size(-1)

@@ -51,7 +51,7 @@ def resolved(config: RunConfig) -> tuple[dict, str | None]:
     data_hash = None
     with contextlib.suppress(DataError):
         data = open_data(config.data_dir, verify=False)
-        config, data_hash = with_vocabulary(config, data.vocab_size), data.hash
+        config, data_hash = with_vocabulary(config, data.vocab_size, data.eot), data.hash
     micro = config.micro_batch_size
     micro = resolve_batch(config, Ranks())[1] if micro not in (None, "auto") else None
     return {**completed(vars(config), config), "micro_batch_size": micro}, data_hash

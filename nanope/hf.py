@@ -99,6 +99,9 @@ def as_transformers(model: nn.Module, eot: int):
     pos, window = model.config.pos, model.config.window
     if any(window) if isinstance(window, list) else window:
         raise ValueError(f"a model with window {window} cannot be exported: GPT-2 and GPT-NeoX have full attention")
+    for switch, off in (("document_mask", False), ("qk_norm", False), ("logit_scale", "none")):
+        if getattr(model.config, switch) != off:
+            raise ValueError(f"a model with {switch} cannot be exported: GPT-2 and GPT-NeoX do not have it")
     if pos not in ("learned", "rope", "crope"):
         reason = NOT_IN_TRANSFORMERS.get(str(pos), "no architecture of transformers has it")
         raise ValueError(f"{pos} cannot be exported: {reason}. learned, rope and crope can")

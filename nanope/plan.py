@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from data.shards import Data, open_data
-from nanope.config import RunConfig, check, padded_vocabulary
+from nanope.config import RunConfig, check, padded_vocabulary, with_vocabulary
 from nanope.costs import Unfilled, memory, parameters, products, simulate
 from nanope.distributed import PEAK_FLOPS, Ranks, pick_device, pick_dtype
 from nanope.ops import chunk_rows
@@ -92,12 +92,11 @@ def plan(
     check(config)
     check_arguments(gpus, mfu, price_per_hour, tokens_per_s, vocab_size)
     data = open_data(config.data_dir, verify=False) if Path(config.data_dir).is_dir() else None
-    tokenizer = data.vocab_size if data else vocab_size or GPT2_VOCABULARY
-    assumed, vocabulary = not data and config.vocab_size is None, config.vocab_size or padded_vocabulary(tokenizer)
-    if data and vocabulary < tokenizer:
-        raise ValueError(f"vocab_size {vocabulary} is smaller than the {tokenizer} of {config.data_dir}")
+    tokenizer = data.vocab_size if data else config.vocab_size or vocab_size or GPT2_VOCABULARY
+    assumed = not data and config.vocab_size is None
+    config = with_vocabulary(config, tokenizer, data.eot if data else 0)
     share, micro = resolve_batch(config, Ranks(0, gpus, 0))
-    config = dataclasses.replace(config, vocab_size=vocabulary, micro_batch_size=micro)
+    config = dataclasses.replace(config, micro_batch_size=micro)
     with FakeTensorMode():
         model = Unfilled(config.model_config())
         groups = make_optimizer(model, config).param_groups
@@ -232,7 +231,7 @@ def scheme_table(config: RunConfig, names: list[str] | None = None) -> str:
     names = list(SCHEMES) if names is None else names
     _, rows = resolve_batch(config, Ranks())
     vocabulary = config.vocab_size or padded_vocabulary(GPT2_VOCABULARY)
-    shape = dataclasses.replace(config, vocab_size=vocabulary, pos_options={}).model_config()
+    shape = dataclasses.replace(config, vocab_size=vocabulary, pos_options={}, eot=config.eot or 0).model_config()
     runs = {
         name: simulate(dataclasses.replace(shape, pos=name), rows, torch.bfloat16, gpu=True)
         for name in dict.fromkeys([*names, "rope", "none"])

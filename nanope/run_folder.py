@@ -18,7 +18,8 @@ from nanope.distributed import Ranks
 
 # What a resumed run must have in common with its checkpoint: the model and the order of its data
 FIXED_ON_RESUME = ("block_size", "n_layer", "n_head", "n_embd", "bias", "dropout", "vocab_size", "pos", "pos_options")
-FIXED_ON_RESUME += ("window", "pos_lr_matrices", "batch_tokens", "seed", "data_seed")
+FIXED_ON_RESUME += ("window", "document_mask", "eot", "qk_norm", "logit_scale", "logit_scale_start")
+FIXED_ON_RESUME += ("pos_lr_matrices", "batch_tokens", "seed", "data_seed")
 # What may change without a word
 QUIET_ON_RESUME = ("resume", "out_dir", "data_dir", "verify_data", "micro_batch_size")
 

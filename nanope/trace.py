@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from data.shards import batch, open_data
 from model import GPT
-from nanope.config import RunConfig, padded_vocabulary
+from nanope.config import RunConfig, with_vocabulary
 from nanope.distributed import Ranks, autocast, pick_device, pick_dtype
 from nanope.optim import make_optimizer, resolve_batch
 
@@ -111,7 +111,8 @@ def batches(config: RunConfig, device: torch.device) -> tuple[RunConfig, list]:
     share, micro = resolve_batch(config, Ranks())
     has_data = (Path(config.data_dir) / "manifest.json").is_file()
     data = open_data(config.data_dir) if has_data else None
-    vocab_size = config.vocab_size or padded_vocabulary(data.vocab_size if has_data else 50257)
+    vocab_size = data.vocab_size if has_data else config.vocab_size or 50257
+    config = with_vocabulary(config, vocab_size, data.eot if has_data else 0)
     T, generator = config.block_size, torch.Generator().manual_seed(0)
     pairs = []
     for i in range(0, share, micro):
@@ -121,7 +122,7 @@ def batches(config: RunConfig, device: torch.device) -> tuple[RunConfig, list]:
             tokens = torch.randint(vocab_size, (micro, T + 1), generator=generator)
             x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         pairs.append((x.to(device), y.to(device)))
-    return dataclasses.replace(config, vocab_size=vocab_size, micro_batch_size=micro), pairs
+    return dataclasses.replace(config, micro_batch_size=micro), pairs
 
 
 def trace(config: RunConfig, steps: int) -> tuple[profile, torch.device]:

@@ -8,7 +8,7 @@ from schemes.base import Scheme
 
 
 class Sinusoid(nn.Module):
-    """Positions (T,) int64 → (T, C): channel 2i is sin(m / base^{2i/C}), channel 2i+1 the cosine."""
+    """Positions (…) int64 → (…, C): channel 2i is sin(m / base^{2i/C}), channel 2i+1 the cosine."""
 
     def __init__(self, width: int, base: float, scale: float):
         super().__init__()
@@ -16,8 +16,8 @@ class Sinusoid(nn.Module):
 
     def forward(self, positions):
         device = double_device(positions.device)
-        angles = torch.outer(positions.to(device).double(), rope_frequencies(self.width, self.base, device))
-        table = self.scale * torch.stack((angles.sin(), angles.cos()), -1).flatten(1)  # (T, C)
+        angles = positions.to(device).double().unsqueeze(-1) * rope_frequencies(self.width, self.base, device)
+        table = self.scale * torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)  # (…, C)
         return table.to(positions.device, torch.float64 if device == positions.device else torch.float32)
 
 

@@ -73,9 +73,9 @@ def config(pos="rope", options=None, **shape):
     return GPTConfig(pos=pos, pos_options=options or {}, **(SHAPE | shape))
 
 
-def build(case, dtype=torch.float64, seed=0, **shape):
-    """A model of a case: everything in it is random and matters."""
-    return shaken(config(case.split()[0], CASES[case], **shape), dtype, seed)
+def build(case, dtype=torch.float64, seed=0, **fields):
+    """A model of a case, with other fields of GPTConfig: everything in it is random and matters."""
+    return shaken(config(case.split()[0], CASES[case], **fields), dtype, seed)
 
 
 def shaken(config, dtype=torch.float64, seed=0):

@@ -205,16 +205,23 @@ def attention(x, embedding, config, p, name):
         qkv = linear(x, p, name + ".c_attn")
     q, k, v = (part.reshape(B, T, H, D) for part in qkv.split(C, -1))
 
+    if config.qk_norm:
+        q, k = (z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt() for z in (q, k))
     layer = Layer(x, q, k, options, embedding, config, p, name)
     if pos in ROTATIONS:
         R = ROTATIONS[pos](layer).expand(B, T, H, D, D)
         layer.q, layer.k = (torch.einsum("bthij,bthj->bthi", R, z) for z in (q, k))
     if pos in ENCODINGS:
         layer.q, layer.k = ENCODINGS[pos](layer)
+    if config.logit_scale == "log":
+        visible = torch.arange(1, T + 1).clamp_max(config.window or T)
+        layer.q = layer.q * p[name + ".logit_scale"].view(H, 1) * visible.to(x.dtype).log().view(T, 1, 1)
     scores = SCORES[pos](layer) if pos in SCORES else torch.einsum("bmhd,bnhd->bhmn", layer.q, layer.k) / math.sqrt(D)
     if pos in BIASES:
         scores = scores + BIASES[pos](layer)
     future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    if config.window:
+        future = future | (layer.distance >= config.window)
     scores = scores.masked_fill(future, -math.inf)
     if pos in WEIGHTS:
         weights = WEIGHTS[pos](layer, scores)
