@@ -9,7 +9,13 @@ from schemes.base import Scheme
 
 
 class ALiBi(Scheme):
-    """`alibi`: slopes 2^(-8h/H), h = 1 … H, or the paper's interpolation where H is not a power of 2."""
+    """`alibi`: slopes 2^(-8h/H), h = 1 … H, or the paper's interpolation where H is not a power of 2.
+
+    Parameters: none.
+    Beyond block_size: yes, by construction.
+    Cache: nothing of its own.
+    Cost: 2 FLOPs a score; a bias, by FlexAttention on CUDA and dense chunks on a CPU.
+    """
 
     def slopes(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """(H,) float64."""

@@ -100,6 +100,11 @@ class Scheme(nn.Module):
 
     One instance a layer. Keyword-only arguments of __init__ are the scheme's options, checked by their annotations.
     docs/adding-a-scheme.md has an example, and what each hook costs.
+
+    Parameters: none.
+    Beyond block_size: yes, by construction; what it sees of positions is how many keys there are.
+    Cache: nothing of its own.
+    Cost: nothing.
     """
 
     extends = True  # whether lengths beyond block_size are possible

@@ -63,6 +63,11 @@ class CARoPE(Scheme):
     (W = 0 for good), the control that the paper lacks: one trained constant f a head, which is RoPE with a trained base
     a head. first_power of f: with 1 pair i turns as rope's pair i+1 does at step 0. share_layers: one W and b for all
     layers.
+
+    Parameters: W (H, C), 0; b (H,), where f = base^(-2/D). Not decayed: b.
+    Beyond block_size: yes, by construction; phases are path sums, of which no length is new in kind.
+    Cache: phases (B, 1, H, D/2) of the last token, in float64 less whole turns.
+    Cost: 2·C·H FLOPs a token for W; D/2·H powers, sums, cosines and sines, computed again in the backward pass.
     """
 
     undecayed = ("c_pos.bias",)

@@ -22,7 +22,13 @@ class ComplexLinear(GroupedLinear):
 
 
 class CRoPE(RoPE):
-    """`crope`. Options: base, fraction, as rope."""
+    """`crope`. Options: base, fraction, as rope.
+
+    Parameters: A, B (3C/2, C/2) for c_attn's weight (3C, C), N(0, 0.02²), decayed: half of a dense Q, K and V.
+    Beyond block_size: as rope: yes by construction, untrained phases.
+    Cache: nothing of its own.
+    Cost: as rope; the dense weight is put together from A and B in each forward pass.
+    """
 
     def __init__(self, config, layer, *, base: float = 10000.0, fraction: float = 1.0):
         super().__init__(config, layer, base=base, fraction=fraction)

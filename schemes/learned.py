@@ -6,7 +6,13 @@ from schemes.base import Scheme
 
 
 class Learned(Scheme):
-    """`learned`. Ends at block_size."""
+    """`learned`.
+
+    Parameters: wpe (block_size, C), N(0, 0.02²), decayed as GPT-2 does.
+    Beyond block_size: no: the table ends there.
+    Cache: nothing of its own.
+    Cost: one sum of (B, T, C) a forward pass.
+    """
 
     extends = False
 

@@ -16,7 +16,7 @@ import yaml
 import model
 import schemes
 from model import GPT, SCHEMES, GPTConfig
-from nanope import REPO, checkpoint, conformance
+from nanope import REPO, cards, checkpoint, conformance
 from nanope.config import RunConfig, check
 from nanope.conformance import CHECKS, Case
 from schemes.base import Scheme
@@ -132,16 +132,26 @@ def test_the_page_on_schemes_names_every_hook_and_every_check():
     assert sorted(checks) == sorted(CHECKS)
 
 
-def test_the_page_on_training_has_every_option():
-    rows = table_under(TEXTS["docs/training.md"], "| scheme | options |")
-    named = {row[0].strip("`"): re.findall(r"`(\w+)`", row[1]) for row in rows}
-    options = {name: [*schemes.options_of(cls)] for name, cls in SCHEMES.items()}
-    assert named == {name: found for name, found in options.items() if found}
+def test_every_scheme_has_a_card_of_what_its_file_says():
+    """Equation, options, and the lines on parameters, lengths, cache and cost, as docs/schemes.md has them; a picture;
+    and no card of what is no scheme."""
+    page = TEXTS["docs/schemes.md"]
+    sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", page, re.M | re.S))
+    assert sections.keys() == SCHEMES.keys() == {p.stem for p in (REPO / "docs" / "schemes").glob("*.png")}
+    for name, cls in SCHEMES.items():
+        told = [cards.about(cls), *cards.shown(schemes.options_of(cls)), *cards.facts_of(cls).values()]
+        assert all(text in sections[name] for text in told), f"{name}: python scripts/cards.py writes the page anew"
+
+
+@pytest.mark.slow
+def test_the_cards_costs_are_those_of_the_schemes():
+    for card in cards.cards(["rope", "learned", "fox", "cope"]):
+        assert f"{card.own:+,} parameters, {card.flops:.3f} of" in TEXTS["docs/schemes.md"].split(f"## {card.name}")[1]
 
 
 def test_the_readmes_table_of_schemes_has_all_of_them():
-    assert [row[0].strip("`") for row in table_under(README, "| scheme |")] != []
-    assert {row[0].strip("`") for row in table_under(README, "| scheme |")} == set(SCHEMES)
+    named = [name for row in table_under(README, "| kind |") for name in re.findall(r"`(\w+)`", row[1])]
+    assert sorted(named) == sorted(SCHEMES)
 
 
 # ---- other examples

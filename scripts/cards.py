@@ -1,0 +1,26 @@
+"""Write docs/schemes.md and the pictures in docs/schemes/: a card per positional scheme.
+
+python scripts/bench.py train --schemes all --json results/scheme-speed/speed.json   # first, on an idle machine
+python scripts/cards.py
+"""
+
+import argparse
+import json
+
+import _root  # noqa: I001
+
+from nanope import REPO, cards
+
+
+def main(arguments: list[str] | None = None) -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(
+        arguments
+    )
+    with open(REPO / "results" / "scheme-speed" / "speed.json") as file:
+        report = json.load(file)
+    for path in cards.write(REPO / "docs", report["schemes"], report["machine"]):
+        print(path.relative_to(REPO))
+
+
+if __name__ == "__main__":
+    main()
