@@ -90,9 +90,10 @@ class Attention(nn.Module):
         qk = self.pos.encode(qk, x, ctx)
         q, k = (part.transpose(1, 2) for part in qk.unbind(2))  # (B, H, T, D)
         if self.logit_scale is not None:
-            q = (q * self.logit_scale.to(ctx.dtype).view(-1, 1, 1) * self.log_visible(ctx)).to(q.dtype)
+            scale = self.logit_scale.to(ctx.dtype).view(-1, 1, 1) * self.log_visible(ctx)  # ((B,) H, T, 1)
+            q = self.pos.scaled(q, scale)
         if self.logit_factor != 1:
-            q = q * self.logit_factor
+            q = self.pos.scaled(q, self.logit_factor)
         v = v.unflatten(2, (self.n_head, -1)).transpose(1, 2)  # (B, H, T, D)
         k, v = ctx.appended("k", k, 2), ctx.appended("v", v, 2)  # (B, H, start + T, D): behind those in the cache
         dropout = self.dropout if self.training else 0.0

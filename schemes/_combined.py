@@ -30,6 +30,7 @@ class Combined(Scheme):
         self.names = tuple(parts)
         self.extends = all(part.extends for part in parts.values())
         self.dense = any(part.dense for part in parts.values())
+        self.widens = any(part.widens for part in parts.values())
 
     def told(self, ctx):
         parts = {}

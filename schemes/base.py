@@ -111,6 +111,7 @@ class Scheme(nn.Module):
     undecayed: tuple[str, ...] = ()  # own parameters without weight decay, with pos_lr_multiplier
     shared: tuple[str, ...] = ()  # own modules that all layers share: they are the first layer's
     sole: tuple[str, ...] = ()  # hooks that no other scheme of a combination may override
+    widens: bool = False  # whether what `encode` adds behind the D channels is a bias, which no scale of scores reaches
 
     def __init__(self, config, layer: int):
         super().__init__()
@@ -191,6 +192,12 @@ class Scheme(nn.Module):
         return options
 
     # ---- what is asked about a scheme
+
+    def scaled(self, q: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+        """Encoded queries (B, H, T, ≥ D) whose scores, without a bias, are multiplied by `scale`."""
+        if self.widens and q.size(-1) > self.head_width:
+            return torch.cat(((q[..., : self.head_width] * scale).to(q.dtype), q[..., self.head_width :]), -1)
+        return (q * scale).to(q.dtype)
 
     @property
     def name(self) -> str:
