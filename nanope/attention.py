@@ -5,9 +5,10 @@
 
 What a scheme asks for decides the way:
     nothing, or `encode`   the fused causal kernel (flash attention)
-    `bias`, a window,      on CUDA, in training: FlexAttention. Else sdpa for a chunk of queries at a time, with a dense
-    or documents           mask of those queries and the keys that they may see. It is fused unless a bias has
-                           parameters in training; then each chunk is computed again in the backward pass
+    `bias`, a window,      on CUDA: FlexAttention, in training always, else where a dense mask of the batch would need
+    or documents           several chunks. Otherwise sdpa for a chunk of queries at a time, with a dense mask of those
+                           queries and the keys that they may see. It is fused unless a bias has parameters in training;
+                           then each chunk is computed again in the backward pass
     `scores`, `weights`    no fused kernel: dense scores of a chunk of queries, computed again in the backward pass
 
 Shapes: B batch, H heads, T queries of this pass, S = start + T keys, D width of a head's values.
@@ -171,23 +172,25 @@ def queries_at_a_time(share: int, H: int, T: int, S: int, window: int, chunk: in
 # ---- FlexAttention
 
 
-def flex_fits(device: torch.device, start: int, dropout: float) -> bool:
-    """Whether a bias or a window goes through FlexAttention. It compiles for each length, which is worth it in
-    training."""
-    return device.type == "cuda" and start == 0 and dropout == 0 and torch.is_grad_enabled()
+def flex_fits(device: torch.device, start: int, dropout: float, scores: int) -> bool:
+    """Whether a bias, a window or documents go through FlexAttention; scores: those of a batch, B·H·T·S. It compiles
+    for each shape, which is worth it in training and where they are many."""
+    fits = device.type == "cuda" and start == 0 and dropout == 0
+    return fits and (torch.is_grad_enabled() or scores > CHUNK)
 
 
 class BlockMasks:
     """The masks with which attention goes through FlexAttention in one forward pass, one a window."""
 
     def __init__(self, ctx, dropout: float):
-        self.ctx, self.made, self.fits = ctx, {}, flex_fits(ctx.device, ctx.start, dropout)
+        self.ctx, self.made, self.dropout = ctx, {}, dropout
 
     def of(self, scheme, window: int):
         """A layer's mask, or None where its attention goes another way."""
         window = 0 if window >= self.ctx.length else window
         needed = window or self.ctx.documents is not None or scheme.claims("bias")
-        if scheme.dense or not self.fits or not needed:
+        scores = self.ctx.idx.size(0) * scheme.n_head * self.ctx.length**2
+        if scheme.dense or not needed or not flex_fits(self.ctx.device, self.ctx.start, self.dropout, scores):
             return None
         if self.ctx.documents is None:
             return causal_block_mask(self.ctx.length, window, self.ctx.device)
@@ -217,8 +220,11 @@ def document_block_mask(documents: torch.Tensor, window: int):
 
 @functools.cache
 def compiled_flex_attention():
+    import torch._dynamo
     import torch.nn.attention.flex_attention as flex
 
+    # Each length of an evaluation is another shape, and beyond the limit it would run uncompiled, with all scores
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     return torch.compile(flex.flex_attention, dynamic=False)
 
 
@@ -247,8 +253,8 @@ def kernel_of_layer(attn, config, device: torch.device, dtype: torch.dtype, trai
         return "dense scores, by chunks"
     windowed = 0 < attn.window < config.block_size
     if attn.pos.claims("bias") or windowed or config.document_mask:
-        if training and device.type == "cuda" and not config.dropout:
-            return "flex_attention"
+        if device.type == "cuda" and not (training and config.dropout):
+            return "flex_attention" if training else "flex_attention, at short lengths sdpa by chunks"
         if attn.pos.claims("bias"):
             return "sdpa with a dense bias, by chunks"
         return "sdpa in documents, by chunks" if config.document_mask else "sdpa in a window, by chunks"
