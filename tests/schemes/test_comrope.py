@@ -23,7 +23,7 @@ from models import (
 )
 
 from model import GPT
-from schemes.comrope import skew_canonical_form
+from schemes._skew import skew_canonical_form
 
 
 def skew(frequencies, seed=None):
@@ -199,7 +199,8 @@ def test_comrope_trains_at_the_recipes_learning_rate(case):
 def test_unit_is_written_out_and_never_depends_on_the_length():
     """pos_options of model.config hold it, so a checkpoint evaluated with another block_size keeps it."""
     model = build("comrope")
-    assert model.config.pos_options == {"kind": "ap", "block": 8, "init": "rope", "base": 10000.0, "unit": float(BLOCK)}
+    options = {"kind": "ap", "block": 8, "init": "rope", "base": 10000.0, "axes": ["token"], "jitter": 0.0}
+    assert model.config.pos_options == options | {"unit": float(BLOCK)}
     longer = GPT(dataclasses.replace(model.config, block_size=4 * BLOCK)).double()
     longer.load_state_dict(model.state_dict())
     idx = tokens(4 * BLOCK)

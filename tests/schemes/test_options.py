@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from models import BLOCK, CASES, all_cases, close, config, refused, tokens
+from models import BLOCK, CASES, all_cases, close, config, described, refused, tokens
 
 from model import GPT, SCHEMES, GPTConfig
 
@@ -71,7 +71,7 @@ def test_resolved_config_makes_the_same_model(case):
     assert dataclasses.asdict(asked) == before
     assert set(model.config.pos_options) == options_of(asked.pos)
     again = GPT(GPTConfig(**json.loads(json.dumps(dataclasses.asdict(model.config)))))
-    assert torch.equal(again(tokens(BLOCK))[0], model(tokens(BLOCK))[0])
+    assert torch.equal(described(again)(tokens(BLOCK))[0], described(model)(tokens(BLOCK))[0])
 
 
 @pytest.mark.parametrize(
