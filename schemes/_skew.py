@@ -114,9 +114,13 @@ class SkewGradient(torch.autograd.Function):
         T, dtype = y.size(1), ctx.dtype
         # One product of views for each block of q and of k, (B, 2 T H D/b, b): nothing is copied
         g_blocks, y_blocks = (z.to(dtype).flatten(1).unflatten(1, (-1, Q.size(-1))) for z in (g, y))
-        with no_autocast(g.device):  # which is still on where backward is called inside it
-            M = torch.bmm(g_blocks.permute(1, 2, 0), y_blocks.transpose(0, 1))
-        M = M.view(T, 2, *Q.shape).sum(1)  # (T, H, D/b, b, b)
+        if y.size(0) == 1:  # outer products, for which bmm takes three times as long
+            g_blocks, y_blocks = (z.reshape(T, 2, *Q.shape[:-1]) for z in (g_blocks, y_blocks))
+            M = (g_blocks.unsqueeze(-1) * y_blocks.unsqueeze(-2)).sum(1)  # (T, H, D/b, b, b)
+        else:
+            with no_autocast(g.device):  # which is still on where backward is called inside it
+                M = torch.bmm(g_blocks.permute(1, 2, 0), y_blocks.transpose(0, 1))
+            M = M.view(T, 2, *Q.shape).sum(1)
         # Entries of pairs' 2×2 blocks, (T, H, D/b, b/2, b/2) each
         p, q, r, s = (M[..., i::2, j::2] for i in (0, 1) for j in (0, 1))
         slope = None
