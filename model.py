@@ -24,10 +24,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import schemes
-from nanope import attention, convert, hf
+from nanope import attention, convert, coordinates, hf
 from nanope.ops import Linear, double_device, linear_cross_entropy, linear_nll, wide
 from schemes import SCHEMES as SCHEMES  # for those who import it from here
-from schemes.base import Context
+from schemes.base import Context, first_axis
 
 LOSSES = {"mean": linear_cross_entropy, "none": linear_nll}  # by `reduction`
 
@@ -175,6 +175,11 @@ class GPT(nn.Module):
         self.lm_head.weight = self.transformer["wte"].weight
         self.losses, self.attend = dict(LOSSES), attention.attend  # tools and compile_parts put their own here
         self.fixed_constants, self.draw_seed = None, None  # set within parameters_fixed
+        # What each token is made of, for schemes that ask for coordinates in the text; see describe_tokens
+        asked = any(blocks[group[0]].attn.pos.axes for group in self.groups)
+        text = torch.zeros(config.vocab_size, coordinates.COLUMNS, dtype=torch.int32) if asked else None
+        self.register_buffer("token_text", text)
+        self.described = text is None
         self.initialise(seed)
 
     def __getstate__(self):
@@ -219,7 +224,16 @@ class GPT(nn.Module):
         (attn.P for attn.pos.P)."""
         own, names = ".attn.pos.", {name: name for name in self.state_dict()}
         names = {name.replace(own, ".attn."): name for name in names if own in name} | names
-        return super().load_state_dict({names.get(k, k): v for k, v in state_dict.items()}, *args, **kwargs)
+        found = super().load_state_dict({names.get(k, k): v for k, v in state_dict.items()}, *args, **kwargs)
+        self.described = self.token_text is None or self.token_text.is_meta or bool(self.token_text.any())
+        return found
+
+    def describe_tokens(self, tokens: list[bytes], eot: int | None = None) -> None:
+        """Tell the model the bytes of each token and the id of end of text. A scheme that asks for coordinates in the
+        text, `axes`, needs it; the state dict holds it from then on. Nothing happens where no scheme does."""
+        if self.token_text is not None:
+            self.token_text.copy_(coordinates.table(tokens, self.config.vocab_size, eot))
+            self.described = True
 
     def position_parameters(self) -> set[str]:
         """Names of the schemes' own parameters that take no weight decay and the multiplied learning rate."""
@@ -278,15 +292,30 @@ class GPT(nn.Module):
         steps = places.to(double_device(idx.device), torch.float64) + offset
         told = {"documents": documents, "seed": self.draw_seed, "attend": self.attend}
         ctx = Context(steps, start, wide(x.dtype), idx.device, idx, x.view_as(x), places, **told)
-        first = [self.transformer["h"][group[0]].attn.pos for group in self.groups]
-        positions = [pos.positions(ctx) if self.training else steps for pos in first]  # of each group of layers
+        positions = self.positions(ctx, offset, caches)  # of each group of layers
         if self.table_group is not None:
-            whole = positions[self.table_group].round().to(torch.int64).to(idx.device)
+            whole = first_axis(positions[self.table_group], places).round().to(torch.int64).to(idx.device)
             x = x + self.transformer["wpe"](whole).to(x.dtype)
         x = F.dropout(x, self.config.dropout, self.training)
         for block, own in zip(self.transformer["h"], self.contexts(ctx, positions, caches)):
             x = block(x, own)
         return self.transformer["ln_f"](x)
+
+    def positions(self, ctx: Context, offset: int, caches: list[dict] | None) -> list[torch.Tensor]:
+        """The positions of the tokens for each group of layers, with further coordinates where its scheme asks for
+        `axes`: then (B, T, axes). In training as the scheme changes them."""
+        if not self.described:
+            raise ValueError(
+                "coordinates in the text need the bytes of each token: call model.describe_tokens(tokenizer.tokens, "
+                "tokenizer.eot), as train.py does"
+            )
+        found, at = [], None
+        if self.token_text is not None:
+            at = coordinates.of_tokens(self.token_text, ctx, offset, caches and caches[0])
+        for pos in (self.transformer["h"][group[0]].attn.pos for group in self.groups):
+            own = dataclasses.replace(ctx, positions=at(pos.axes)) if pos.axes else ctx
+            found.append(pos.positions(own) if self.training else own.positions)
+        return found
 
     def contexts(self, ctx: Context, positions: list[torch.Tensor], caches: list[dict] | None) -> list[Context]:
         """A Context for each layer: with the positions of its group of layers, what their scheme made for all of

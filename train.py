@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from data.shards import as_path, open_data, output
 from nanope import checkpoint, schedule
-from nanope.checkpoint import Keeper, Progress, build_model, initial_model
+from nanope.checkpoint import Keeper, Progress, build_model, describe_tokens, initial_model
 from nanope.config import RunConfig, check, parse, with_vocabulary, write_yaml
 from nanope.diff import differences
 from nanope.distributed import Ranks, autocast, compiler_works, data_parallel, pick_dtype, pinned, ranks_of, to_host
@@ -98,6 +98,7 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
     what = f"the step to resume from: {folder} must be one folder, shared by all nodes"
     ranks.check_equal(state["step"] if state else 0, device, what)
     model, taken = (build_model(state), None) if state else initial_model(config, data.tokenizer_hash)
+    describe_tokens(model, data)
     model.to(device)
     if config.micro_batch_size == "auto":
         found = state["config"]["micro_batch_size"] if state else None

@@ -198,6 +198,16 @@ def in_short(names) -> str:
     return ", ".join(sorted(short)) or "none"
 
 
+def describe_tokens(model: GPT, data: Data) -> None:
+    """Tell a new model the bytes of the data's tokens, where its scheme asks for coordinates in the text. ValueError
+    where the tokenizer is not at hand."""
+    if not model.described:
+        tokenizer = load_tokenizer(data.manifest["tokenizer"]["name"])
+        if tokenizer.sha256 != data.tokenizer_hash:
+            raise ValueError(f"{data.folder} was made with another {tokenizer.name} tokenizer: prepare it again")
+        model.describe_tokens(tokenizer.tokens, tokenizer.eot)
+
+
 # ---- files
 
 

@@ -16,7 +16,7 @@ import torch
 
 import schemes
 from model import GPT, GPTConfig
-from nanope import attention
+from nanope import attention, coordinates
 
 LENGTH, VOCABULARY = 24, 61
 OWN = ".attn.pos."
@@ -45,6 +45,7 @@ class Case:
     def model(self, seed: int = 0, moved: bool = True) -> GPT:
         """A new model in float64, its own parameters moved by noise."""
         model = GPT(self.config, seed).double()
+        model.describe_tokens(coordinates.made_up(model.config.vocab_size))
         if moved:
             generator = torch.Generator().manual_seed(1)
             with torch.no_grad():

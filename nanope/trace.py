@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from data.shards import batch, open_data
 from model import GPT
+from nanope import coordinates
 from nanope.config import RunConfig, with_vocabulary
 from nanope.distributed import Ranks, autocast, pick_device, pick_dtype
 from nanope.optim import make_optimizer, resolve_batch
@@ -131,6 +132,7 @@ def trace(config: RunConfig, steps: int) -> tuple[profile, torch.device]:
     dtype = pick_dtype(config.dtype, device)
     config, pairs = batches(config, device)
     model = GPT(config.model_config(), seed=config.seed).to(device)
+    model.describe_tokens(coordinates.made_up(config.vocab_size))
     optimizer = make_optimizer(model, config)
     add_ranges(model)
 

@@ -106,7 +106,7 @@ def module_of(path: Path):
 
 def sources(pos: str | list[str]) -> list[Path]:
     """The files that the schemes of `pos` are made of, those of their base classes included."""
-    files = {Path(__file__), *(Path(inspect.getfile(c)) for c in (Scheme, Combined))}
+    files = {Path(inspect.getfile(Scheme)), *Path(__file__).parent.glob("_*.py")}
     for name in names_in(pos):
         files |= {Path(inspect.getfile(c)) for c in scheme_class(name).__mro__ if issubclass(c, Scheme)}
     return sorted(path.resolve() for path in files)

@@ -2,7 +2,9 @@
 
 import dataclasses
 
-from schemes.base import Context, Scheme
+import torch
+
+from schemes.base import Context, Scheme, first_axis
 
 # Hooks with one answer; the others are asked in order, and their answers chain (encode) or add (bias, auxiliary)
 EXCLUSIVE = ("embedding", "projection", "positions", "project", "scores", "weights")
@@ -27,6 +29,10 @@ class Combined(Scheme):
                     f"{name} cannot be combined with {others[0]}: it needs {', '.join(part.sole)} for itself"
                 )
             self.add_module(name, part)
+        asked = {part.axes: name for name, part in parts.items() if part.axes}
+        if len(asked) > 1:
+            raise ValueError(f"{' and '.join(asked.values())} cannot be combined: they ask for different axes")
+        self.axes = next(iter(asked), ())
         self.names = tuple(parts)
         self.extends = all(part.extends for part in parts.values())
         self.dense = any(part.dense for part in parts.values())
@@ -36,7 +42,7 @@ class Combined(Scheme):
         parts = {}
         for name in self.names:
             own = {"constants": ctx.constants[name], "prepared": ctx.prepared[name], "part": f"{name}."}
-            parts[name] = dataclasses.replace(ctx, **own)
+            parts[name] = dataclasses.replace(seen_by(self.part(name), ctx), **own)
         return dataclasses.replace(ctx, parts=parts)
 
     def of(self, name: str, ctx: Context) -> Context:
@@ -57,8 +63,13 @@ class Combined(Scheme):
         return self.part(owner).projection(config) if owner else super().projection(config)
 
     def positions(self, ctx):
-        owner = self.owners["positions"]
-        return self.part(owner).positions(ctx) if owner else ctx.positions
+        if not (owner := self.owners["positions"]):
+            return ctx.positions
+        part = self.part(owner)
+        seen = part.positions(seen_by(part, ctx))
+        if self.axes and not part.axes:  # its positions, with the coordinates that another part asks for
+            seen = torch.cat((seen.expand_as(ctx.positions[..., 0]).unsqueeze(-1), ctx.positions[..., 1:]), -1)
+        return seen
 
     def project(self, c_attn, x, ctx):
         owner = self.owners["project"]
@@ -84,7 +95,8 @@ class Combined(Scheme):
     def prepare(cls, layers, ctx):
         def item(name, kind, parts):
             constants = None if ctx.constants is None else [c[name] for c in ctx.constants]
-            return kind.prepare(parts, dataclasses.replace(ctx, constants=constants, part=f"{name}."))
+            own = seen_by(parts[0], ctx)
+            return kind.prepare(parts, dataclasses.replace(own, constants=constants, part=f"{name}."))
 
         return each_part(layers, item)
 
@@ -128,6 +140,11 @@ class Combined(Scheme):
 
     def plain_name(self, name):
         return name.partition(".")[2]
+
+
+def seen_by(part: Scheme, ctx: Context) -> Context:
+    """The context with the positions that a part asks for: without the coordinates that another one does."""
+    return ctx if part.axes else dataclasses.replace(ctx, positions=first_axis(ctx.positions, ctx.places))
 
 
 def each_part(layers: list[Combined], make) -> list[dict]:

@@ -19,7 +19,7 @@ from nanope.ops import Linear, double_sum, running_sums
 class Context:
     """Where the tokens of this forward pass stand, as one layer sees it."""
 
-    # float64, on the CPU for MPS: (T,); (B, T) where documents restart; (…, axes) where a token has several coordinates
+    # float64, on the CPU for MPS: (T,); (B, T) where documents restart; (B, T, axes) for a scheme that asks for `axes`
     positions: torch.Tensor
     start: int  # tokens before these: 0, or the length of the cache
     dtype: torch.dtype  # of angles and biases: float32, or the model's if wider
@@ -95,6 +95,16 @@ class Context:
         return torch.Generator().manual_seed(self.seed if self.seed is not None else torch.initial_seed())
 
 
+AXES = ("token", "line", "sentence", "byte")  # coordinates of a token in its text; nanope/coordinates.py
+
+
+def first_axis(positions: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Positions without further coordinates, (T,) or (B, T) as places are, of positions that may have some."""
+    if positions.dim() < 3:
+        return positions
+    return positions[0, :, 0] if places.dim() == 1 else positions[..., 0]
+
+
 class Scheme(nn.Module):
     """No positions but the causal mask (`none`: Haviv 2203.16634, Kazemnejad 2305.19466), and the base of every scheme.
 
@@ -112,6 +122,7 @@ class Scheme(nn.Module):
     shared: tuple[str, ...] = ()  # own modules that all layers share: they are the first layer's
     sole: tuple[str, ...] = ()  # hooks that no other scheme of a combination may override
     widens: bool = False  # whether what `encode` adds behind the D channels is a bias, which no scale of scores reaches
+    axes: tuple[str, ...] = ()  # coordinates that positions have, of AXES, "token" first; () for positions alone
 
     def __init__(self, config, layer: int):
         super().__init__()

@@ -1,137 +1,46 @@
-"""Yu et al., CVPR 2025, 2506.03737, on the one axis that text has: R(m) = exp((m/unit) A), A block-diagonal and
-skew-symmetric, trained per layer and head, the same for q and k.
+"""Yu et al., CVPR 2025, 2506.03737: R(x) = exp(Σ_i A_i x_i/unit_i) of a token at the coordinates x, with A_i that are
+block-diagonal, skew-symmetric and commute. They are trained per layer and head, the same for q and k. A text has one
+axis, the position m, or several (`axes`).
 
-Every skew A is Q (⊕ ω_k J) Qᵀ, so this is RoPE with trained frequencies ω/unit in a trained orthonormal frame Q. The
-frame is folded into the Q and K projections, and the rest costs what RoPE costs.
+Every skew A is Q (⊕ ω_k J) Qᵀ, so on one axis this is RoPE with trained frequencies ω/unit in a trained orthonormal
+frame Q. The frame is folded into the Q and K projections, and the rest costs what RoPE costs. On several axes each
+block has one matrix P - Pᵀ, and A_i a multiple of it: the frame stays, and m/unit becomes the sum of these multiples of
+the x_i. schemes/_skew.py has the algebra.
 """
 
+import itertools
 import math
 from typing import Literal
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from nanope.ops import double_device, linear, no_autocast, rope_frequencies, rotate, wide
-from schemes.base import Scheme
-
-
-def svd_of_small(M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """U, S, Vᵀ of M (..., n, n), S ≥ 0 in no order. 1×1 and 2×2 are in closed form, which unlike torch.linalg.svd never
-    makes a CUDA device wait for the host. For n = 4, the default block of 8, that happens once an optimizer step."""
-    if M.size(-1) > 2:
-        return torch.linalg.svd(M)
-    if M.size(-1) == 1:
-        return torch.where(M < 0, -1.0, 1.0).to(M), M.abs()[..., 0], torch.ones_like(M)
-    # M = r·rot(α) + s·rot(β)·diag(1, -1) has the singular values r + s and r - s; its rotations are by half sums and
-    # half differences of the angles
-    (a, b), (c, d) = (row.unbind(-1) for row in M.unbind(-2))
-    alpha, beta = torch.atan2(c - b, a + d), torch.atan2(c + b, a - d)
-    r, s = torch.hypot(a + d, c - b) / 2, torch.hypot(a - d, c + b) / 2
-
-    def rotation(angle):
-        cos, sin = angle.cos(), angle.sin()
-        return torch.stack((cos, -sin, sin, cos), -1).unflatten(-1, (2, 2))
-
-    signs = torch.stack((torch.ones_like(r), torch.where(r < s, -1.0, 1.0).to(r)), -1)
-    return (
-        rotation((alpha + beta) / 2) * signs.unsqueeze(-2),
-        torch.stack((r + s, (r - s).abs()), -1),
-        rotation((alpha - beta) / 2),
-    )
-
-
-def skew_canonical_form(A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A = Q (⊕_k ω_k [[0, -1], [1, 0]]) Qᵀ for skew-symmetric A (..., b, b), b even: Q (..., b, b) orthogonal,
-    ω (..., b/2) ≥ 0, in A's dtype. No gradient.
-
-    Householder reflections make A tridiagonal; its even and odd rows then meet only in a (b/2, b/2) matrix
-    whose singular values are the frequencies (Golub & Kahan; Ward & Gray 1978). Unlike an eigenproblem of iA
-    or of A², this is real arithmetic and backward stable also where frequencies coincide or vanish.
-    """
-    with torch.no_grad():
-        b = A.size(-1)
-        A = A.detach().clone()
-        Q = torch.eye(b, dtype=A.dtype, device=A.device).expand_as(A).clone()
-        for k in range(b - 2):
-            x = A[..., k + 1 :, k]  # the column below the diagonal, to become a multiple of e_1
-            norm = x.norm(dim=-1, keepdim=True)
-            first = x[..., :1]
-            v = torch.cat((first + torch.where(first < 0, -norm, norm), x[..., 1:]), -1)
-            v = v / v.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(A.dtype).tiny)
-            v = F.pad(v, (k + 1, 0)).unsqueeze(-1)  # (..., b, 1); H = I - 2 v vᵀ
-            A = A - 2 * v @ (v.mT @ A)
-            A = A - 2 * (A @ v) @ v.mT
-            Q = Q - 2 * (Q @ v) @ v.mT
-        # A maps even coordinates to odd ones by M and odd to even by -Mᵀ:
-        # M = U S Vᵀ gives A v_k = s_k u_k, A u_k = -s_k v_k
-        U, omega, Vh = svd_of_small(A[..., 1::2, 0::2])
-        frame = torch.stack((Q[..., 0::2] @ Vh.mT, Q[..., 1::2] @ U), -1).flatten(-2)  # columns v_0 u_0 v_1 u_1 …
-        return frame, omega
-
-
-class SkewGradient(torch.autograd.Function):
-    """Identity on y, with the gradient of the skew generators A that the constant frame leaves out.
-
-    y (B, T, 2, H, D) are q and k in the frame Q in which R(m) = exp(m A/unit) is plain rotation by mω. The
-    caller treats Q and ω as constants; here dL/dA comes from the derivative of the matrix exponential itself,
-        Qᵀ dR(m) Q = rot(mω) X(m),  X(m) = ∫_0^m rot(-sω) (Qᵀ dA Q / unit) rot(sω) ds
-    (Daleckii–Krein; the outer Q drops out, since scores are invariant to an orthogonal map of both q and k). With
-    g = dL/dy, dL = Σ_m <M_m, X(m)>, M_m = Σ_batch g yᵀ. Between channel pairs k and l, the part of M_m that is linear
-    over the complex numbers turns by s(ω_k - ω_l), the conjugate-linear part by s(ω_k + ω_l), and the integral of a
-    turn is W_m(δ) = ∫_0^m e^{isδ} ds = (2 sin(mδ/2)/δ) e^{imδ/2}, m where δ = 0: exact also where frequencies
-    coincide or vanish.
-    """
-
-    @staticmethod
-    def forward(ctx, y, A, Q, omega, unit, dtype, positions):
-        # y (B, T, 2, H, D); A, Q (H, D/b, b, b); omega (H, D/b, b/2) float64, radians per token; positions (T,) float64
-        ctx.save_for_backward(y, Q, omega, positions)
-        ctx.unit, ctx.dtype, ctx.A_dtype = unit, dtype, A.dtype
-        return y.view_as(y)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        y, Q, omega, positions = ctx.saved_tensors
-        T, dtype = y.size(1), ctx.dtype
-        # One product of views for each block of q and of k, (B, 2 T H D/b, b): nothing is copied
-        g_blocks, y_blocks = (z.to(dtype).flatten(1).unflatten(1, (-1, Q.size(-1))) for z in (g, y))
-        with no_autocast(g.device):  # which is still on where backward is called inside it
-            M = torch.bmm(g_blocks.permute(1, 2, 0), y_blocks.transpose(0, 1))
-        M = M.view(T, 2, *Q.shape).sum(1)  # (T, H, D/b, b, b)
-        # Entries of pairs' 2×2 blocks, (T, H, D/b, b/2, b/2) each
-        p, q, r, s = (M[..., i::2, j::2] for i in (0, 1) for j in (0, 1))
-        m = positions.view(-1, 1, 1, 1, 1)
-
-        def integrated(re, im, delta):
-            """Σ_m (re + i im)_m W_m(δ), δ (H, D/b, b/2, b/2): its real and imaginary part."""
-            turns = m * (delta / (4 * math.pi))
-            half = ((turns - turns.round()) * (2 * math.pi)).to(
-                re
-            )  # mδ/2 less whole turns: exact in float64, cheap below
-            delta, sin = delta.to(re), half.sin()
-            length = torch.where(delta == 0, m.to(re), 2 * sin / delta)
-            cos, sin = length * half.cos(), length * sin
-            return ((re * cos - im * sin).sum(0) / 2).to(Q), ((re * sin + im * cos).sum(0) / 2).to(Q)
-
-        rows, columns = omega.unsqueeze(-1), omega.unsqueeze(-2)
-        a, b = integrated(p + s, r - q, rows - columns)
-        c, d = integrated(p - s, r + q, rows + columns)
-        E = torch.stack((a + c, d - b, b + d, a - c), -1).unflatten(-1, (2, 2))  # [[a, -b], [b, a]] + [[c, d], [d, -c]]
-        E = E.transpose(-3, -2).reshape(Q.shape)
-        return g, (Q @ E @ Q.mT / ctx.unit).to(g.device, ctx.A_dtype), None, None, None, None, None
+from schemes._skew import SkewGradient, less_turns, skew_canonical_form
+from schemes.base import AXES, Scheme
 
 
 class ComRoPE(Scheme):
     """`comrope`. Options:
 
-    kind `ap`, A = P - Pᵀ, or `ld`, A = θ (P - Pᵀ) with a trained multiplier θ per block and head; in `ld-shared` θ is
-    the same for all heads, as in the authors' code. block, the block size b. init `rope`, with RoPE's frequencies (of
-    `base`) at the start, or `gaussian`, the paper's P ~ N(0, 1) and θ ~ N(0, 1), which else starts at 1. unit, the
-    tokens in which the angle of a frequency 1 is one radian (default: block_size when the model is made; the paper's
-    coordinates in [0, 1] are the training length).
+    axes, the coordinates of a token: `token`, its position, always; `line` or `sentence`, how many of them have ended
+    before it; `byte`, the bytes of its line (else sentence) before it. Default: [token].
+    kind `ap`, where block j has axis j mod N, A_i = P - Pᵀ there and 0 elsewhere; or `ld`, where each block has all
+    axes, A_i = θ_i (P - Pᵀ) with a trained multiplier θ_i per axis, block and head; in `ld-shared` θ is the same for
+    all heads, as in the authors' code. On one axis both are the same functions. block, the block size b.
+    init `rope`, with RoPE's frequencies (of `base`) per step of an axis at the start, or `gaussian`, the paper's
+    P ~ N(0, 1) and θ ~ N(0, 1). Else θ starts at 1 for `token` and at 0 for other axes: `ld` starts as rope.
+    unit, the steps of an axis in which the angle of a frequency 1 is one radian: a number, or one per axis. The paper's
+    coordinates in [0, 1] are what an axis extends to, which is the default when the model is made: block_size tokens,
+    a 16th of it in lines or sentences, 64 bytes.
+    jitter, σ of the noise N(0, σ²) that coordinates have in training, in steps of their axis: the paper's, which the
+    authors' code cuts at half a step, so that tokens keep their order. All texts of a step have the same.
+
+    Parameters: P (H, D/b, b, b); of ld theta (H or 1, D/b), or (N, H or 1, D/b) on N > 1 axes. Not decayed: both.
+    Beyond block_size: yes; frequencies are trained, and may alias.
+    Cache: none beside k and v; on several axes the model's own keeps where in the text it is.
+    Cost: RoPE's; to fold the frame 4·b·C² FLOPs a pass, in training 12; for P's gradient 4·b·C FLOPs a token. On
+        several axes C/2 sines and cosines, and b·C entries of that gradient, per token of the batch, not per position.
     """
 
     undecayed = ("P", "theta")
@@ -146,40 +55,85 @@ class ComRoPE(Scheme):
         block: Literal[2, 4, 8] = 8,
         init: Literal["rope", "gaussian"] = "rope",
         base: float = 10000.0,
-        unit: float | None = None,
+        unit: float | list[float] | None = None,
+        axes: list[str] | None = None,
+        jitter: float = 0.0,
     ):
         super().__init__(config, layer)
-        self.block, self.init, self.base, self.unit = block, init, base, unit
+        names = ["token"] if axes is None else axes
+        self.units = unit if isinstance(unit, list) else [unit] * len(names)
+        self.block, self.init, self.base, self.jitter = block, init, base, jitter
+        if names[:1] != ["token"] or any(n not in AXES or names.count(n) > 1 for n in names):
+            raise ValueError(
+                f"comrope's axes {names} must be token, and then others of {', '.join(AXES[1:])}, once each"
+            )
         if self.head_width % block:
             raise ValueError(f"comrope's block {block} must divide the head width n_embd/n_head = {self.head_width}")
-        if base <= 0 or unit <= 0:
-            raise ValueError(f"comrope's base ({base}) and unit ({unit}) must be positive")
         blocks = self.head_width // block
+        if kind == "ap" and blocks < len(names):
+            raise ValueError(
+                f"comrope ap has {len(names)} axes for {blocks} blocks of {block}: take a smaller block, or ld"
+            )
+        if len(self.units) != len(names) or not all(type(u) in (int, float) and 0 < u < math.inf for u in self.units):
+            raise ValueError(f"comrope's unit {unit} must be a positive number, or one for each of {', '.join(names)}")
+        if base <= 0 or jitter < 0:
+            raise ValueError(f"comrope's base ({base}) must be positive, and jitter ({jitter}) not negative")
+        self.axes = tuple(names) if len(names) > 1 else ()
         self.P = nn.Parameter(torch.empty(self.n_head, blocks, block, block))
-        heads = 1 if kind == "ld-shared" else self.n_head
-        self.theta = None if kind == "ap" else nn.Parameter(torch.empty(heads, blocks))
+        shape = (1 if kind == "ld-shared" else self.n_head, blocks)
+        shape = (len(names), *shape) if self.axes else shape
+        self.theta = None if kind == "ap" else nn.Parameter(torch.empty(shape))
 
     @classmethod
     def complete_options(cls, options, config):
-        return {**options, "unit": float(config.block_size) if options["unit"] is None else options["unit"]}
+        axes, T = ["token"] if options["axes"] is None else options["axes"], config.block_size
+        extents = {"token": float(T), "line": T / 16, "sentence": T / 16, "byte": 64.0}
+        units = [extents.get(str(axis), 1.0) for axis in axes]
+        default = units if len(axes) > 1 else float(T)
+        return {**options, "axes": axes, "unit": default if options["unit"] is None else options["unit"]}
+
+    def claims(self, hook):
+        return super().claims(hook) and (hook != "positions" or self.jitter > 0)
+
+    def axes_of_blocks(self, of_axes: list) -> list:
+        """What block j has of a list with an item per axis: where θ weighs the axes, the first."""
+        count = len(of_axes) if self.theta is None else 1
+        return list(itertools.islice(itertools.cycle(of_axes[:count]), self.P.size(1)))
 
     def initial(self, name, shape, normal):
         if self.init == "gaussian":
             return normal(1.0)
         if name == "theta":
-            return torch.ones(shape)
+            theta = torch.ones(shape)
+            return torch.cat((theta[:1], 0 * theta[1:])) if self.axes else theta
         frequencies = rope_frequencies(self.head_width, self.base).view(-1, self.block // 2)  # (D/b, b/2)
+        frequencies = frequencies * torch.tensor(self.axes_of_blocks(self.units), dtype=torch.float64).view(-1, 1)
         P = torch.zeros(shape[1:], dtype=torch.float64)
         even = torch.arange(0, self.block, 2)
-        P[:, even + 1, even] = frequencies * self.unit / 2  # A = P - Pᵀ = 2P
-        P[:, even, even + 1] = -frequencies * self.unit / 2
+        P[:, even + 1, even] = frequencies / 2  # A = P - Pᵀ = 2P
+        P[:, even, even + 1] = -frequencies / 2
         return P.expand(shape)
 
     def generators(self) -> torch.Tensor:
         """The skew-symmetric A, (H, D/b, b, b)."""
         P = self.P.to(wide(self.P.dtype))
         A = P - P.mT
-        return A if self.theta is None else A * self.theta[..., None, None]
+        return A if self.theta is None or self.axes else A * self.theta[..., None, None]
+
+    @property
+    def unit(self) -> float:
+        """That of the frequencies; on several axes `steps` has the units."""
+        return 1.0 if self.axes else self.units[0]
+
+    def steps(self, positions: torch.Tensor) -> torch.Tensor:
+        """What ω is multiplied by, (T or B, T, 1 or H, 1 or D/b) float64: positions, or Σ_i θ_i x_i/unit_i."""
+        if not self.axes:
+            return positions[..., None, None]
+        x = [x_i / unit for x_i, unit in zip(positions.unbind(-1), self.units)]  # (B, T) each
+        if self.theta is None:
+            return torch.stack(self.axes_of_blocks(x), -1).unsqueeze(2)
+        x, theta = torch.stack(x, -1), self.theta.to(positions)
+        return (x @ theta.flatten(1)).unflatten(-1, theta.shape[1:])
 
     @classmethod
     def constants(cls, layers):
@@ -209,16 +163,30 @@ class ComRoPE(Scheme):
             weight, bias = self.fold(c_attn, Q)
         return linear(x, weight, bias)
 
+    def positions(self, ctx):
+        if not self.jitter:
+            return ctx.positions
+        noise = torch.randn(ctx.length, max(1, len(self.axes)), generator=ctx.generator(), dtype=torch.float64)
+        noise = (self.jitter * noise).clamp(-0.5, 0.5)
+        if ctx.positions.is_cuda:
+            noise = noise.pin_memory()  # a copy for which the host does not wait
+        noise = noise.to(ctx.positions.device, non_blocking=True)
+        return ctx.positions + (noise if self.axes else noise[:, 0])
+
     def encode(self, qk, x, ctx):
         Q, omega = ctx.constants
-        if torch.is_grad_enabled() and self.P.requires_grad:
-            with no_autocast(x.device):
-                A = self.generators()
-            qk = SkewGradient.apply(qk, A, Q, omega, self.unit, ctx.dtype, ctx.positions)
-        frequencies = omega.flatten(1)  # (H, D/2)
-        return rotate(qk, *ctx.cos_sin(ctx.positions.view(-1, 1, 1, 1) * frequencies))
+        with no_autocast(x.device):
+            steps = self.steps(ctx.positions)
+            if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (self.P, self.theta)):
+                qk = SkewGradient.apply(qk, self.generators(), steps, Q, omega, self.unit, ctx.dtype)
+        angles = (steps.detach().unsqueeze(-1) * omega).flatten(-2).unsqueeze(-3)  # (T or B, T, 1, H, D/2)
+        if steps.dim() == 4:  # many: sine and cosine in the dtype of the pass
+            angles = less_turns(angles / (2 * math.pi)).to(ctx.dtype)
+        return rotate(qk, *ctx.cos_sin(angles))
 
     @torch.no_grad()
     def as_rope(self, c_attn):
+        if self.axes:
+            raise ValueError("comrope of several axes has no equivalent as plain rope, which has one")
         Q, omega = skew_canonical_form(self.generators().to(double_device(self.P.device), torch.float64))
         return *self.fold(c_attn, Q), omega.flatten(1) / self.unit

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+import reference
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -47,8 +48,11 @@ CASES = {
     "carope from 1": {"first_power": 1, "std": 0.3},
     "carope shared": {"share_layers": True, "std": 0.3},
     "alibi": {},
+    "comrope axes": {"axes": ["token", "line", "byte"], "block": 4, "unit": [12.0, 3, 20.0]},
+    "comrope axes ld": {"axes": ["token", "sentence", "byte"], "kind": "ld", "init": "gaussian", "unit": 9.0},
+    "comrope axes ld-shared": {"axes": ["token", "byte", "line", "sentence"], "kind": "ld-shared", "block": 2},
 }
-TURNING = [case for case in CASES if case.split()[0] in ("rope", "crope", "comrope", "carope")]
+TURNING = [case for case in CASES if case.split()[0] in ("rope", "crope", "comrope", "carope") and "axes" not in case]
 # Two matrices with half of the parameters of the one dense weight of Q, K, V
 HALVED = dict.fromkeys(("crope", "crope base fraction", "rope grouped"), "A B".split())
 HALVED |= {"rope low-rank": ["down", "up"]}
@@ -78,9 +82,16 @@ def build(case, dtype=torch.float64, seed=0, **fields):
     return shaken(config(case.split()[0], CASES[case], **fields), dtype, seed)
 
 
+def described(model):
+    """The model, which now knows the bytes of its tokens: the reference's vocabulary, over and over."""
+    words = reference.VOCABULARY
+    model.describe_tokens([words[i % len(words)] for i in range(model.config.vocab_size)])
+    return model
+
+
 def shaken(config, dtype=torch.float64, seed=0):
     """A model in which everything is random and matters: no zero bias, no small weight, no untouched frequency."""
-    model = GPT(config, seed=seed).to(dtype)
+    model = described(GPT(config, seed=seed)).to(dtype)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -59,6 +59,38 @@ def comrope_rotations(P, theta, unit, T, start=0):
     return torch.stack([block_diagonal(torch.matrix_exp(A * (start + m) / unit)) for m in range(T)])
 
 
+VOCABULARY = [b" and", b"\n", b"lo", b".\n\n ", b"\xc3\xa9t", b"st?", b"able,", b'.") ']  # the bytes of token i mod 8
+
+
+def coordinates(ids, axes):
+    """(T, axes) of the tokens ids (T,), counted in the text itself, for each token anew."""
+    found = torch.zeros(len(ids), len(axes), dtype=torch.float64)
+    words = [VOCABULARY[i % len(VOCABULARY)] for i in ids.tolist()]
+    for t in range(len(ids)):
+        text = b"".join(words[:t])
+        ended = [s + 1 for s in range(t) if words[s].rstrip(b' \n)"')[-1:] in (b".", b"?")]  # sentences
+        sentence = b"".join(words[ended[-1] if ended else 0 : t])
+        values = {"token": t, "line": text.count(b"\n"), "sentence": len(ended)}
+        values["byte"] = len(sentence) if "sentence" in axes and "line" not in axes else len(text.split(b"\n")[-1])
+        found[t] = torch.tensor([values[axis] for axis in axes])
+    return found
+
+
+def comrope_on_axes(P, theta, units, x):
+    """(T, H, D, D): exp(Σ_i A_i x_i/unit_i) at the coordinates x (T, N), one matrix exponential for each token."""
+    S, found = P - P.transpose(-1, -2), []  # (H, blocks, b, b)
+    for at in x:
+        exponents = []
+        for j in range(S.size(1)):
+            if theta is None:
+                share = at[j % len(at)] / units[j % len(at)]
+            else:
+                share = sum(theta[i, :, j, None, None] * at[i] / units[i] for i in range(len(at)))
+            exponents.append(S[:, j] * share)
+        found.append(block_diagonal(torch.matrix_exp(torch.stack(exponents, 1))))
+    return torch.stack(found)
+
+
 def alibi_slopes(H):
     """The function in the paper's repository (ofirpress/attention_with_linear_biases, get_slopes)."""
 
@@ -124,6 +156,7 @@ class Layer:
     config: object
     parameters: dict
     name: str  # transformer.h.0.attn
+    idx: torch.Tensor  # (B, T) token ids
 
     def own(self, name):
         """A parameter of the scheme's: this layer's, or that of layer 0 which all share; None where there is none."""
@@ -170,7 +203,11 @@ def rope(layer):
 
 @of(ROTATIONS, "comrope")
 def comrope(layer):
-    T = layer.sizes[1]
+    T, axes, unit = layer.sizes[1], layer.options["axes"], layer.options["unit"]
+    if len(axes) > 1:
+        units = unit if isinstance(unit, list) else [unit] * len(axes)
+        P, theta = layer.own("P"), layer.own("theta")
+        return torch.stack([comrope_on_axes(P, theta, units, coordinates(ids, axes)) for ids in layer.idx])
     return comrope_rotations(layer.own("P"), layer.own("theta"), layer.options["unit"], T).unsqueeze(0)
 
 
@@ -190,8 +227,8 @@ def alibi(layer):
 # ---- the model
 
 
-def attention(x, embedding, config, p, name):
-    """x (B, T, C), the normed input, and the token embeddings (B, T, C) → (B, T, C)."""
+def attention(x, embedding, config, p, name, idx):
+    """x (B, T, C), the normed input, the token embeddings (B, T, C) and ids idx (B, T) → (B, T, C)."""
     pos, options = config.pos, config.pos_options
     B, T, C = x.shape
     H, D = config.n_head, config.n_embd // config.n_head
@@ -208,6 +245,7 @@ def attention(x, embedding, config, p, name):
     if config.qk_norm:
         q, k = (z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt() for z in (q, k))
     layer = Layer(x, q, k, options, embedding, config, p, name)
+    layer = Layer(x, q, k, options, embedding, config, p, name, idx)
     if pos in ROTATIONS:
         R = ROTATIONS[pos](layer).expand(B, T, H, D, D)
         layer.q, layer.k = (torch.einsum("bthij,bthj->bthi", R, z) for z in (q, k))
@@ -240,7 +278,7 @@ def logits(config, p, idx):
         x = x + sinusoids(T, C, config.pos_options["base"], config.pos_options["scale"])
     for i in range(config.n_layer):
         block = f"transformer.h.{i}"
-        x = x + attention(layer_norm(x, p, block + ".ln_1"), embedding, config, p, block + ".attn")
+        x = x + attention(layer_norm(x, p, block + ".ln_1"), embedding, config, p, block + ".attn", idx)
         h = layer_norm(x, p, block + ".ln_2")
         x = x + linear(gelu(linear(h, p, block + ".mlp.c_fc")), p, block + ".mlp.c_proj")
     return layer_norm(x, p, "transformer.ln_f") @ p["transformer.wte.weight"].T

@@ -28,6 +28,7 @@ import torch
 
 from data.shards import as_path, output
 from model import GPT, Block, GPTConfig, resolve
+from nanope import coordinates
 from nanope.bench.turns import Worker, command_line, heading, ratios, row, spread, take_turns, workers
 from nanope.distributed import autocast, peak_memory, pick_device, pick_dtype
 from nanope.log import device_name
@@ -81,6 +82,7 @@ def check(variant: str, shape: dict) -> None:
 
 def our_model(variant: str, shape: dict, device: torch.device, compiled: bool) -> tuple:
     model = GPT(GPTConfig(**scheme_of(variant), **shape)).to(device)
+    model.describe_tokens(coordinates.made_up(shape["vocab_size"]))
     if compiled:
         model.compile_parts()
     return model, lambda x, y: model(x, y)[1], adamw(model)

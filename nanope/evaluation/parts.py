@@ -44,7 +44,7 @@ class Parts:
 def source_hashes(model: Model) -> list[str]:
     """Of every file that a model's figures depend on."""
     files = [REPO / "model.py", REPO / "eval.py", *sorted((REPO / "nanope" / "evaluation").glob("*.py"))]
-    files += [REPO / "nanope" / f"{name}.py" for name in ("attention", "convert", "hf", "ops")]
+    files += [REPO / "nanope" / f"{name}.py" for name in ("attention", "convert", "coordinates", "hf", "ops")]
     if isinstance(model, GPT):
         files += schemes.sources(model.config.pos) + schemes.sources("rope")  # rope is what a scaled model becomes
     return [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import reference
@@ -17,13 +18,17 @@ from models import (
     causal_scores,
     close,
     config,
+    described,
+    layer_context,
     layer_scores,
     relative_error,
     tokens,
 )
 
 from model import GPT
-from schemes.comrope import skew_canonical_form
+from nanope import coordinates
+from schemes import _skew
+from schemes._skew import skew_canonical_form
 
 
 def skew(frequencies, seed=None):
@@ -199,7 +204,8 @@ def test_comrope_trains_at_the_recipes_learning_rate(case):
 def test_unit_is_written_out_and_never_depends_on_the_length():
     """pos_options of model.config hold it, so a checkpoint evaluated with another block_size keeps it."""
     model = build("comrope")
-    assert model.config.pos_options == {"kind": "ap", "block": 8, "init": "rope", "base": 10000.0, "unit": float(BLOCK)}
+    options = {"kind": "ap", "block": 8, "init": "rope", "base": 10000.0, "axes": ["token"], "jitter": 0.0}
+    assert model.config.pos_options == options | {"unit": float(BLOCK)}
     longer = GPT(dataclasses.replace(model.config, block_size=4 * BLOCK)).double()
     longer.load_state_dict(model.state_dict())
     idx = tokens(4 * BLOCK)
@@ -207,3 +213,152 @@ def test_unit_is_written_out_and_never_depends_on_the_length():
     other = GPT(config("comrope", {"unit": 2.0 * BLOCK})).double()
     other.load_state_dict(model.state_dict())
     assert not torch.allclose(other(idx)[0], model(idx)[0], atol=1e-2)
+
+
+# ------------------------------------------------------------------------------------------------
+# Several axes, positions of each text, jitter
+
+AXES = ["token", "line", "byte"]
+
+
+def qk(attn, x, positions):
+    """q and k (B, T, 2, H, D) of a layer for its normed input x (B, T, C) at these positions."""
+    pos, ctx = attn.pos, layer_context(attn.pos, x, positions=positions)
+    projected = pos.project(attn.c_attn, x, ctx)[..., : 2 * WIDTH]
+    return pos.encode(projected.unflatten(2, (2, -1, D)), x, ctx)
+
+
+def scores(attn, x, positions):
+    return torch.einsum("bmhd,bnhd->bhmn", *qk(attn, x, positions).unbind(2))
+
+
+def layer_of(case):
+    return build(case).transformer.h[0].attn
+
+
+def normal(*shape):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def test_coordinates_of_documents_and_of_pieces():
+    """Against a count in the text itself: lines, sentences and bytes restart with a document, also in a later piece."""
+    idx, starts = tokens(50, B=3), [[0, 9, 10, 33], [0, 41], [0]]
+    places = torch.stack([torch.cat([torch.arange(n) for n in torch.tensor([*s, 50]).diff()]) for s in starts])
+    words = [reference.VOCABULARY[i % 8] for i in range(40)]
+    table = coordinates.table(words, 44)
+    for axes in (AXES, ["token", "sentence", "byte"], ["token", "byte"]):
+        expected = torch.stack(
+            [
+                torch.cat([reference.coordinates(text, axes) for text in row.tensor_split(s[1:])])
+                for row, s in zip(idx, starts)
+            ]
+        )
+        cache, found = {}, []
+        for piece, at in zip(idx.split([7, 3, 1, 39], 1), places.split([7, 3, 1, 39], 1)):
+            ctx = SimpleNamespace(idx=piece, places=at, positions=at.double() + 5)
+            found.append(coordinates.of_tokens(table, ctx, 5, cache)(axes))
+        assert torch.equal(torch.cat(found, 1), expected + 5)
+
+
+def test_table_of_tokens():
+    words = [b"a\n\nbc", b'Mr."', "end.\u201d ".encode(), b".a", b"", b"\n"]
+    rows = coordinates.table(words, 8, eot=6).tolist()
+    assert rows == [
+        [5, 2, 2, 0],
+        [4, 0, 4, 1],
+        [8, 0, 8, 1],
+        [2, 0, 2, 0],
+        [0] * 4,
+        [1, 1, 0, 0],
+        [0, 1, 0, 1],
+        [0] * 4,
+    ]
+
+
+def test_a_model_without_the_table_says_so_and_a_state_dict_brings_it():
+    made = [GPT(config("comrope", {"axes": AXES, "kind": "ld"}), seed=s) for s in (0, 1)]
+    with pytest.raises(ValueError, match="describe_tokens"):
+        made[1](tokens(BLOCK))
+    made[1].load_state_dict(described(made[0]).state_dict())
+    assert torch.equal(made[1](tokens(BLOCK))[0], made[0](tokens(BLOCK))[0])
+    with pytest.raises(ValueError, match="several axes"):
+        made[0].to_rope()
+
+
+def test_ap_and_ld_coincide_on_one_axis_and_differ_on_several():
+    """ld with θ = 1. From init rope, ld on several axes is rope at the start, and ap is not."""
+    for axes, same in ((["token"], True), (["token", "byte"], False)):
+        made = {k: described(GPT(config("comrope", {"kind": k, "axes": axes})).double()) for k in ("ap", "ld")}
+        rope = GPT(config("rope")).double()
+        for model in (*made.values(), rope):
+            for block in model.transformer.h:
+                block.attn.c_attn.weight.data *= 20
+        logits, expected = {k: m(tokens(BLOCK))[0] for k, m in made.items()}, rope(tokens(BLOCK))[0]
+        close(logits["ld"], expected, atol=1e-5)
+        assert torch.allclose(logits["ap"], expected, atol=1e-5) == same
+        for block in made["ld"].transformer.h:
+            block.attn.pos.theta.data.fill_(1)
+        for a, b in zip(*(m.transformer.h for m in made.values())):
+            b.attn.pos.P.data.copy_(a.attn.pos.P)
+        assert torch.allclose(made["ld"](tokens(BLOCK))[0], logits["ap"], atol=1e-9) == same
+
+
+@pytest.mark.parametrize("case", ["comrope axes", "comrope axes ld"])
+def test_a_shift_of_all_coordinates_leaves_scores_unchanged(case):
+    """By its own number on each axis, and by the offset of all positions; float64 angles also far out."""
+    attn, x, at = layer_of(case), normal(2, 9, WIDTH), 30 * normal(2, 9, 3)
+    close(scores(attn, x, at + torch.tensor([65536.0, -3.5, 700])), scores(attn, x, at), rtol=1e-8, atol=1e-8)
+    assert not torch.allclose(scores(attn, x, at * 1.1), scores(attn, x, at), atol=1e-2)
+    model = build(case)
+    close(model.hidden(tokens(BLOCK), offset=4096), model.hidden(tokens(BLOCK)), atol=1e-8)
+
+
+@pytest.mark.parametrize("case", ["comrope", "comrope 4 ld", "comrope axes", "comrope axes ld-shared"])
+def test_positions_of_each_text(case, monkeypatch):
+    """(B, T) positions, as where documents restart, or coordinates: a row is what it is alone, and gradients are sums
+    over rows, also where tokens come in chunks."""
+    attn, x, axes = layer_of(case), normal(3, 9, WIDTH), max(1, len(layer_of(case).pos.axes))
+    at = torch.randint(40, (3, 9, axes), generator=torch.Generator().manual_seed(1)).double()
+    at = at if attn.pos.axes else at[..., 0]
+    own, weights = [*attn.pos.parameters()], normal(3, 9, 2, 3, D)
+    alone = [qk(attn, x[i : i + 1], at[i : i + 1] if attn.pos.axes else at[i]) for i in range(3)]
+    expected = torch.autograd.grad((torch.cat(alone) * weights).sum(), own)
+    for chunk in (2**25, 200):
+        monkeypatch.setattr(_skew, "CHUNK", chunk)
+        found = qk(attn, x, at)
+        close(found, torch.cat(alone))
+        for gradient, other in zip(torch.autograd.grad((found * weights).sum(), own), expected):
+            close(gradient, other, rtol=1e-9, atol=1e-9)
+
+
+def test_other_schemes_see_positions_alone():
+    """In a combination: (T,), with the same jitter on the axis of tokens."""
+    options = {"comrope": {"axes": AXES, "kind": "ld", "jitter": 0.2}}
+    model, seen = described(GPT(config("learned+comrope+alibi", options))), []
+    model.transformer.wpe.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    told = model.contexts
+    model.contexts = lambda *args: [seen.append(c.parts) or c for c in told(*args)]
+    model(tokens(BLOCK))
+    assert torch.equal(seen[0], torch.arange(BLOCK))
+    jittered = seen[1]["comrope"].positions
+    assert jittered.shape == (2, BLOCK, 3) and torch.equal(seen[1]["alibi"].positions, jittered[1, :, 0])
+    assert not torch.equal(jittered[0, :, 0], torch.arange(BLOCK))
+
+
+@pytest.mark.parametrize("axes", [["token"], AXES])
+def test_jitter(axes):
+    """Of each step's own, within half a step of the axis, the same in every text; none in evaluation."""
+    plain, model = (described(GPT(config("comrope", {"axes": axes, "kind": "ld", "jitter": j}))) for j in (0.0, 0.3))
+    idx, seen = tokens(400, B=1).expand(2, -1), []
+    told = model.positions
+    model.positions = lambda *args: seen.append(told(*args)) or seen[-1]
+    for seed in (1, 1, 2):
+        with model.parameters_fixed(seed), torch.no_grad():
+            model(idx)
+    assert torch.equal(model.eval()(idx)[0], plain.eval()(idx)[0])
+    (a,), (b,), (c,), (d,) = seen
+    assert torch.equal(a, b) and not torch.equal(a, c) and d.frac().abs().max() == 0
+    noise = a - d
+    assert noise.abs().max() == 0.5 and abs(noise.std() - 0.27) < 0.02
+    if len(axes) > 1:
+        assert torch.equal(noise[0], noise[1]) and (noise.flatten(0, 1).std(0) > 0.2).all()

@@ -42,6 +42,10 @@ CASES |= {
     "learned+carope": Case("learned+carope"),
     "rope, rope, none": Case(["rope", "rope", "none"]),
     "rope+Forget, none in windows": Case([f"rope+{TOYS}:Forget", "none"], {}, {"window": [5, 0]}),
+    "comrope axes ld": Case("comrope", {"axes": ["token", "line", "byte"], "kind": "ld"}),
+    "comrope axes+Forget, none": Case(
+        [f"comrope+{TOYS}:Forget", "none"], {"comrope": {"axes": ["token", "sentence"], "jitter": 0.2}}
+    ),
     "rope in a window": Case("rope", {}, {"window": 7}),
     "DenseSlope in a window": Case(f"{TOYS}:DenseSlope", {}, {"window": 7}),
 }

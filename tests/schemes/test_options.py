@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from models import BLOCK, CASES, all_cases, close, config, refused, tokens
+from models import BLOCK, CASES, all_cases, close, config, described, refused, tokens
 
 from model import GPT, SCHEMES, GPTConfig
 
@@ -15,7 +15,8 @@ ALTERNATIVES = {
     "sinusoidal": {"base": 50.0, "scale": 0.5},
     "rope": {"base": "(1+ln2)^(D/2)", "fraction": 0.5, "explicit": True, "qkv": "grouped"},
     "crope": {"base": 50.0, "fraction": 0.5},
-    "comrope": {"kind": "ld", "block": 4, "init": "gaussian", "base": 50.0, "unit": 3.0},
+    "comrope": {"kind": "ld", "block": 4, "init": "gaussian", "base": 50.0, "unit": 3.0}
+    | {"axes": ["token", "byte"], "jitter": 0.1},
     "carope": {
         "base": 50.0,
         "source": "embedding",
@@ -44,7 +45,7 @@ def test_every_option_does_something(pos, option):
     """It makes another function of the same weights, or other weights of the same function at step 0."""
 
     def made(options):
-        model = GPT(config(pos, options)).double()
+        model = described(GPT(config(pos, options)).double())
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "c_attn" in name:
@@ -71,7 +72,7 @@ def test_resolved_config_makes_the_same_model(case):
     assert dataclasses.asdict(asked) == before
     assert set(model.config.pos_options) == options_of(asked.pos)
     again = GPT(GPTConfig(**json.loads(json.dumps(dataclasses.asdict(model.config)))))
-    assert torch.equal(again(tokens(BLOCK))[0], model(tokens(BLOCK))[0])
+    assert torch.equal(described(again)(tokens(BLOCK))[0], described(model)(tokens(BLOCK))[0])
 
 
 @pytest.mark.parametrize(
@@ -110,8 +111,16 @@ def test_errors_name_the_schemes(pos, words):
         ("comrope", {"block": 3}, ["block of comrope", "3", "2, 4, 8"]),
         ("comrope", {"block": 8.0}, ["block of comrope", "8.0"]),
         ("comrope", {"kind": "lp"}, ["kind of comrope", "'lp'", "ap", "ld"]),
-        ("comrope", {"unit": "x"}, ["unit of comrope", "'x'", "float or null"]),
+        ("comrope", {"unit": "x"}, ["unit of comrope", "'x'", "float or list or null"]),
         ("comrope", {"unit": 0}, ["unit", "positive", "0"]),
+        ("comrope", {"unit": [3.0, 4.0]}, ["unit", "one for each of token$"]),
+        ("comrope", {"unit": [3.0, "x"], "axes": ["token", "byte"]}, ["unit", "'x'", "token, byte"]),
+        ("comrope", {"axes": []}, ["axes", "token", "line, sentence, byte"]),
+        ("comrope", {"axes": ["byte"]}, ["axes", r"\['byte'\]", "token"]),
+        ("comrope", {"axes": ["token", "word"]}, ["axes", "'word'", "line, sentence, byte"]),
+        ("comrope", {"axes": ["token", "byte", "byte"]}, ["axes", "once"]),
+        ("comrope", {"axes": ["token", "line", "byte"]}, ["3 axes", "2 blocks of 8", "smaller", "ld"]),
+        ("comrope", {"jitter": -0.1}, ["jitter", "-0.1"]),
         ("carope", {"source": "x"}, ["source of carope", "hidden", "embedding"]),
         ("carope", {"base": 1.0}, ["base", "1.0"]),
         ("carope", {"init": "paper", "content": False}, ["content false", "init rope"]),

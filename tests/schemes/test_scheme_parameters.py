@@ -21,6 +21,9 @@ OWN = {  # a layer's, by case: name → shape
     "carope embedding": {"c_pos.weight": (HEADS, WIDTH), "c_pos.bias": (HEADS,)},
     "carope paper": {"c_pos.weight": (HEADS, WIDTH)},
     "carope constant": {"c_pos.bias": (HEADS,)},
+    "comrope axes": {"P": (HEADS, D // 4, 4, 4)},
+    "comrope axes ld": {"P": (HEADS, D // 8, 8, 8), "theta": (3, HEADS, D // 8)},
+    "comrope axes ld-shared": {"P": (HEADS, D // 2, 2, 2), "theta": (4, 1, D // 2)},
 }
 
 
@@ -28,6 +31,7 @@ OWN = {  # a layer's, by case: name → shape
 UNDECAYED = {"comrope": {"P", "theta"}, "carope": {"c_pos.bias"}}
 # Own parameters whose initial values differ, and are not drawn, by case or scheme
 SET = {"comrope": {"P"}, "comrope gaussian": set(), "comrope ld-shared": set()}
+SET |= {"comrope axes ld": set(), "comrope axes ld-shared": {"P", "theta"}}
 # Cases in which all layers share all of their own parameters: these are the first layer's
 SHARED = {"carope shared"}
 
@@ -56,6 +60,7 @@ def test_names_shapes_and_counts(case, bias):
     assert set(shapes) == expected | set(own)
     assert all(shapes[name] == shape for name, shape in own.items())
     buffers = {f"transformer.h.{i}.attn.pos.freqs" for i in range(L)} if case == "rope explicit" else set()
+    buffers |= {"token_text"} if "axes" in case else set()
     tied = {f"transformer.h.{i}.attn.pos.{name}" for i in range(owners(case), L) for name in names}
     assert set(model.state_dict()) == set(shapes) | buffers | tied | {"lm_head.weight"}
     assert model.lm_head.weight is model.transformer.wte.weight
