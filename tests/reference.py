@@ -244,7 +244,6 @@ def attention(x, embedding, config, p, name, idx):
 
     if config.qk_norm:
         q, k = (z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt() for z in (q, k))
-    layer = Layer(x, q, k, options, embedding, config, p, name)
     layer = Layer(x, q, k, options, embedding, config, p, name, idx)
     if pos in ROTATIONS:
         R = ROTATIONS[pos](layer).expand(B, T, H, D, D)
