@@ -16,7 +16,7 @@ from schemes import comrope
 from schemes.carope import PathRotation
 
 # One of each kind: test_conformance.py compiles the layers of every scheme
-COMPILED = ["learned", "rope explicit", "crope", "comrope", "comrope 4 ld", "carope embedding", "carope shared", "alibi"]
+COMPILED = ["learned", "rope explicit", "crope", "comrope", "comrope 4 ld", "carope embedding", "alibi"]
 
 
 @pytest.fixture(autouse=True)

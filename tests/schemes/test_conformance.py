@@ -45,20 +45,21 @@ CASES |= {
     "rope in a window": Case("rope", {}, {"window": 7}),
     "DenseSlope in a window": Case(f"{TOYS}:DenseSlope", {}, {"window": 7}),
 }
+QUICK = {*SCHEMES, *GOOD, "carope shared, none", "WideSlope+Forget+Sigmoid", "rope+Forget, none in windows"}
+SLOW = {"lengths", "compilation"}
 # What test_schemes.py has for every scheme of the registry and every option, against slow references
 ELSEWHERE = {"shared_initial_values", "causality", "cached_decoding", "gradients", "low_precision"}
 
 
-def is_slow(check, case):
-    """Compilation, and what is tested elsewhere too."""
-    registered = isinstance(case.pos, str) and case.pos in SCHEMES and not case.fields
-    return check == "compilation" or registered and check in ELSEWHERE
+def is_slow(check, name):
+    """The quick tests leave it out for this case."""
+    return name not in QUICK or check in SLOW or name in SCHEMES and check in ELSEWHERE
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name in QUICK])
 def test_every_scheme(name):
     for check, run_check in CHECKS.items():
-        if not is_slow(check, CASES[name]):
+        if not is_slow(check, name):
             run_check(CASES[name])
 
 
@@ -66,11 +67,13 @@ def test_every_scheme(name):
 @pytest.mark.parametrize("name", CASES)
 def test_every_scheme_passes_the_other_checks(name):
     for check, run_check in CHECKS.items():
-        if is_slow(check, CASES[name]):
+        if is_slow(check, name):
             run_check(CASES[name])
 
 
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if check in SLOW else n for n, check in WRONG.items()]
+)
 def test_what_is_wrong_is_found(name):
     with pytest.raises(AssertionError):
         CHECKS[WRONG[name]](Case(f"{TOYS}:{name}"))

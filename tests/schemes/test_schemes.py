@@ -2,7 +2,6 @@
 
 import contextlib
 
-import pytest
 import reference
 import torch
 import torch.nn.functional as F
