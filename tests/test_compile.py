@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-from models import BLOCK, build, cases_of, close, gradients, loss_and_gradients, relative_error, rows_of_logits, tokens
+from models import BLOCK, build, close, gradients, loss_and_gradients, relative_error, rows_of_logits, tokens
 from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 
@@ -143,7 +143,8 @@ def graphs_of_training(case, backend, tolerance, layers=3):
     return first
 
 
-@cases_of(COMPILED, fast=["comrope"])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", COMPILED)
 def test_blocks_compile_once(case):
     """4 graphs: the block's for training and validation, which serve all 3 blocks, and the loss's for both."""
     assert graphs_of_training(case, "aot_eager", 1e-4) == 4
@@ -201,6 +202,7 @@ def test_compiled_parts_under_ddp(case):
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
 )
@@ -220,6 +222,7 @@ def test_copies_are_eager_and_hold_no_constants(duplicate):
     assert torch.equal(twin(idx)[0], fresh(idx)[0]) and counters["stats"]["unique_graphs"] == graphs
 
 
+@pytest.mark.slow
 def test_flex_attention_in_compiled_blocks(monkeypatch):
     """A bias through FlexAttention, its block mask made outside; on a CPU that is possible without gradient only."""
     model, idx = build("alibi", torch.float32, n_embd=96), tokens(40)
