@@ -504,7 +504,7 @@ def test_what_schemes_draw_depends_on_seed_and_step_alone(make):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("pos", [slow("rope"), slow("comrope"), "carope"])
 def test_half_precision_stays_close(make, dtype, pos):
-    half, full = make("half", dtype=dtype, pos=pos, max_steps=25), make("full", pos=pos, max_steps=25)
+    half, full = make("half", dtype=dtype, pos=pos), make("full", pos=pos)
     train(half)
     train(full)
     assert losses(half.out_dir) == pytest.approx(losses(full.out_dir), rel=0.01)

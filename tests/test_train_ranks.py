@@ -14,6 +14,7 @@ import pytest
 from training import (  # noqa: F401 - fixtures
     DRIVER,
     REPO,
+    TINY,
     TOYS,
     arguments,
     environments,
@@ -32,16 +33,32 @@ from training import (  # noqa: F401 - fixtures
 )
 
 from nanope import checkpoint
+from nanope.config import RunConfig
 from train import train
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def driver(tmp_path):
-    path = tmp_path / "driver.py"
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    path = tmp_path_factory.mktemp("driver") / "driver.py"
     path.write_text(DRIVER)
     return path
+
+
+# What the tests of interruptions compare with `pair`
+PAIR = dict(max_steps=40, micro_batch_size=2, checkpoint_interval=5, keep_checkpoints=99, rank_timeout=20.0)
+PAIR |= dict(pos="carope", dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def pair(driver, folders, tmp_path_factory):
+    """A finished run of PAIR by two ranks, with dropout and accumulation: its folder."""
+    run = tmp_path_factory.mktemp("runs") / "pair"
+    config = RunConfig(**{**TINY, **PAIR, "data_dir": str(folders / "small"), "out_dir": str(run)})
+    status, _, err = finish(start(torchrun(driver, config), run.parent))
+    assert status == 0, err
+    return run
 
 
 def torchrun(driver, config, ranks=2, *options):
@@ -50,19 +67,18 @@ def torchrun(driver, config, ranks=2, *options):
 
 
 def test_the_number_of_ranks_does_not_matter(make, driver, tmp_path):
-    """1, 2 and 4 ranks, other micro-batches: one curve of 50 steps. A run begun by 4 ranks goes on with 1."""
+    """1 and 4 ranks, other micro-batches: one curve of 50 steps. A run begun by 4 ranks goes on with 1."""
     fields = dict(max_steps=50, pos="comrope", eval_interval=20, checkpoint_interval=25)
     one = make("one", micro_batch_size=8, **fields)
     train(one)
-    for ranks, micro in (2, 2), (4, 1):
-        other = make(f"ranks{ranks}", micro_batch_size=micro, **fields)
-        status, _, err = finish(start(torchrun(driver, other, ranks), tmp_path, LATE="0.3"))
-        assert status == 0, err
-        keys = [[line.keys() for line in metrics(config.out_dir)] for config in (one, other)]
-        assert keys[0] == keys[1]  # one writer
-        assert environments(other.out_dir)[0]["ranks"] == ranks
-        for key in ("train/loss", "val/loss", "grad_norm"):
-            assert losses(other.out_dir, key) == pytest.approx(losses(one.out_dir, key), rel=1e-5)
+    other = make("four", micro_batch_size=1, **fields)
+    status, _, err = finish(start(torchrun(driver, other, 4), tmp_path, LATE="0.3"))
+    assert status == 0, err
+    keys = [[line.keys() for line in metrics(config.out_dir)] for config in (one, other)]
+    assert keys[0] == keys[1]  # one writer
+    assert environments(other.out_dir)[0]["ranks"] == 4
+    for key in ("train/loss", "val/loss", "grad_norm"):
+        assert losses(other.out_dir, key) == pytest.approx(losses(one.out_dir, key), rel=1e-5)
     assert losses(one.out_dir)[0] > losses(one.out_dir)[-1] + 0.5  # something was learned
     (Path(other.out_dir) / "checkpoints" / "step_50.pt").unlink()
     train(dataclasses.replace(other, resume=True, micro_batch_size=4))
@@ -81,14 +97,9 @@ def test_ranks_draw_alike_and_share_an_auxiliary_loss(make, driver, tmp_path):
     assert len(losses(two.out_dir, "train/auxiliary")) == 12
 
 
-def test_two_ranks_resume_exactly(make, driver, tmp_path):
-    """With dropout and accumulation: SIGKILL of everything, SIGTERM to torchrun, SIGUSR1 to one rank alone."""
-    fields = dict(max_steps=40, micro_batch_size=2, checkpoint_interval=5, keep_checkpoints=99)
-    fields |= dict(pos="carope", dropout=0.1)
-    whole, cut = make("whole", **fields), make("cut", **fields, resume=True)
-    status, _, err = finish(start(torchrun(driver, whole), tmp_path))
-    assert status == 0, err
-
+def test_two_ranks_resume_exactly(make, driver, pair, tmp_path):
+    """SIGKILL of everything, SIGTERM to torchrun, SIGUSR1 to one rank alone."""
+    cut = make("cut", **PAIR, resume=True)
     process = start(torchrun(driver, cut), tmp_path, SLEEP="0.1")
     wait_for_lines(cut.out_dir, 10, process)
     children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
@@ -105,24 +116,21 @@ def test_two_ranks_resume_exactly(make, driver, tmp_path):
 
     status, _, err = finish(start(torchrun(driver, cut), tmp_path, SIGNAL_AT="1:34"))
     assert status != 0 and "stopped by SIGUSR1 after step 35" in err and "exitcode  : 75" in err
-    there = checkpoint.load(checkpoint.find(whole.out_dir, "35"))
+    there = checkpoint.load(checkpoint.find(pair, "35"))
     for key in ("model", "optimizer"):
         assert same(last(cut.out_dir)[key], there[key])
     status, _, err = finish(start(torchrun(driver, cut), tmp_path))
-    assert status == 0 and same_run(whole.out_dir, cut.out_dir), err
+    assert status == 0 and same_run(pair, cut.out_dir), err
 
 
-def test_a_signal_to_one_rank_during_validation(make, driver, tmp_path):
+def test_a_signal_to_one_rank_during_validation(make, driver, pair, tmp_path):
     """The other rank has finished its share: both put the validation off, and none waits for the other."""
-    fields = dict(max_steps=12, micro_batch_size=2, rank_timeout=20.0)
-    whole, cut = make("whole", **fields), make("cut", **fields, resume=True)
-    status, _, err = finish(start(torchrun(driver, whole), tmp_path))
-    assert status == 0, err
+    cut = make("cut", **PAIR, resume=True)
     status, _, err = finish(start(torchrun(driver, cut), tmp_path, SIGNAL_IN_VALIDATION="1:6"))
     assert status != 0 and "stopped by SIGUSR1 after step 5, checkpoint written" in err and "exitcode  : 75" in err
     assert last(cut.out_dir)["step"] == 5 and len(losses(cut.out_dir, "val/loss")) == 1
     status, _, err = finish(start(torchrun(driver, cut), tmp_path))
-    assert status == 0 and same_run(whole.out_dir, cut.out_dir), err
+    assert status == 0 and same_run(pair, cut.out_dir), err
 
 
 def test_compiled_blocks_under_ddp_with_accumulation(make, driver, tmp_path):
@@ -137,24 +145,21 @@ def test_compiled_blocks_under_ddp_with_accumulation(make, driver, tmp_path):
         assert losses(compiled.out_dir, key) == pytest.approx(losses(eager.out_dir, key), rel=1e-5)
 
 
-def test_torchrun_restarts_and_the_run_resumes_by_itself(make, driver, tmp_path):
+def test_torchrun_restarts_and_the_run_resumes_by_itself(make, driver, pair, tmp_path):
     """A rank is killed in step 13. With --max-restarts the same launch continues, without --resume, and ends as if
     nothing had happened."""
-    fields = dict(max_steps=20, micro_batch_size=2, checkpoint_interval=5)
-    whole, cut = make("whole", **fields), make("cut", **fields)
-    status, _, err = finish(start(torchrun(driver, whole), tmp_path))
-    assert status == 0, err
+    cut = make("cut", **PAIR)
     dying = dict(DIE_AT="1:12", ONCE=str(tmp_path / "died"))
     status, _, err = finish(start(torchrun(driver, cut, 2, "--max-restarts=2"), tmp_path, **dying))
     assert status == 0, err
-    assert (tmp_path / "died").exists() and same_run(whole.out_dir, cut.out_dir)
+    assert (tmp_path / "died").exists() and same_run(pair, cut.out_dir)
 
     # A restart of this launch has no claim on another's run
-    before = files_of(whole.out_dir)
-    longer = dataclasses.replace(whole, max_steps=30)
+    before = files_of(pair)
+    longer = dataclasses.replace(cut, max_steps=50, out_dir=str(pair))
     status, _, err = finish(start(torchrun(driver, longer, 2, "--max-restarts=1"), tmp_path))
     assert status != 0 and err.count("already holds a run") >= 2
-    assert files_of(whole.out_dir) == before
+    assert files_of(pair) == before
 
 
 @pytest.mark.parametrize("how", ["DIE_AT", "HANG_AT"])
@@ -183,7 +188,7 @@ def test_a_rank_that_is_gone_ends_the_others(make, driver, tmp_path, how):
 
 def test_exit_codes(make, tmp_path):
     """75 asks to be started again, Ctrl-C does not; both leave a checkpoint of the last step."""
-    for number, expected in (signal.SIGUSR1, os.EX_TEMPFAIL), (signal.SIGTERM, os.EX_TEMPFAIL), (signal.SIGINT, 130):
+    for number, expected in (signal.SIGUSR1, os.EX_TEMPFAIL), (signal.SIGINT, 130):  # SIGTERM: test_train.py
         config = make(f"signal{number}", max_steps=100_000, schedule="constant", checkpoint_interval=0)
         process = start([REPO / "train.py", *arguments(config)], tmp_path)
         wait_for_lines(config.out_dir, 20, process)

@@ -1,9 +1,11 @@
 """Corpora and folders that several tests of data/ read."""
 
 import pytest
-from preparing import TEXTS, finish, start, verses, write_jsonl, write_parquet
+from preparing import SMALL, TEXTS, verses, write_jsonl, write_parquet
 
-from data.shards import open_data
+import data.publish
+from data.prepare import prepare
+from data.summary import lengths_figure
 
 
 @pytest.fixture
@@ -26,7 +28,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def whole(corpus, tmp_path_factory):
-    """What an uninterrupted run with small units makes of that corpus."""
-    out = tmp_path_factory.mktemp("whole") / "data"
-    finish(start(out, source=corpus[0]))
-    return open_data(out)
+    """What an uninterrupted run with small units makes of that corpus, as the command `start` does, with its figure."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.publish, "lengths_figure", lengths_figure)
+        return prepare("fineweb-edu", tmp_path_factory.mktemp("whole") / "data", corpus[0], **SMALL)

@@ -15,6 +15,7 @@ from data.corpora import CORPORA
 from data.documents import king_james_file
 from data.prepare import prepare
 from data.tokenizer import load_tokenizer
+from data.units import Sizes
 from nanope import REPO
 
 TEXTS = [f"Document {i}.\n" + f"It has {i} lines, naïve ones.\n" * (i % 40 + 1) for i in range(120)]  # about 75 kB
@@ -110,6 +111,8 @@ def all_documents(data):
 
 
 # ---- the command as a process ----
+
+SMALL = {"shard_tokens": 20_000, "val_tokens": 20_000, "sizes": Sizes(least_unit=20_000, batch=10_000)}  # as by `start`
 
 
 def start(out, *options, source=None, corpus="fineweb-edu", val_tokens=20_000, fault=None, env=None, **popen):

@@ -9,11 +9,10 @@ import subprocess
 import time
 
 import pytest
-from preparing import contents, finish, start, times
+from preparing import SMALL, contents, finish, start, times
 
 from data.prepare import prepare
 from data.shards import DataError, open_data
-from data.units import Sizes
 
 SHARD = r"\.bin\.\d+\.tmp$"  # opened when a shard begins
 FINISHED = r"-of-\d+\.\w+\.bin$"  # renamed to when a shard is finished
@@ -26,7 +25,7 @@ def kill(out, *options, source, fault):
     assert process.returncode == -9
 
 
-def test_a_killed_run_continues_after_its_last_shard(corpus, whole, tmp_path):
+def test_a_killed_run_continues_after_its_last_shard(corpus, whole, tmp_path, drawn_figures):
     """Finished shards are kept, those after them made anew, and what was half written is not taken for a shard."""
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     kill(out, source=corpus[0], fault=["os.rename", FINISHED, 6, "kill"])
@@ -43,7 +42,7 @@ def test_a_killed_run_continues_after_its_last_shard(corpus, whole, tmp_path):
     after = times(partial, "*.bin")
     assert {name for name in before if after[name] == before[name]} == set(before) - {last}
     assert len(units) < len(times(partial, "*.unit.json"))
-    finish(start(out, source=corpus[0]))
+    prepare("fineweb-edu", out, corpus[0], **SMALL)
     assert contents(out) == contents(whole.folder) and not partial.exists()
 
 
@@ -64,21 +63,21 @@ SEAMS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seam", SEAMS)
-def test_killed_at_the_seams(corpus, whole, tmp_path, seam):
+def test_killed_at_the_seams(corpus, whole, tmp_path, drawn_figures, seam):
     """Just before each of the steps, and so just after the one before it."""
     out = tmp_path / "out"
     kill(out, source=corpus[0], fault=[*seam, 1, "kill"])
-    finish(start(out, source=corpus[0]))
+    prepare("fineweb-edu", out, corpus[0], **SMALL)
     assert contents(out) == contents(whole.folder) and not (tmp_path / "out.partial").exists()
 
 
 @pytest.mark.slow
-def test_killed_at_ten_random_moments(corpus, whole, tmp_path):
+def test_killed_at_random_moments(corpus, whole, tmp_path):
     rng, out = random.Random(), tmp_path / "out"
     began = time.monotonic()
     finish(start(tmp_path / "timed", "--workers", 2, source=corpus[0]))
     span, kept, killed = time.monotonic() - began, [], 0
-    while killed < 10:
+    while killed < 5:
         fault = ["os.rename", r"\.json$", 0, "slow down"]
         process = start(out, "--workers", rng.choice([1, 2]), source=corpus[0], fault=fault)
         try:
@@ -100,7 +99,7 @@ def test_killed_at_ten_random_moments(corpus, whole, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 3, 5])  # by files where there are enough, else by units
+@pytest.mark.parametrize("count", [3, 5])  # by files where there are enough, else by units
 def test_parts_merge_to_the_same_bytes(corpus, whole, tmp_path, count):
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     for i in reversed(range(2, count + 1)):
@@ -209,7 +208,7 @@ def appear_as_link(out):
 
 
 @pytest.mark.parametrize("appear", [appear_as_folder, appear_as_link, lambda out: out.write_text("mine")])
-def test_something_appears_at_the_last_moment(corpus, whole, tmp_path, monkeypatch, appear):
+def test_something_appears_at_the_last_moment(corpus, whole, tmp_path, monkeypatch, drawn_figures, appear):
     """Nothing that is complete is lost, and the same command finishes without doing work again."""
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     rename = os.replace
@@ -220,18 +219,17 @@ def test_something_appears_at_the_last_moment(corpus, whole, tmp_path, monkeypat
         rename(old, new)
 
     monkeypatch.setattr("os.replace", replace)
-    options = {"shard_tokens": 20_000, "val_tokens": 20_000, "sizes": Sizes(least_unit=20_000, batch=10_000)}
     with pytest.raises(DataError, match=f"{out} .*Nothing is lost: {partial} is complete"):
-        prepare("fineweb-edu", out, corpus[0], **options)
+        prepare("fineweb-edu", out, corpus[0], **SMALL)
     made = times(partial, "*.bin")
     monkeypatch.setattr("os.replace", rename)
     if out.is_symlink() or not out.is_dir():
         out.unlink()
     else:
         with pytest.raises(DataError, match="in the way"):
-            prepare("fineweb-edu", out, corpus[0], **options)
+            prepare("fineweb-edu", out, corpus[0], **SMALL)
         out.rename(tmp_path / "moved")
-    prepare("fineweb-edu", out, corpus[0], **options)
+    prepare("fineweb-edu", out, corpus[0], **SMALL)
     assert contents(out) == contents(whole.folder) and times(out, "*.bin") == made
 
 

@@ -5,7 +5,7 @@ import shutil
 
 import datasets
 import pytest
-from preparing import all_documents, contents, documents, files, finish, start, times, verses, write_jsonl
+from preparing import SMALL, all_documents, contents, documents, files, finish, start, times, verses, write_jsonl
 from test_hub import environment, hub  # noqa: F401 (a fixture)
 from test_interruptions import FINISHED
 
@@ -194,10 +194,15 @@ def test_a_folder_is_its_text(folder, tmp_path, monkeypatch, streaming):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("streaming", [[], ["--streaming"]])
-def test_killed_it_continues_and_workers_make_the_same_bytes(folder, tmp_path, streaming):
+def test_killed_it_continues_and_workers_make_the_same_bytes(folder, tmp_path, drawn_figures, capsys, streaming):
+    """With processes, beside what this one makes of it."""
     options, command = ["--dataset", str(folder), "--split", "train", *streaming], {"corpus": "hub", "val_tokens": None}
-    finish(start(tmp_path / "one", *options, **command))
-    whole = contents(tmp_path / "one")
+    wanted = Wanted(str(folder), split="train", streaming=bool(streaming))
+
+    def here(name):
+        return prepare("hub", tmp_path / name, wanted=wanted, **{**SMALL, "val_tokens": None})
+
+    whole = contents(here("one").folder)
     assert len([name for name in whole if name.startswith("train_")]) > 9
     finish(start(tmp_path / "three", *options, "--workers", 3, **command))
     assert contents(tmp_path / "three") == whole
@@ -205,11 +210,13 @@ def test_killed_it_continues_and_workers_make_the_same_bytes(folder, tmp_path, s
     process.communicate(timeout=60)
     made = times(tmp_path / "killed.partial", "*.bin")
     assert process.returncode == -9 and len(made) == 5
-    finish(start(tmp_path / "killed", *options, **command))
+    here("killed")
     assert contents(tmp_path / "killed") == whole
     kept = {time for time in times(tmp_path / "killed", "*.bin").values()} & set(made.values())
     assert len(kept) == 5
-    assert "nothing to do" in finish(start(tmp_path / "killed", *options, **command))
+    capsys.readouterr()
+    here("killed")
+    assert "nothing to do" in capsys.readouterr().out
 
 
 def test_a_stream_is_cut_by_its_files(folder, tmp_path, monkeypatch):

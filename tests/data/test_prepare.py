@@ -66,7 +66,8 @@ def test_lengths_are_counted(whole):
     assert figure.startswith(b"\x89PNG") and figure == lengths_figure(whole.manifest["lengths"])
 
 
-@pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [2, 3])
 def test_workers_make_the_same_bytes(corpus, whole, tmp_path, workers):
     finish(start(tmp_path / "out", "--workers", workers, source=corpus[0]))
     assert contents(tmp_path / "out") == contents(whole.folder)

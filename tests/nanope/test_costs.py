@@ -17,7 +17,6 @@ CPU = torch.device("cpu")
 ROWS, LENGTH, LAYERS, HEADS, WIDTH, VOCAB = 5, 96, 3, 2, 64, 20032
 TOKENS = ROWS * LENGTH
 SHAPE = GPTConfig(block_size=LENGTH, vocab_size=VOCAB, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH)
-FAST = ("rope", "comrope", "alibi")
 MIXED = {  # several schemes, and windows
     "rope+alibi": {"pos": "rope+alibi"},
     "rope, alibi, none": {"pos": ["rope", "alibi", "none"]},
@@ -35,7 +34,7 @@ class Softplus(Scheme):
 """
 
 
-def each_scheme(names=SCHEMES, fast=FAST):
+def each_scheme(names=SCHEMES, fast=("rope",)):
     """Parametrization in which only a few are fast."""
     return pytest.mark.parametrize(
         "pos", [pytest.param(name, marks=[] if name in fast else [pytest.mark.slow]) for name in names]
@@ -63,7 +62,7 @@ def ids():
 # ---- FLOPs
 
 
-@each_scheme(fast=["rope"])
+@each_scheme()
 def test_flops_of_a_real_pass(pos):
     """All matrix products, attention aside, as torch's own counter sees them in a real model; and attention: the flash
     kernel's seven products of T² scores (two forward, one recomputed, four backward) where the plain one has six."""
@@ -79,7 +78,7 @@ def test_flops_of_a_real_pass(pos):
 
 
 @pytest.mark.parametrize("dtype, gpu", [("float32", False), ("bfloat16", True)])
-@each_scheme()
+@each_scheme(fast=["comrope"])
 def test_flops_by_hand(pos, dtype, gpu):
     """6 FLOPs per weight of a product and token, and what schemes add, worked out from their definitions."""
     C, L = WIDTH, LAYERS

@@ -78,7 +78,8 @@ def test_gradients_of_long_sequences(sequential_scan):
         assert found.dtype == torch.float32 and relative_error(found, exact) < 1e-4
 
 
-@pytest.mark.parametrize("content", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("content", [True, False])
 def test_decoding_equals_the_whole_pass_at_thousands_of_positions(content):
     """One token at a time, in float32."""
     shape = dict(vocab_size=2000, n_layer=1, n_head=1, n_embd=64, bias=False)

@@ -150,9 +150,9 @@ def test_comrope_of_block_2_is_rope_with_learned_frequencies():
 
 def test_initial_own_values():
     for kind, heads in (("ld", 24), ("ld-shared", 1)):  # the paper's θ, and the authors' code's
-        model = GPT(config("comrope", {"init": "gaussian", "kind": kind}, n_head=24, n_embd=1536))
+        model = GPT(config("comrope", {"init": "gaussian", "kind": kind, "block": 2}, n_head=24, n_embd=384))
         first, second = (block.attn.pos for block in model.transformer.h)
-        assert first.theta.shape == (heads, 8) and first.P.shape == (24, 8, 8, 8)
+        assert first.theta.shape == (heads, 8) and first.P.shape == (24, 8, 2, 2)
         assert first.P.std().item() == pytest.approx(1, rel=0.1)
         assert first.theta.std().item() == pytest.approx(1, rel=0.1 if heads > 1 else 0.8)
         assert not torch.equal(first.P, second.P) and not torch.equal(first.theta, second.theta)

@@ -49,22 +49,35 @@ CASES |= {
     "rope in a window": Case("rope", {}, {"window": 7}),
     "DenseSlope in a window": Case(f"{TOYS}:DenseSlope", {}, {"window": 7}),
 }
-FAST = [name for name in CHECKS if name != "compilation"]
+QUICK = {*SCHEMES, *GOOD, "carope shared, none", "WideSlope+Forget+Sigmoid", "rope+Forget, none in windows"}
+SLOW = {"lengths", "compilation"}
+# What test_schemes.py has for every scheme of the registry and every option, against slow references
+ELSEWHERE = {"shared_initial_values", "causality", "cached_decoding", "gradients", "low_precision"}
 
 
-@pytest.mark.parametrize("check", FAST)
-@pytest.mark.parametrize("name", CASES)
-def test_every_scheme(name, check):
-    CHECKS[check](CASES[name])
+def is_slow(check, name):
+    """The quick tests leave it out for this case."""
+    return name not in QUICK or check in SLOW or name in SCHEMES and check in ELSEWHERE
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name in QUICK])
+def test_every_scheme(name):
+    for check, run_check in CHECKS.items():
+        if not is_slow(check, name):
+            run_check(CASES[name])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_every_scheme_compiles(name):
-    CHECKS["compilation"](CASES[name])
+def test_every_scheme_passes_the_other_checks(name):
+    for check, run_check in CHECKS.items():
+        if is_slow(check, name):
+            run_check(CASES[name])
 
 
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if check in SLOW else n for n, check in WRONG.items()]
+)
 def test_what_is_wrong_is_found(name):
     with pytest.raises(AssertionError):
         CHECKS[WRONG[name]](Case(f"{TOYS}:{name}"))

@@ -2,13 +2,11 @@
 
 import contextlib
 
-import pytest
 import reference
 import torch
 import torch.nn.functional as F
 from models import (
     BLOCK,
-    CASES,
     LAYERS,
     VOCAB,
     WIDTH,
@@ -29,7 +27,7 @@ from models import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model import GPT
+from model import GPT, SCHEMES
 
 # ------------------------------------------------------------------------------------------------
 # Values
@@ -105,16 +103,15 @@ def test_causal_at_every_length(case):
 
 
 @all_cases
-@pytest.mark.parametrize("chunks", [[1] * 20, [5, 1, 7, 7], [20], [12]])
-def test_cached_hidden_states_equal_the_uncached(case, chunks):
-    """Token by token, and in chunks as a prefill is, beyond block_size where the scheme can."""
-    model = build(case)
-    total = sum(chunks) if extends(case) else BLOCK
-    idx = tokens(total)
-    caches, parts = [{} for _ in range(LAYERS)], []
-    for chunk in idx.split(chunks if sum(chunks) == total else [3, 1, 8], 1):
-        parts.append(model.hidden(chunk, caches))
-    close(torch.cat(parts, 1), model.hidden(idx))
+def test_cached_hidden_states_equal_the_uncached(case):
+    """Token by token, in chunks, and all at once as a prefill is, beyond block_size where the scheme can."""
+    model, pieces = build(case), [5, 1, 7, 7] if extends(case) else [3, 1, 8]
+    idx = tokens(sum(pieces))
+    expected = model.hidden(idx)
+    for chunks in ([1] * len(idx[0]), pieces, [len(idx[0])]):
+        caches = [{} for _ in range(LAYERS)]
+        parts = [model.hidden(chunk, caches) for chunk in idx.split(chunks, 1)]
+        close(torch.cat(parts, 1), expected, msg=lambda text, chunks=chunks: f"in chunks of {chunks}: {text}")
 
 
 @all_cases
@@ -134,8 +131,9 @@ def test_gradients_through_a_cache(case):
         close(gradient, results[0][name], rtol=1e-7, atol=1e-9, msg=name)
 
 
-@cases_of(CASES, fast=["learned", "comrope", "carope"])
+@cases_of(SCHEMES, fast=["learned", "carope"])
 def test_generate_equals_uncached_decoding(case):
+    """Of schemes without options: what these change, caches must know, which the test of hidden states has for all."""
     model = build(case)
     prompt = tokens(4, B=3)
     n = 2 * BLOCK if extends(case) else BLOCK - 4 + 1  # the last token needs no position

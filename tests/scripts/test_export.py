@@ -76,10 +76,10 @@ SPACES = [b" " * n for n in range(3, 26)]
 @pytest.mark.parametrize(
     "name, tokens, eot, n_vocab",
     [
-        ("cl100k_base", SMALL, 2000, 2020),
+        pytest.param("cl100k_base", SMALL, 2000, 2020, marks=pytest.mark.slow),
         ("o200k_base", SMALL, 2001, 2021),  # a gap before the end of text
         pytest.param("o200k_harmony", SMALL[:900] + [b""] + SMALL[900:], 2050, 2090, marks=pytest.mark.slow),
-        ("p50k_base", [*SMALL, b"", *SPACES], 2000, 2025),  # tokens after it
+        pytest.param("p50k_base", [*SMALL, b"", *SPACES], 2000, 2025, marks=pytest.mark.slow),  # tokens after it
         pytest.param("p50k_edit", [*SMALL, b"", *SPACES], 2000, 2028, marks=pytest.mark.slow),
         pytest.param("r50k_base", SMALL, 2000, 2001, marks=pytest.mark.slow),
     ],

@@ -204,7 +204,9 @@ def texts(figure) -> set[str]:
 # ---- labels and axes
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize(
+    "name", [name if name == "schemes" else pytest.param(name, marks=pytest.mark.slow) for name in STUDIES]
+)
 def test_no_text_overlaps_another_or_leaves_the_figure(study_in, name):
     with figures.style():
         figure = figures.figure_of(study_in(name))
@@ -294,6 +296,7 @@ def test_styles_tell_arms_apart():
 # ---- files
 
 
+@pytest.mark.slow
 def test_equal_studies_give_equal_files(study_in, tmp_path):
     study = study_in("schemes")
     first = [path.read_bytes() for path in figures.write_figures(study, tmp_path)]
