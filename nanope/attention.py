@@ -7,8 +7,9 @@ What a scheme asks for decides the way:
     nothing, or `encode`   the fused causal kernel (flash attention)
     `bias`, a window,      on CUDA: FlexAttention, in training always, else where a dense mask of the batch would need
     or documents           several chunks. Otherwise sdpa for a chunk of queries at a time, with a dense mask of those
-                           queries and the keys that they may see. It is fused unless a bias has parameters in training;
-                           then each chunk is computed again in the backward pass
+                           queries and the keys that they may see, fused. A bias with parameters, in training, goes
+                           through BiasedAttention on a CPU; several chunks of it are computed again in the backward
+                           pass
     `scores`, `weights`    no fused kernel: dense scores of a chunk of queries, computed again in the backward pass
 
 Shapes: B batch, H heads, T queries of this pass, S = start + T keys, D width of a head's values.
@@ -19,9 +20,10 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from nanope.ops import no_autocast
+from nanope.ops import kind_of, no_autocast
 
 CHUNK = 2**24  # elements of a dense mask or of dense scores that exist at once: 64 MB in float32
 
@@ -64,7 +66,10 @@ def attend_fused(
     if ctx.block_mask is not None:
         return flex_attend(q, k, v, bias, ctx.block_mask, scale)
     B, H, T, S = q.size(0), q.size(1), ctx.length, k.size(2)
-    share, trained = of_bias(bias, B, H, q.device) if B * H * T * S > chunk else (1, False)
+    eager = bias is not None and torch.is_grad_enabled() and differentiates(q, dropout)
+    share, trained = of_bias(bias, B, H, q.device) if eager or B * H * T * S > chunk else (1, False)
+    if eager and trained:
+        return attend_trained(q, k, v, bias, ctx, window, chunk, scale)
     if documents is not None:
         # A mask for each sequence. Not all at once, and where they would fill a chunk together, none is kept
         share, trained = B, torch.is_grad_enabled() and (trained or B * T * S > chunk)
@@ -97,6 +102,95 @@ def of_bias(bias, B: int, H: int, device: torch.device) -> tuple[int, bool]:
     batch, heads, *_ = indices(B, H, 0, 1, 0, device)
     value = bias(batch, heads, one, one)
     return value.size(0) if value.dim() == 4 else 1, value.requires_grad
+
+
+# ---- a bias with parameters, in training on a CPU
+
+BLOCK = 64  # queries: their scores of a sequence are in a CPU's cache, and causality saves 3/8 of those at T = 256
+
+
+def differentiates(q, dropout: float) -> bool:
+    """Whether BiasedAttention may be used: on a CPU, in eager code, without dropout."""
+    if kind_of(q.device) != "cpu" or q.is_meta or dropout or torch.compiler.is_compiling():
+        return False
+    return not torch._C._are_functorch_transforms_active()
+
+
+class BiasedAttention(torch.autograd.Function):
+    """Attention of blocks of queries, each with a bias and its gradient: q (B, H, T, D), k, v (B, H, S, D) →
+    (B, H, T, D).
+
+    blocks: for each (first key, mask of visible keys, or what broadcasts to (B, H, R, N)), its queries those after the
+    last block's. biases: for each what broadcasts to (B, H, R, N). sdpa has no fused kernel that gives a mask's
+    gradient; its way takes 1.8 (one bias for all sequences) to 2.5 times this one's time at B 16, H 4, T 256. The
+    weights are kept, once, for the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale, blocks, *biases):
+        (B, H, T, D), i, weights = q.shape, 0, []
+        q, k, v = (t.reshape(B * H, -1, D) for t in (q * scale, k, v))
+        y = torch.empty_like(q)
+        for (low, mask), bias in zip(blocks, biases):
+            R, N = mask.shape[-2:]
+            scores = torch.bmm(q[:, i : i + R], k[:, low : low + N].mT).view(B, H, R, N)
+            p = torch.softmax(scores.add_(bias).masked_fill_(~mask, -math.inf), -1).flatten(0, 1)  # (BH, R, N)
+            y[:, i : i + R] = torch.bmm(p, v[:, low : low + N])
+            weights.append(p)
+            i += R
+        ctx.save_for_backward(q, k, v, y, *weights)
+        ctx.scale, ctx.spans, ctx.shapes = scale, [low for low, _ in blocks], [bias.shape for bias in biases]
+        return y.view(B, H, T, D)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        with no_autocast(g.device):
+            return BiasedAttention.gradients(ctx, g)
+
+    @staticmethod
+    def gradients(ctx, g):
+        q, k, v, y, *weights = ctx.saved_tensors
+        (B, H, T, D), i = g.shape, 0
+        g = g.reshape(B * H, T, D)
+        mean = (g * y).sum(-1, keepdim=True)  # Σ_n p dL/dp
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        grad_biases = []
+        for p, low, shape in zip(weights, ctx.spans, ctx.shapes):
+            R, N = p.shape[-2:]
+            queries, keys = slice(i, i + R), slice(low, low + N)
+            grad_v[:, keys].baddbmm_(p.mT, g[:, queries])
+            grad_scores = torch.bmm(g[:, queries], v[:, keys].mT).sub_(mean[:, queries]).mul_(p)
+            grad_q[:, queries] = torch.bmm(grad_scores, k[:, keys])
+            grad_k[:, keys].baddbmm_(grad_scores.mT, q[:, queries])
+            grad_biases.append(grad_scores.view(B, H, R, N).sum_to_size(shape))
+            i += R
+        grads = (grad_q.mul_(ctx.scale), grad_k, grad_v)
+        return *(t.view(B, H, -1, D) for t in grads), None, None, *grad_biases
+
+
+def attend_trained(q, k, v, bias, ctx, window: int, chunk: int, scale: float | None) -> torch.Tensor:
+    """As attend_fused, by BiasedAttention. Its weights are at most `chunk` elements, or are computed again."""
+    B, H, T, S = q.size(0), q.size(1), ctx.length, k.size(2)
+    rows = queries_at_a_time(B, H, T, S, window, chunk)
+    scale = q.size(-1) ** -0.5 if scale is None else scale
+
+    def part(q, k, v, i: int):
+        blocks, biases, last = [], [], min(i + rows, T)
+        for first in range(i, last, BLOCK):
+            start, end = ctx.start + first, ctx.start + min(first + BLOCK, last)
+            low = max(0, start - window + 1) if window else 0
+            batch, heads, m, n = indices(B, H, start, end, low, q.device)
+            blocks.append((low, visible(m, n, window, ctx.documents, batch)))
+            biases.append(bias(batch, heads, m, n).to(ctx.dtype))
+        parts = (t.to(ctx.dtype) for t in (q[:, :, i:last], k, v))
+        with no_autocast(q.device):
+            return BiasedAttention.apply(*parts, scale, blocks, *biases).to(v.dtype)
+
+    return by_chunks(part, (q, k, v), T, rows, again=True)
+
+
+# ---- scores or weights of a scheme's own
 
 
 def attend_densely(scheme, q, k, v, x, ctx, window: int, dropout: float, chunk: int) -> torch.Tensor:

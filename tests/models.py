@@ -51,6 +51,15 @@ CASES = {
     "comrope axes": {"axes": ["token", "line", "byte"], "block": 4, "unit": [12.0, 3, 20.0]},
     "comrope axes ld": {"axes": ["token", "sentence", "byte"], "kind": "ld", "init": "gaussian", "unit": 9.0},
     "comrope axes ld-shared": {"axes": ["token", "byte", "line", "sentence"], "kind": "ld-shared", "block": 2},
+    "t5": {},
+    "t5 own": {"buckets": 8, "longest": 11, "std": 0.5, "share_layers": False},
+    "kerple": {},
+    "kerple power": {"kind": "power"},
+    "fire": {},
+    "fire shared": {"c": 0.5, "L": 6.0, "share_layers": True},
+    "fox": {},
+    "fox start": {"start": 2.0},
+    "cable": {},
 }
 TURNING = [case for case in CASES if case.split()[0] in ("rope", "crope", "comrope", "carope") and "axes" not in case]
 # Two matrices with half of the parameters of the one dense weight of Q, K, V

@@ -1,0 +1,187 @@
+"""t5, kerple, fire, fox and cable: identities, values at long distances, options that are refused."""
+
+import bisect
+import itertools
+import math
+
+import pytest
+import reference
+import torch
+from models import Largest, build, close, config, layer_context, refused, tokens
+
+from model import GPT
+from nanope import attention
+from schemes.fox import FoX
+from schemes.t5 import first_distances
+
+FAR = 65536
+REFUSED = [
+    ("t5", {"buckets": 7}, "even"),
+    ("t5", {"buckets": 32, "longest": 16}, "half of its 32"),
+    ("t5", {"std": -1.0}, "std"),
+    ("fire", {"c": 0.0}, "positive"),
+    ("fire", {"L": -5.0}, "positive"),
+    ("kerple", {"kind": "linear"}, "log.*power"),
+]
+
+
+def first(model):
+    return model.transformer.h[0].attn.pos
+
+
+def bias_at(pos, x, m, n):
+    """(H,): the bias of query m and key n, in a layer with the normed input x (B, T, C)."""
+    bias = pos.bias(x, None, None, layer_context(pos, x))
+    at = torch.tensor([[m]]), torch.tensor([[n]])
+    value = bias(torch.zeros(1, 1, 1, 1, dtype=torch.int64), torch.arange(pos.n_head).view(-1, 1, 1), *at)
+    return value.flatten()
+
+
+@pytest.mark.parametrize("pos, options, words", REFUSED)
+def test_wrong_options_are_refused(pos, options, words):
+    refused({"pos": pos, "pos_options": options}, [words])
+
+
+# ---- t5
+
+
+SIZES = pytest.mark.parametrize("buckets, longest", [(32, 128), (32, 256), (64, 1024), (8, 20), (2, 9)])
+
+
+@SIZES
+def test_t5_buckets_are_those_of_the_formula(buckets, longest):
+    """At (32, 256) four distances are exactly where a bucket starts."""
+    firsts = first_distances(buckets, longest)
+    for d in (*range(2 * longest), FAR):
+        assert bisect.bisect_right(firsts, d) == reference.t5_bucket(d, buckets, longest)
+
+
+@pytest.mark.slow  # the import of transformers
+@SIZES
+def test_t5_buckets_are_those_of_transformers(buckets, longest):
+    """At every distance to 65,536."""
+    modeling = pytest.importorskip("transformers.models.t5.modeling_t5")
+    distance = torch.arange(FAR + 1)
+    ours = torch.bucketize(distance, torch.tensor(first_distances(buckets, longest)), right=True)
+    assert torch.equal(ours, modeling.T5Attention._relative_position_bucket(-distance, False, buckets, longest))
+
+
+@pytest.mark.slow
+def test_t5_bias_equals_transformers():
+    """A whole layer's bias, with one table."""
+    transformers = pytest.importorskip("transformers")
+    pos = first(build("t5", torch.float32))
+    other = transformers.T5Config(num_heads=pos.n_head, is_decoder=True)
+    layer = transformers.models.t5.modeling_t5.T5Attention(other, has_relative_attention_bias=True, layer_idx=0)
+    layer.relative_attention_bias.weight.data = pos.table.data
+    T = 300
+    theirs = layer.compute_bias(T, T)[0].detach()  # (H, T, T)
+    x = torch.zeros(1, T, pos.n_embd)
+    _, head, m, n = attention.indices(1, pos.n_head, 0, T, 0, x.device)
+    assert torch.equal(pos.bias(x, None, None, layer_context(pos, x))(None, head, m, n).tril(), theirs.tril())
+
+
+def test_t5_with_a_table_of_one_value_is_none():
+    model, plain = build("t5"), build("none")
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if ".pos." not in k})
+    for value in (0.0, 3.0):
+        torch.nn.init.constant_(first(model).table, value)
+        close(model(tokens(20))[0], plain(tokens(20))[0], atol=1e-12)
+
+
+# ---- kerple and fire
+
+
+@pytest.mark.parametrize("kind", ["log", "power"])
+@pytest.mark.parametrize("dtype, rtol", [(torch.float64, 1e-12), (torch.float32, 3e-6)])
+def test_kerple_at_a_long_distance(kind, dtype, rtol):
+    pos = first(build("kerple power" if kind == "power" else "kerple", dtype))
+    for distance in (0, 1, 2, 1000, FAR):
+        ours = bias_at(pos, torch.zeros(1, 1, pos.n_embd, dtype=dtype), FAR, FAR - distance)
+        for value, r1, r2 in zip(ours.tolist(), pos.r1.tolist(), pos.r2.tolist()):
+            r1 = math.log1p(math.exp(r1))
+            if kind == "log":
+                exact = -r1 * math.log1p(math.log1p(math.exp(r2)) * distance)
+            else:
+                exact = -r1 * distance ** (2 / (1 + math.exp(-r2)))
+            assert value == pytest.approx(exact, rel=rtol, abs=1e-30)
+
+
+@pytest.mark.parametrize("kind, ends", [("log", (2, 1)), ("power", (1, 2))])
+def test_kerple_starts_as_its_authors_code(kind, ends):
+    """r1 and r2 are uniform between 0.01 and their ends."""
+    pos = first(GPT(config("kerple", {"kind": kind}, n_head=512, n_embd=512)))
+    for value, end in zip(pos.kernel(torch.float64), ends):
+        assert value.min() > 0.0099 and value.max() < end
+        close(value.mean(), torch.tensor(end / 2, dtype=torch.float64), atol=0.06 * end)
+        close(value.std(), torch.tensor(end / math.sqrt(12), dtype=torch.float64), atol=0.03 * end)
+
+
+def test_fire_interpolates_beyond_L():
+    """The argument of f is the share log(c d + 1) / log(c m + 1) beyond L: 1 for the first token at any length."""
+    pos = first(build("fire shared"))
+    with torch.no_grad():
+        pos.log_L.fill_(math.log(6))
+    ends = [bias_at(pos, torch.zeros(1, T, pos.n_embd, dtype=torch.float64), T - 1, 0) for T in (8, 100, 3000)]
+    for a, b in itertools.pairwise(ends):
+        close(a, b)
+    weight, bias, out = pos.hidden.weight[:, 0], pos.hidden.bias, pos.out.weight
+    close(ends[0], out @ (weight + bias).clamp_min(0))
+
+
+# ---- fox and cable
+
+
+def test_fox_without_content_is_alibi_with_slopes_log_2():
+    pos = first(GPT(config("fox")))
+    torch.nn.init.zeros_(pos.gate.weight)
+    x = torch.randn(1, 40, pos.n_embd)
+    for m, n in ((39, 0), (20, 19), (7, 7)):
+        close(bias_at(pos, x, m, n), torch.full((pos.n_head,), -(m - n) * math.log(2)), atol=1e-5)
+
+
+@pytest.mark.parametrize("case, most", [("fox", 0.01), ("cable", 0.02)])
+def test_long_sums_against_float64(case, most):
+    """65,536 tokens in float32: a bias between neighbours at the end, where sums are largest, and over all."""
+    x = torch.randn(1, FAR, 48, generator=torch.Generator().manual_seed(0))
+    pairs = ((FAR - 1, FAR - 2), (FAR - 1, FAR - 100), (FAR - 1, 0))
+    exact, ours = (
+        [bias_at(first(build(case, t)), x.to(t), *at) for at in pairs] for t in (torch.float64, torch.float32)
+    )
+    for a, b in zip(ours, exact):
+        assert ((a - b).abs() <= most + 1e-6 * b.abs()).all()
+
+
+# ---- the kernel of a trained bias on a CPU
+
+
+@pytest.mark.parametrize("case", ["t5", "fox"])
+@pytest.mark.parametrize("window, start", [(0, 0), (70, 0), (0, 30)])
+def test_a_trained_bias_in_blocks_equals_sdpa(case, window, start, monkeypatch):
+    """Values and gradients of 150 queries, in blocks of 64 and in chunks; with a window; behind a cache."""
+    pos, T, S = first(build(case)), 150, 150 + start
+    x = torch.randn(2, S, pos.n_embd, dtype=torch.float64)
+    q, k, v = (torch.randn(2, pos.n_head, S, 16, dtype=torch.float64).requires_grad_() for _ in range(3))
+    g = torch.randn(2, pos.n_head, T, 16, dtype=torch.float64)
+    whole = layer_context(pos, x)
+    found = []
+    for differentiates, chunk in ((True, 2**24), (True, 2 * pos.n_head * S * 50), (False, 2**24)):
+        monkeypatch.setattr(attention, "differentiates", lambda *_, answer=differentiates: answer)
+        bias = pos.bias(x, q, k, whole)
+        ctx = layer_context(pos, x[:, start:], start)
+        y = attention.attend_fused(q[:, :, start:], k, v, bias, ctx, window, 0.0, chunk)
+        found.append((y, *torch.autograd.grad(y, (q, k, v, *pos.parameters()), g)))
+    for own in found[:2]:
+        for a, b in zip(own, found[2]):
+            close(a, b)
+
+
+@pytest.mark.slow
+def test_memory_of_a_trained_bias_is_bounded():
+    """1,500² scores of 8 heads exceed the 2^24 elements that may exist at once, also in training."""
+    model = build("fox", torch.float32, n_layer=1, n_head=8, n_embd=32)
+    idx = tokens(1500, B=1)
+    with Largest() as largest:
+        model(idx, idx)[1].backward()
+    assert largest.elements <= attention.CHUNK < 8 * 1500**2
+    assert isinstance(first(model), FoX)
