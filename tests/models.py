@@ -47,8 +47,20 @@ CASES = {
     "carope from 1": {"first_power": 1, "std": 0.3},
     "carope shared": {"share_layers": True, "std": 0.3},
     "alibi": {},
+    "prope": {},
+    "prope base p": {"base": 50.0, "p": 0.4},
+    "lerope": {},
+    "lerope base": {"base": 50.0},
+    "xpos": {},
+    "xpos base scale": {"base": 50.0, "scale": 2.5},
+    "pope": {},
+    "pope base uniform": {"base": 50.0, "start": "uniform"},
+    "gape": {},
+    "gape base": {"base": 50.0},
+    "selective": {},
+    "selective base gate bias": {"base": 50.0, "gate": True, "phase_bias": True, "rank": 0},
 }
-TURNING = [case for case in CASES if case.split()[0] in ("rope", "crope", "comrope", "carope")]
+TURNING = [case for case in CASES if case.split()[0] in ("rope", "crope", "comrope", "carope", "prope", "lerope")]
 # Two matrices with half of the parameters of the one dense weight of Q, K, V
 HALVED = dict.fromkeys(("crope", "crope base fraction", "rope grouped"), "A B".split())
 HALVED |= {"rope low-rank": ["down", "up"]}

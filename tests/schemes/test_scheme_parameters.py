@@ -21,15 +21,36 @@ OWN = {  # a layer's, by case: name → shape
     "carope embedding": {"c_pos.weight": (HEADS, WIDTH), "c_pos.bias": (HEADS,)},
     "carope paper": {"c_pos.weight": (HEADS, WIDTH)},
     "carope constant": {"c_pos.bias": (HEADS,)},
+    "lerope": {"scale.log": (D // 2,)},
+    "lerope base": {"scale.log": (D // 2,)},
+    "pope": {"delta": (HEADS, D)},
+    "pope base uniform": {"delta": (HEADS, D)},
+    "gape": dict.fromkeys(("w_g", "w_l"), (HEADS, D)) | dict.fromkeys(("b_g", "b_l", "gamma"), (HEADS,)),
+    "gape base": dict.fromkeys(("w_g", "w_l"), (HEADS, D)) | dict.fromkeys(("b_g", "b_l", "gamma"), (HEADS,)),
+    "selective": {"down": (16, WIDTH), "up": (WIDTH // 2, 16), "conv": (WIDTH // 2, 4)},
+    "selective base gate bias": {
+        "full": (WIDTH // 2, WIDTH),
+        "conv": (WIDTH // 2, 4),
+        "phase_bias": (HEADS, D // 2),
+        "gate.weight": (HEADS, WIDTH),
+        "gate.bias": (HEADS,),
+    },
 }
 
 
 # Own parameters without weight decay, by scheme, where a case has them
-UNDECAYED = {"comrope": {"P", "theta"}, "carope": {"c_pos.bias"}}
+UNDECAYED = {
+    "comrope": {"P", "theta"},
+    "carope": {"c_pos.bias"},
+    "lerope": {"scale.log"},
+    "pope": {"delta"},
+    "gape": {"b_g", "b_l", "gamma"},
+    "selective": {"gate.bias", "phase_bias"},
+}
 # Own parameters whose initial values differ, and are not drawn, by case or scheme
 SET = {"comrope": {"P"}, "comrope gaussian": set(), "comrope ld-shared": set()}
 # Cases in which all layers share all of their own parameters: these are the first layer's
-SHARED = {"carope shared"}
+SHARED = {"carope shared", "lerope", "lerope base"}
 
 
 def owners(case):
