@@ -29,6 +29,13 @@ COMPILED = [
     "carope from 1",
     "carope shared",
     "alibi",
+    "prope",
+    "lerope",
+    "xpos",
+    "pope",
+    "gape",
+    "selective",
+    "selective base gate bias",
 ]
 
 

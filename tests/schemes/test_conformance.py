@@ -44,6 +44,10 @@ CASES |= {
     "rope+Forget, none in windows": Case([f"rope+{TOYS}:Forget", "none"], {}, {"window": [5, 0]}),
     "rope in a window": Case("rope", {}, {"window": 7}),
     "DenseSlope in a window": Case(f"{TOYS}:DenseSlope", {}, {"window": 7}),
+    "xpos in a window": Case("xpos", {"scale": 16.0}, {"window": 7}),
+    "gape+alibi": Case("gape+alibi"),
+    "lerope, none": Case(["lerope+alibi", "none", "lerope"]),
+    "selective all options": Case("selective", {"rank": 0, "gate": True, "phase_bias": True}),
 }
 FAST = [name for name in CHECKS if name != "compilation"]
 
