@@ -84,7 +84,7 @@ def cards(names: list[str] | None = None) -> list[Card]:
 
 
 def page(cards: list[Card], speeds: dict[str, dict], machine: str) -> str:
-    """docs/schemes.md. speeds: {scheme: {"speed", "low", "high", "memory"}}, ratios to rope; machine: where that was."""
+    """docs/schemes.md. speeds: {scheme: {"speed", "low", "high", "memory"}}, ratios to rope; machine: where."""
     lines = [HEAD.format(machine=machine), "| scheme | parameters | FLOPs | speed | memory | beyond training length |"]
     lines.append("|---|--:|--:|--:|--:|---|")
     for card in cards:

@@ -314,3 +314,27 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     turned = turned.flatten(-2)
     # Not an idle .to(): compiled by torch 2.11, it loses the gradients of an autograd.Function that saves its result
     return turned if turned.dtype == x.dtype else turned.to(x.dtype)
+
+
+class Turned(torch.autograd.Function):
+    """Turn qk (B, T, 2, H, D) by phases that have a gradient, which broadcast to (B, T, 2, H, D/2); cos, sin: theirs.
+
+    The phases' gradient comes from the turned q and k, which attention keeps anyway: with y = x e^{iφ} and g = dL/dy,
+    dL/dφ = Im(conj(y) g). Autograd would keep q and k once more.
+    """
+
+    @staticmethod
+    def forward(ctx, qk, phases, cos, sin):
+        y = rotate(qk, cos, sin)
+        ctx.save_for_backward(y, cos, sin)
+        ctx.phases = phases.shape, phases.dtype, phases.device
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        y, cos, sin = ctx.saved_tensors
+        shape, dtype, device = ctx.phases
+        (y0, y1), (g0, g1) = (z.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1) for z in (y, g))
+        grad_phases = (g1 * y0 - g0 * y1).sum_to_size(shape)
+        return rotate(g, cos, -sin), grad_phases.to(device, dtype), None, None

@@ -153,12 +153,13 @@ class RoPE(Scheme):
 
     @classmethod
     def prepare(cls, layers, ctx):
-        """cos and sin ((B,) T, 1, 1, D/2), the same in all layers unless the frequencies are explicit."""
+        """cos and sin (T, 1, 1, D/2), (B, T, 1, 1, D/2) where documents restart; the same in all layers unless the
+        frequencies are explicit."""
         return None if layers[0].explicit else [layers[0].angles(ctx)] * len(layers)
 
     def angles(self, ctx):
         frequencies = self.frequencies(double_device(ctx.device)).view(-1, self.head_width // 2)  # (1 or H, D/2)
-        return ctx.cos_sin(ctx.positions[..., None, None, None] * frequencies)  # ((B,) T, 1, 1 or H, D/2) each
+        return ctx.cos_sin(ctx.positions[..., None, None, None] * frequencies)  # (T or B, T, 1, 1 or H, D/2) each
 
     def encode(self, qk, x, ctx):
         return rotate(qk, *(self.angles(ctx) if self.explicit else ctx.prepared))

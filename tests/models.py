@@ -60,8 +60,21 @@ CASES = {
     "fox": {},
     "fox start": {"start": 2.0},
     "cable": {},
+    "prope": {},
+    "prope base p": {"base": 50.0, "p": 0.4},
+    "lerope": {},
+    "lerope base": {"base": 50.0},
+    "xpos": {},
+    "xpos base scale": {"base": 50.0, "scale": 2.5},
+    "pope": {},
+    "pope base uniform": {"base": 50.0, "start": "uniform"},
+    "gape": {},
+    "gape base": {"base": 50.0},
+    "selective": {},
+    "selective base gate bias": {"base": 50.0, "gate": True, "phase_bias": True, "rank": 0},
 }
-TURNING = [case for case in CASES if case.split()[0] in ("rope", "crope", "comrope", "carope") and "axes" not in case]
+ROTARY = ("rope", "crope", "comrope", "carope", "prope", "lerope")
+TURNING = [case for case in CASES if case.split()[0] in ROTARY and "axes" not in case]
 # Two matrices with half of the parameters of the one dense weight of Q, K, V
 HALVED = dict.fromkeys(("crope", "crope base fraction", "rope grouped"), "A B".split())
 HALVED |= {"rope low-rank": ["down", "up"]}

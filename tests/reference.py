@@ -201,6 +201,85 @@ def rope(layer):
     return rotations(rope_angles(T, D, layer.options["base"], layer.options["fraction"])).view(1, T, 1, D, D)
 
 
+@of(ROTATIONS, "prope")
+def prope(layer):
+    _, T, _, D = layer.sizes
+    angles = rope_angles(T, D, layer.options["base"])
+    for i in range(D // 2):
+        if i + 1 > layer.options["p"] * D / 2:
+            angles[:, i] = 0
+    return rotations(angles).view(1, T, 1, D, D)
+
+
+@of(ROTATIONS, "lerope")
+def lerope(layer):
+    _, T, _, D = layer.sizes
+    scales = torch.stack([layer.own("scale.log")[i].exp() for i in range(D // 2)])
+    return rotations(rope_angles(T, D, layer.options["base"]) * scales).view(1, T, 1, D, D)
+
+
+@of(ROTATIONS, "selective")
+def selective(layer):
+    """φ_i(m) = temp_i Σ_{t≤m} ω_t, one token after another; ω_t by four taps, the last for t itself."""
+    (B, T, H, D), options = layer.sizes, layer.options
+    slices = layer.x.view(B, T, H, D)
+    normed = (slices / torch.sqrt((slices**2).sum(-1, keepdim=True) + 1e-6)).reshape(B, T, H * D)
+    W = layer.own("up") @ layer.own("down") if options["rank"] else layer.own("full")
+    mapped, conv = normed @ W.T, layer.own("conv")
+    temperature = torch.tensor([options["base"] ** (-2 * i / D) for i in range(D // 2)], dtype=layer.x.dtype)
+    total, phases = torch.zeros(B, H, D // 2, dtype=layer.x.dtype), []
+    for t in range(T):
+        omega = sum(conv[:, 3 - back] * mapped[:, t - back] for back in range(min(4, t + 1))).view(B, H, D // 2)
+        if options["phase_bias"]:
+            omega = omega + torch.exp(layer.own("phase_bias"))
+        if options["gate"]:
+            z = normed[:, t] @ layer.own("gate.weight").T + layer.own("gate.bias")
+            omega = omega / (1 + torch.exp(-z)).unsqueeze(-1)
+        total = total + omega
+        phases.append(temperature * total)
+    return rotations(torch.stack(phases, 1))
+
+
+@of(ENCODINGS, "xpos")
+def xpos(layer):
+    """Separate factors ζ^(m/scale) and ζ^(-n/scale): in float64, at few positions."""
+    _, T, _, D = layer.sizes
+    R = rotations(rope_angles(T, D, layer.options["base"]))
+    zeta = torch.tensor([(2 * (c // 2) / D + 0.4) / 1.4 for c in range(D)], dtype=layer.x.dtype)
+    factor = torch.stack([zeta ** (m / layer.options["scale"]) for m in range(T)]).view(1, T, 1, D)
+    q, k = (torch.einsum("tij,bthj->bthi", R, z) for z in (layer.q, layer.k))
+    return q * factor, k / factor
+
+
+@of(SCORES, "pope")
+def pope(layer):
+    _, T, H, D = layer.sizes
+    q, k = torch.log1p(torch.exp(layer.q)), torch.log1p(torch.exp(layer.k))
+    delta = layer.own("delta").clamp(-2 * math.pi, 0)
+    scores = 0
+    for c in range(D):
+        angle = -layer.distance.to(q) * layer.options["base"] ** (-c / D) + delta[:, c].view(H, 1, 1)
+        scores = scores + torch.einsum("bmh,bnh->bhmn", q[..., c], k[..., c]) * torch.cos(angle)
+    return scores / math.sqrt(D)
+
+
+@of(ROTATIONS, "gape")
+def gape_rotation(layer):
+    _, T, _, D = layer.sizes
+    return rotations(rope_angles(T, D, layer.options["base"])).view(1, T, 1, D, D)
+
+
+@of(BIASES, "gape")
+def gape(layer):
+    B, T, H, D = layer.sizes
+    qkv = linear(layer.x, layer.parameters, layer.name + ".c_attn").view(B, T, 3, H, D)  # before rotation
+    g = torch.log1p(torch.exp((qkv[:, :, 0] * layer.own("w_g")).sum(-1) + layer.own("b_g")))
+    protected = 1 / (1 + torch.exp(-(qkv[:, :, 1] * layer.own("w_l")).sum(-1) - layer.own("b_l")))
+    strength = torch.log1p(torch.exp(layer.own("gamma")))
+    gates = torch.einsum("h,bmh,bnh->bhmn", strength, g, 1 - protected)
+    return -gates * layer.distance.to(gates) / layer.config.block_size
+
+
 @of(ROTATIONS, "comrope")
 def comrope(layer):
     T, axes, unit = layer.sizes[1], layer.options["axes"], layer.options["unit"]

@@ -48,6 +48,10 @@ CASES |= {
     ),
     "rope in a window": Case("rope", {}, {"window": 7}),
     "DenseSlope in a window": Case(f"{TOYS}:DenseSlope", {}, {"window": 7}),
+    "xpos in a window": Case("xpos", {"scale": 16.0}, {"window": 7}),
+    "gape+alibi": Case("gape+alibi"),
+    "lerope, none": Case(["lerope+alibi", "none", "lerope"]),
+    "selective all options": Case("selective", {"rank": 0, "gate": True, "phase_bias": True}),
 }
 QUICK = {*SCHEMES, *GOOD, "carope shared, none", "WideSlope+Forget+Sigmoid", "rope+Forget, none in windows"}
 SLOW = {"lengths", "compilation"}

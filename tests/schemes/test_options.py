@@ -26,6 +26,12 @@ ALTERNATIVES = {
         "first_power": 1,
         "share_layers": True,
     },
+    "prope": {"base": 50.0, "p": 0.5},
+    "lerope": {"base": 50.0},
+    "xpos": {"base": 50.0, "scale": 3.0},
+    "pope": {"base": 50.0, "start": "uniform"},
+    "gape": {"base": 50.0},
+    "selective": {"base": 50.0, "rank": 0, "gate": True, "phase_bias": True},
 }
 NEEDS = {("carope", "share_layers"): {"std": 0.3}}  # options without which one does nothing
 

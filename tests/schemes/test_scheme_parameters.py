@@ -34,6 +34,20 @@ OWN = {  # a layer's, by case: name → shape
     "fox": {"gate.weight": (HEADS, WIDTH), "gate.bias": (HEADS,)},
     "fox start": {"gate.weight": (HEADS, WIDTH), "gate.bias": (HEADS,)},
     "cable": {"distance.weight": (HEADS, WIDTH), "slope.weight": (HEADS, WIDTH)},
+    "lerope": {"scale.log": (D // 2,)},
+    "lerope base": {"scale.log": (D // 2,)},
+    "pope": {"delta": (HEADS, D)},
+    "pope base uniform": {"delta": (HEADS, D)},
+    "gape": dict.fromkeys(("w_g", "w_l"), (HEADS, D)) | dict.fromkeys(("b_g", "b_l", "gamma"), (HEADS,)),
+    "gape base": dict.fromkeys(("w_g", "w_l"), (HEADS, D)) | dict.fromkeys(("b_g", "b_l", "gamma"), (HEADS,)),
+    "selective": {"down": (16, WIDTH), "up": (WIDTH // 2, 16), "conv": (WIDTH // 2, 4)},
+    "selective base gate bias": {
+        "full": (WIDTH // 2, WIDTH),
+        "conv": (WIDTH // 2, 4),
+        "phase_bias": (HEADS, D // 2),
+        "gate.weight": (HEADS, WIDTH),
+        "gate.bias": (HEADS,),
+    },
 }
 
 
@@ -45,12 +59,16 @@ UNDECAYED = {
     "kerple": {"r1", "r2"},
     "fire": {"log_c", "log_L", "hidden.bias"},
     "fox": {"gate.bias"},
+    "lerope": {"scale.log"},
+    "pope": {"delta"},
+    "gape": {"b_g", "b_l", "gamma"},
+    "selective": {"gate.bias", "phase_bias"},
 }
 # Own parameters whose initial values differ, and are not drawn, by case or scheme
 SET = {"comrope": {"P"}, "comrope gaussian": set(), "comrope ld-shared": set()}
 SET |= {"comrope axes ld": set(), "comrope axes ld-shared": {"P", "theta"}}
 # Cases in which all layers share all of their own parameters: these are the first layer's
-SHARED = {"carope shared", "t5", "fire shared"}
+SHARED = {"carope shared", "t5", "fire shared", "lerope", "lerope base"}
 
 
 def owners(case):

@@ -1,0 +1,89 @@
+"""Movahedi et al. 2511.17388, Selective RoPE: pair i of head h turns by φ_i(m) = temp_i Σ_{t ≤ m} ω_t, temp_i =
+base^(-2i/D), ω = conv₄(W x̂): a causal convolution over 4 tokens of a linear map, x̂ the input normed in each head's
+slice. Angles have both signs and no bound."""
+
+import math
+
+import torch
+import torch.nn as nn
+
+from nanope.ops import Linear, Turned, double_device, linear, no_autocast, rope_frequencies
+from schemes.base import Scheme
+
+WIDTH = 4  # tokens of the convolution
+TURN = 2 * math.pi
+
+
+class Selective(Scheme):
+    """`selective`. Options, as in the authors' code (github.com/timurcarstensen/selective-rope), default for default:
+
+    base of the temperatures, which are not trained. rank of W = up·down, 0: one full matrix. gate: ω is multiplied by
+    σ(w·x̂ + b), one a head. phase_bias: exp(b) is added to ω before the gate; with b = 0 at the start, that is one
+    radian a token, which is rope of the same base but for W.
+
+    Parameters: down (rank, C), up (C/2, rank), conv (C/2, 4): N(0, σ²) with the variance of torch's linear layers,
+        1/(3·inputs); for rank 0 full (C/2, C) likewise; gate.weight (H, C), N(0, 0.02²); gate.bias (H,), 0;
+        phase_bias (H, D/2), 0. Not decayed: gate.bias, phase_bias.
+    Beyond block_size: yes, by construction.
+    Cache: sums of the angles (B, 1, H, D/2) in float64 less whole turns, and the last 3 inputs of the convolution.
+    Cost: 3·rank·C + 20·C FLOPs a token, or C² + 20·C; no bias, so flash attention stays. Activations of about 4·C more.
+    """
+
+    undecayed = ("gate.bias", "phase_bias")
+
+    def __init__(
+        self, config, layer, *, base: float = 5e5, rank: int = 16, gate: bool = False, phase_bias: bool = False
+    ):
+        super().__init__(config, layer)
+        C, H = self.n_embd, self.n_head
+        if self.head_width % 2:
+            raise ValueError(f"selective turns channels in pairs: head width n_embd/n_head = {C // H} must be even")
+        if base <= 0:
+            raise ValueError(f"selective's base must be positive, not {base}")
+        if rank < 0:
+            raise ValueError(f"selective's rank must be positive, or 0 for a full matrix, not {rank}")
+        self.base, self.rank = base, rank
+        if rank:
+            self.down = nn.Parameter(torch.empty(rank, C))
+            self.up = nn.Parameter(torch.empty(C // 2, rank))
+        else:
+            self.full = nn.Parameter(torch.empty(C // 2, C))
+        self.conv = nn.Parameter(torch.empty(C // 2, WIDTH))
+        self.phase_bias = nn.Parameter(torch.empty(H, self.head_width // 2)) if phase_bias else None
+        self.gate = Linear(C, H, bias=True) if gate else None
+
+    def initial(self, name, shape, normal):
+        if name in ("gate.bias", "phase_bias"):
+            return torch.zeros(shape)
+        return normal(0.02 if name == "gate.weight" else (3 * shape[1]) ** -0.5)
+
+    @classmethod
+    def prepare(cls, layers, ctx):
+        """The temperatures (D/2,)."""
+        pos = layers[0]
+        exact = rope_frequencies(pos.head_width, pos.base, double_device(ctx.device))
+        return [exact.to(ctx.device, ctx.dtype)] * len(layers)
+
+    def steps(self, x: torch.Tensor, ctx) -> torch.Tensor:
+        """temp_i ω of the input x (B, T, C): (B, T, H, D/2), in max(float32, model dtype)."""
+        temperature, H = ctx.prepared, self.n_head
+        x = x.to(ctx.dtype).unflatten(-1, (H, -1))
+        x = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)).flatten(-2)
+        omega = x
+        for W in (self.down, self.up) if self.rank else (self.full,):
+            omega = linear(omega, W.to(ctx.dtype))  # (B, T, rank), (B, T, C/2)
+        # The convolution's weights take the temperature, which saves a pass over ω
+        conv = self.conv.to(ctx.dtype) * temperature.repeat(H).unsqueeze(-1)
+        steps = ctx.convolved("omega", omega, conv).unflatten(-1, (H, -1))
+        if self.phase_bias is not None:
+            steps = steps + self.phase_bias.to(ctx.dtype).exp() * temperature
+        if self.gate is not None:
+            gate = linear(x, self.gate.weight.to(ctx.dtype), self.gate.bias.to(ctx.dtype))
+            steps = steps * gate.sigmoid().unsqueeze(-1)
+        return steps
+
+    def encode(self, qk, x, ctx):
+        with no_autocast(x.device):
+            phases = ctx.accumulated("phase", self.steps(x, ctx), TURN).unsqueeze(2)  # (B, T, 1, H, D/2)
+            exact = phases.detach()
+            return Turned.apply(qk, phases, exact.cos(), exact.sin())
