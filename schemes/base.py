@@ -80,7 +80,7 @@ class Context:
         if self.cache is not None:
             key = self.key(name)
             seen = torch.cat((self.cache[key], x), 1) if key in self.cache else x
-            self.cache[key] = seen[:, 1 - n :].clone()
+            self.cache[key] = seen[:, seen.size(1) + 1 - n :].clone()
         seen = F.pad(seen, (0, 0, T + n - 1 - seen.size(1), 0))  # (B, n - 1 + T, K)
         y = torch.zeros_like(x)
         for back in range(n):
