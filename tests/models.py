@@ -47,6 +47,8 @@ CASES = {
     "carope from 1": {"first_power": 1, "std": 0.3},
     "carope shared": {"share_layers": True, "std": 0.3},
     "alibi": {},
+    "path": {},
+    "path rank width start": {"rank": 5, "width": 2, "start": -1.0},
 }
 TURNING = [case for case in CASES if case.split()[0] in ("rope", "crope", "comrope", "carope")]
 # Two matrices with half of the parameters of the one dense weight of Q, K, V

@@ -187,6 +187,26 @@ def alibi(layer):
     return -slopes.view(-1, 1, 1) * layer.distance
 
 
+@of(SCORES, "path")
+def path(layer):
+    """k_nᵀ H_{n+1} … H_m q_m / √D, with a (D, D) matrix for each pair of tokens."""
+    B, T, H, D = layer.sizes
+    maps = layer.x @ layer.own("down.weight").T @ layer.own("up.weight").T
+    conv = layer.own("conv")  # (C, width)
+    w = torch.stack([sum(maps[:, t - j] * conv[:, -1 - j] for j in range(conv.size(1)) if j <= t) for t in range(T)], 1)
+    w = (w / (1 + torch.exp(-w))).view(B, T, H, D)
+    w = w / (w**2).sum(-1, keepdim=True).sqrt()
+    beta = 2 / (1 + torch.exp(-(layer.x @ layer.own("gate.weight").T + layer.own("gate.bias"))))  # (B, T, H)
+    eye = torch.eye(D, dtype=w.dtype)
+    each = eye - beta[..., None, None] * w.unsqueeze(-1) * w.unsqueeze(-2)  # (B, T, H, D, D)
+    products, rows = torch.zeros(B, 0, H, D, D, dtype=w.dtype), []
+    for m in range(T):
+        products = torch.cat((products @ each[:, m : m + 1], eye.expand(B, 1, H, D, D)), 1)  # of n = 0 … m
+        scores = torch.einsum("bnhi,bnhij,bhj->bhn", layer.k[:, : m + 1], products, layer.q[:, m])
+        rows.append(torch.cat((scores, torch.zeros(B, H, T - m - 1, dtype=w.dtype)), -1))
+    return torch.stack(rows, 2) / math.sqrt(D)
+
+
 # ---- the model
 
 

@@ -9,6 +9,12 @@ from models import BLOCK, CASES, HALVED, HEADS, LAYERS, VOCAB, WIDTH, D, all_cas
 
 from model import GPT
 
+
+def path(rank, width):
+    maps = {"down.weight": (rank, WIDTH), "up.weight": (WIDTH, rank)}
+    return {"conv": (WIDTH, width)} | maps | {"gate.weight": (HEADS, WIDTH), "gate.bias": (HEADS,)}
+
+
 OWN = {  # a layer's, by case: name → shape
     "comrope": {"P": (HEADS, D // 8, 8, 8)},
     "comrope 4 ld": {"P": (HEADS, D // 4, 4, 4), "theta": (HEADS, D // 4)},
@@ -21,11 +27,13 @@ OWN = {  # a layer's, by case: name → shape
     "carope embedding": {"c_pos.weight": (HEADS, WIDTH), "c_pos.bias": (HEADS,)},
     "carope paper": {"c_pos.weight": (HEADS, WIDTH)},
     "carope constant": {"c_pos.bias": (HEADS,)},
+    "path": path(rank=32, width=3),
+    "path rank width start": path(rank=5, width=2),
 }
 
 
 # Own parameters without weight decay, by scheme, where a case has them
-UNDECAYED = {"comrope": {"P", "theta"}, "carope": {"c_pos.bias"}}
+UNDECAYED = {"comrope": {"P", "theta"}, "carope": {"c_pos.bias"}, "path": {"gate.bias"}}
 # Own parameters whose initial values differ, and are not drawn, by case or scheme
 SET = {"comrope": {"P"}, "comrope gaussian": set(), "comrope ld-shared": set()}
 # Cases in which all layers share all of their own parameters: these are the first layer's
