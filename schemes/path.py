@@ -103,20 +103,22 @@ class PaTH(Scheme):
     def scores(self, q, k, x, rows, ctx):
         W, U, V, last = ctx.prepared
         q, k, size = q.to(ctx.dtype), k.to(ctx.dtype), W.size(3)
-        m = torch.arange(rows.start, rows.stop, device=q.device).view(-1, 1)  # counted from this pass on
-        found = []
+        first, walked, found = q.size(2), q[:, :, :0], []  # the queries from `first` on are walking
         for n in reversed(range((rows.stop + size - 1) // size)):
-            y = q @ W[:, :, n].mT  # (B, H, R, b)
-            if (n + 1) * size > rows.start + 1:  # queries are among its tokens, or before
-                s = torch.arange(n * size, (n + 1) * size, device=q.device)
-                y = y.masked_fill(s > m, 0)
-                own = k[:, :, ctx.start + n * size : ctx.start + (n + 1) * size]
-                found.append(q @ own.mT - (y @ V[:, :, n])[..., : own.size(2)])
-            else:
-                found.append(q @ last[:, :, n].mT)
-            q = q - y @ U[:, :, n]
+            parts, at = [], n * size  # at: of the block in this pass
+            if walked.size(2):
+                parts.append(walked @ last[:, :, n].mT)
+                walked = walked - walked @ W[:, :, n].mT @ U[:, :, n]
+            start, end = max(0, at - rows.start), first
+            if start < end:  # these queries are among the block's tokens
+                m = torch.arange(rows.start + start, rows.start + end, device=q.device).view(-1, 1)
+                own, keys = q[:, :, start:end], k[:, :, ctx.start + at : ctx.start + at + size]
+                y = (own @ W[:, :, n].mT).masked_fill(torch.arange(at, at + size, device=q.device) > m, 0)
+                parts.insert(0, own @ keys.mT - (y @ V[:, :, n])[..., : keys.size(2)])
+                walked, first = torch.cat((own - y @ U[:, :, n], walked), 2), start
+            found.append(F.pad(torch.cat(parts, 2), (0, 0, first, 0)))  # hidden from queries before the block
         if ctx.start:
-            found.append(q @ k[:, :, : ctx.start].mT)
+            found.append(walked @ k[:, :, : ctx.start].mT)
         if rows.stop == ctx.length and not torch.is_grad_enabled():
             ctx.prepared.clear()  # no chunk comes after, so that layers do not pile up what they made
         return torch.cat(found[::-1], -1) / self.head_width**0.5
