@@ -29,6 +29,7 @@ class Combined(Scheme):
             self.add_module(name, part)
         self.names = tuple(parts)
         self.extends = all(part.extends for part in parts.values())
+        self.longest = min((part.longest for part in parts.values() if part.longest), default=None)
         self.dense = any(part.dense for part in parts.values())
 
     def told(self, ctx):
