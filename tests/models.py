@@ -48,6 +48,9 @@ CASES = {
     "carope shared": {"share_layers": True, "std": 0.3},
     "alibi": {},
     "path": {},
+    "seqpe": {},
+    "seqpe small": {"digits": 3, "width": 32, "layers": 1, "farthest": 400},
+    "seqpe without losses": {"digits": 4, "farthest": 100, "shift": 1.0, "contrast": 0.0, "transfer": 0.0},
     "path rank width start": {"rank": 5, "width": 2, "start": -1.0},
 }
 TURNING = [case for case in CASES if case.split()[0] in ("rope", "crope", "comrope", "carope")]

@@ -207,6 +207,40 @@ def path(layer):
     return torch.stack(rows, 2) / math.sqrt(D)
 
 
+@of(ENCODINGS, "seqpe")
+def seqpe(layer):
+    """e(m)W_Q and e(m)W_K beside q and k: their dot products add up."""
+    B, T, H, D = layer.sizes
+    e = seqpe_embeddings(range(T), layer.own, D)  # (T, C)
+    extra = [(e @ layer.own(f"encoder.to_{name}.weight").T).view(1, T, H, D).expand(B, -1, -1, -1) for name in "qk"]
+    return [torch.cat(pair, -1) for pair in zip((layer.q, layer.k), extra)]
+
+
+def seqpe_embeddings(positions, own, D):
+    """e (N, C) of each position: GPT-2's blocks over its digits, left-padded, and CLS; own: parameter by name; D: the
+    width of their heads."""
+    digit, place, cls = (own(f"encoder.{name}") for name in ("digit", "place", "cls"))
+    found = []
+    for m in positions:
+        symbols = [digit[int(symbol)] + place[i] for i, symbol in enumerate(str(m).rjust(len(place), "0"))]
+        x, layer = torch.stack([*symbols, cls[0]]), 0  # (digits + 1, width)
+        while (q := own(f"encoder.layers.{layer}.q.weight")) is not None:
+            kv, proj, fc, out = (own(f"encoder.layers.{layer}.{name}.weight") for name in ("kv", "proj", "fc", "out"))
+            h = standardised(x)
+            q, k, v = ((h @ w.T).unflatten(-1, (-1, D)).transpose(0, 1) for w in (q, *kv.chunk(2)))  # (heads, n, D)
+            scores = (q @ k.transpose(1, 2) / math.sqrt(D)).exp().tril()
+            y = (scores / scores.sum(-1, keepdim=True)) @ v
+            x = x + y.transpose(0, 1).flatten(1) @ proj.T
+            x, layer = x + gelu(standardised(x) @ fc.T) @ out.T, layer + 1
+        found.append(standardised(x[-1]) @ own("encoder.out.weight").T)
+    return torch.stack(found)
+
+
+def standardised(x):
+    mean = x.mean(-1, keepdim=True)
+    return (x - mean) / torch.sqrt(((x - mean) ** 2).mean(-1, keepdim=True) + 1e-5)
+
+
 # ---- the model
 
 
