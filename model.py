@@ -281,7 +281,7 @@ class GPT(nn.Module):
             raise ValueError(f"idx must be (B, T), not of shape {tuple(idx.shape)}")
         start = caches[0]["k"].size(2) if caches and "k" in caches[0] else 0
         end = start + idx.size(1)
-        self.check_length(end)
+        self.check_length(end + offset)
         self.check_tokens(idx, 0, "idx")
         x = self.transformer["wte"](idx)  # (B, T, C)
         places, documents = torch.arange(start, end, device=idx.device), None
@@ -385,12 +385,11 @@ class GPT(nn.Module):
 
     def check_length(self, length: int) -> None:
         """ValueError where a scheme cannot go to this length."""
-        c = self.config
-        ends = [block.attn.pos.name for block in self.transformer["h"] if not block.attn.pos.extends]
-        if length > c.block_size and ends:
-            raise ValueError(
-                f"{ends[0]} positions end at block_size {c.block_size}: a length of {length} is not possible"
-            )
+        for pos in (block.attn.pos for block in self.transformer["h"]):
+            end = pos.longest if pos.extends else self.config.block_size
+            if end is not None and length > end:
+                which = "length" if pos.extends else "block_size"
+                raise ValueError(f"{pos.name} positions end at {which} {end}: a length of {length} is not possible")
 
     def check_tokens(self, ids: torch.Tensor, lowest: int, what: str) -> None:
         """ValueError for ids outside the vocabulary; on the CPU alone, since a GPU would make the host wait."""

@@ -65,12 +65,12 @@ class Case:
         return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(2))
 
 
-def loss_of(model: GPT, tokens: torch.Tensor, seed: int = 3) -> torch.Tensor:
-    """The training loss, with what the scheme adds to it; draws are those of one seed."""
+def loss_of(model: GPT, tokens: torch.Tensor, seed: int = 3, added: bool = True) -> torch.Tensor:
+    """The training loss, with what the scheme adds to it unless `added` is false; draws are those of one seed."""
     with model.parameters_fixed(seed):
         loss = model(tokens[:, :-1], tokens[:, 1:])[1]
         auxiliary = model.auxiliary()
-    return loss if auxiliary is None else loss + auxiliary
+    return loss + auxiliary if added and auxiliary is not None else loss
 
 
 def far(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-9) -> bool:
@@ -197,12 +197,14 @@ def chunks(case: Case) -> None:
 
 
 def gradients(case: Case) -> None:
-    """Every parameter has a gradient, and it is that of finite differences."""
+    """Every parameter has a gradient, and it is that of finite differences, but for an auxiliary loss."""
     model, tokens = case.model().train(), case.tokens()
     loss_of(model, tokens).backward()
     for name, p in model.named_parameters():
         assert p.grad is not None, f"{name} gets no gradient: DistributedDataParallel would fail"
         assert torch.isfinite(p.grad).all(), f"the gradient of {name} is not finite"
+    model.zero_grad(set_to_none=False)
+    loss_of(model, tokens, added=False).backward()  # an auxiliary loss may take no gradient of a part of it
     generator = torch.Generator().manual_seed(4)
     for name, p in model.named_parameters():
         if OWN not in name and "h.0.attn" not in name:
@@ -213,7 +215,7 @@ def gradients(case: Case) -> None:
         with torch.no_grad():
             for sign in (1, -2, 1):
                 p.add_(along, alpha=sign * size)
-                values.append(loss_of(model, tokens))
+                values.append(loss_of(model, tokens, added=False))
         measured, own = float(values[0] - values[1]) / (2 * size), float((p.grad * along).sum())
         limit = 1e-6 + 1e-4 * max(abs(measured), float(p.grad.norm()))
         assert abs(measured - own) < limit, f"{name}: the gradient says {own:.3e}, finite differences {measured:.3e}"

@@ -35,6 +35,7 @@ class Combined(Scheme):
         self.axes = next(iter(asked), ())
         self.names = tuple(parts)
         self.extends = all(part.extends for part in parts.values())
+        self.longest = min((part.longest for part in parts.values() if part.longest), default=None)
         self.dense = any(part.dense for part in parts.values())
         self.widens = any(part.widens for part in parts.values())
 

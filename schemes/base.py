@@ -80,7 +80,7 @@ class Context:
         if self.cache is not None:
             key = self.key(name)
             seen = torch.cat((self.cache[key], x), 1) if key in self.cache else x
-            self.cache[key] = seen[:, 1 - n :].clone()
+            self.cache[key] = seen[:, max(0, seen.size(1) + 1 - n) :].clone()
         seen = F.pad(seen, (0, 0, T + n - 1 - seen.size(1), 0))  # (B, n - 1 + T, K)
         y = torch.zeros_like(x)
         for back in range(n):
@@ -118,6 +118,7 @@ class Scheme(nn.Module):
     """
 
     extends = True  # whether lengths beyond block_size are possible
+    longest: int | None = None  # the last of these, where it is known
     undecayed: tuple[str, ...] = ()  # own parameters without weight decay, with pos_lr_multiplier
     shared: tuple[str, ...] = ()  # own modules that all layers share: they are the first layer's
     sole: tuple[str, ...] = ()  # hooks that no other scheme of a combination may override

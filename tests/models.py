@@ -72,6 +72,11 @@ CASES = {
     "gape base": {"base": 50.0},
     "selective": {},
     "selective base gate bias": {"base": 50.0, "gate": True, "phase_bias": True, "rank": 0},
+    "path": {},
+    "seqpe": {},
+    "seqpe small": {"digits": 3, "width": 32, "layers": 1, "farthest": 400},
+    "seqpe without losses": {"digits": 4, "farthest": 100, "shift": 1.0, "contrast": 0.0, "transfer": 0.0},
+    "path rank width start": {"rank": 5, "width": 2, "start": -1.0},
 }
 ROTARY = ("rope", "crope", "comrope", "carope", "prope", "lerope")
 TURNING = [case for case in CASES if case.split()[0] in ROTARY and "axes" not in case]

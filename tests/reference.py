@@ -365,6 +365,60 @@ def cable(layer):
     return -weights.transpose(1, 2).unsqueeze(-1) * between(steps)
 
 
+@of(SCORES, "path")
+def path(layer):
+    """k_nᵀ H_{n+1} … H_m q_m / √D, with a (D, D) matrix for each pair of tokens."""
+    B, T, H, D = layer.sizes
+    maps = layer.x @ layer.own("down.weight").T @ layer.own("up.weight").T
+    conv = layer.own("conv")  # (C, width)
+    w = torch.stack([sum(maps[:, t - j] * conv[:, -1 - j] for j in range(conv.size(1)) if j <= t) for t in range(T)], 1)
+    w = (w / (1 + torch.exp(-w))).view(B, T, H, D)
+    w = w / (w**2).sum(-1, keepdim=True).sqrt()
+    beta = 2 / (1 + torch.exp(-(layer.x @ layer.own("gate.weight").T + layer.own("gate.bias"))))  # (B, T, H)
+    eye = torch.eye(D, dtype=w.dtype)
+    each = eye - beta[..., None, None] * w.unsqueeze(-1) * w.unsqueeze(-2)  # (B, T, H, D, D)
+    products, rows = torch.zeros(B, 0, H, D, D, dtype=w.dtype), []
+    for m in range(T):
+        products = torch.cat((products @ each[:, m : m + 1], eye.expand(B, 1, H, D, D)), 1)  # of n = 0 … m
+        scores = torch.einsum("bnhi,bnhij,bhj->bhn", layer.k[:, : m + 1], products, layer.q[:, m])
+        rows.append(torch.cat((scores, torch.zeros(B, H, T - m - 1, dtype=w.dtype)), -1))
+    return torch.stack(rows, 2) / math.sqrt(D)
+
+
+@of(ENCODINGS, "seqpe")
+def seqpe(layer):
+    """e(m)W_Q and e(m)W_K beside q and k: their dot products add up."""
+    B, T, H, D = layer.sizes
+    e = seqpe_embeddings(range(T), layer.own, D)  # (T, C)
+    extra = [(e @ layer.own(f"encoder.to_{name}.weight").T).view(1, T, H, D).expand(B, -1, -1, -1) for name in "qk"]
+    return [torch.cat(pair, -1) for pair in zip((layer.q, layer.k), extra)]
+
+
+def seqpe_embeddings(positions, own, D):
+    """e (N, C) of each position: GPT-2's blocks over its digits, left-padded, and CLS; own: parameter by name; D: the
+    width of their heads."""
+    digit, place, cls = (own(f"encoder.{name}") for name in ("digit", "place", "cls"))
+    found = []
+    for m in positions:
+        symbols = [digit[int(symbol)] + place[i] for i, symbol in enumerate(str(m).rjust(len(place), "0"))]
+        x, layer = torch.stack([*symbols, cls[0]]), 0  # (digits + 1, width)
+        while (q := own(f"encoder.layers.{layer}.q.weight")) is not None:
+            kv, proj, fc, out = (own(f"encoder.layers.{layer}.{name}.weight") for name in ("kv", "proj", "fc", "out"))
+            h = standardised(x)
+            q, k, v = ((h @ w.T).unflatten(-1, (-1, D)).transpose(0, 1) for w in (q, *kv.chunk(2)))  # (heads, n, D)
+            scores = (q @ k.transpose(1, 2) / math.sqrt(D)).exp().tril()
+            y = (scores / scores.sum(-1, keepdim=True)) @ v
+            x = x + y.transpose(0, 1).flatten(1) @ proj.T
+            x, layer = x + gelu(standardised(x) @ fc.T) @ out.T, layer + 1
+        found.append(standardised(x[-1]) @ own("encoder.out.weight").T)
+    return torch.stack(found)
+
+
+def standardised(x):
+    mean = x.mean(-1, keepdim=True)
+    return (x - mean) / torch.sqrt(((x - mean) ** 2).mean(-1, keepdim=True) + 1e-5)
+
+
 # ---- the model
 
 

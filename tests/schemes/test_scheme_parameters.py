@@ -10,6 +10,22 @@ from models import BLOCK, CASES, HALVED, HEADS, LAYERS, VOCAB, WIDTH, D, all_cas
 from model import GPT
 
 FIRE = {"log_c": (), "log_L": (), "hidden.weight": (32, 1), "hidden.bias": (32,), "out.weight": (HEADS, 32)}
+
+
+def path(rank, width):
+    maps = {"down.weight": (rank, WIDTH), "up.weight": (WIDTH, rank)}
+    return {"conv": (WIDTH, width)} | maps | {"gate.weight": (HEADS, WIDTH), "gate.bias": (HEADS,)}
+
+
+def seqpe(digits=5, width=WIDTH, layers=2):
+    sizes = {"q": (width, width), "kv": (2 * width, width), "proj": (width, width)}
+    sizes |= {"fc": (4 * width, width), "out": (width, 4 * width)}
+    names = {f"layers.{i}.{name}.weight": size for i in range(layers) for name, size in sizes.items()}
+    names |= {"digit": (10, width), "place": (digits, width), "cls": (1, width), "out.weight": (WIDTH, width)}
+    names |= {"to_q.weight": (WIDTH, WIDTH), "to_k.weight": (WIDTH, WIDTH)}
+    return {f"encoder.{name}": size for name, size in names.items()}
+
+
 OWN = {  # a layer's, by case: name → shape
     "comrope": {"P": (HEADS, D // 8, 8, 8)},
     "comrope 4 ld": {"P": (HEADS, D // 4, 4, 4), "theta": (HEADS, D // 4)},
@@ -48,6 +64,11 @@ OWN = {  # a layer's, by case: name → shape
         "gate.weight": (HEADS, WIDTH),
         "gate.bias": (HEADS,),
     },
+    "path": path(rank=32, width=3),
+    "seqpe": seqpe(),
+    "seqpe small": seqpe(digits=3, width=32, layers=1),
+    "seqpe without losses": seqpe(digits=4),
+    "path rank width start": path(rank=5, width=2),
 }
 
 
@@ -63,12 +84,14 @@ UNDECAYED = {
     "pope": {"delta"},
     "gape": {"b_g", "b_l", "gamma"},
     "selective": {"gate.bias", "phase_bias"},
+    "path": {"gate.bias"},
+    "seqpe": {f"encoder.{name}" for name in ("digit", "place", "cls")},
 }
 # Own parameters whose initial values differ, and are not drawn, by case or scheme
 SET = {"comrope": {"P"}, "comrope gaussian": set(), "comrope ld-shared": set()}
 SET |= {"comrope axes ld": set(), "comrope axes ld-shared": {"P", "theta"}}
 # Cases in which all layers share all of their own parameters: these are the first layer's
-SHARED = {"carope shared", "t5", "fire shared", "lerope", "lerope base"}
+SHARED = {"carope shared", "t5", "fire shared", "lerope", "lerope base", "seqpe", "seqpe small", "seqpe without losses"}
 
 
 def owners(case):
