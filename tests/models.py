@@ -47,6 +47,13 @@ CASES = {
     "carope from 1": {"first_power": 1, "std": 0.3},
     "carope shared": {"share_layers": True, "std": 0.3},
     "alibi": {},
+    "cope": {},
+    "cope positions": {"positions": 3},
+    "urpe": {},
+    "urpe none clip": {"bias": "none", "share_layers": False, "clip": True},
+    "stickbreaking": {},
+    "grape": {},
+    "grape width": {"width": 2},
 }
 TURNING = [case for case in CASES if case.split()[0] in ("rope", "crope", "comrope", "carope")]
 # Two matrices with half of the parameters of the one dense weight of Q, K, V
@@ -97,7 +104,7 @@ def randomise(module):
 
 
 def extends(case):
-    return case != "learned"
+    return case not in ("learned", "urpe")
 
 
 def tokens(T, B=2, seed=0, V=VOCAB):

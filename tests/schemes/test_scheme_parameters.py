@@ -21,15 +21,21 @@ OWN = {  # a layer's, by case: name → shape
     "carope embedding": {"c_pos.weight": (HEADS, WIDTH), "c_pos.bias": (HEADS,)},
     "carope paper": {"c_pos.weight": (HEADS, WIDTH)},
     "carope constant": {"c_pos.bias": (HEADS,)},
+    "cope": {"e": (D, 64)},
+    "cope positions": {"e": (D, 3)},
+    "urpe": {"C.table": (HEADS, BLOCK), "B.table": (HEADS, BLOCK)},
+    "urpe none clip": {"C.table": (HEADS, BLOCK)},
+    "grape": {"c_p.weight": (8 * HEADS, WIDTH)},
+    "grape width": {"c_p.weight": (2 * HEADS, WIDTH)},
 }
 
 
 # Own parameters without weight decay, by scheme, where a case has them
-UNDECAYED = {"comrope": {"P", "theta"}, "carope": {"c_pos.bias"}}
+UNDECAYED = {"comrope": {"P", "theta"}, "carope": {"c_pos.bias"}, "cope": {"e"}, "urpe": {"C.table", "B.table"}}
 # Own parameters whose initial values differ, and are not drawn, by case or scheme
 SET = {"comrope": {"P"}, "comrope gaussian": set(), "comrope ld-shared": set()}
 # Cases in which all layers share all of their own parameters: these are the first layer's
-SHARED = {"carope shared"}
+SHARED = {"carope shared", "urpe"}
 
 
 def owners(case):
