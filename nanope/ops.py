@@ -290,7 +290,7 @@ def running_sums(x: torch.Tensor, modulus: float | None = None) -> torch.Tensor:
 
 def suffix_sums(x: torch.Tensor) -> torch.Tensor:
     """Σ_{j ≥ n} x_j over the last dimension. Exact near its end, as no difference of two long sums is."""
-    return x.flip(-1).cumsum(-1).flip(-1)
+    return x.flip(-1).cumsum_(-1).flip(-1)
 
 
 # ------------------------------------------------------------------------------------------------

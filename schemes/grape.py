@@ -3,10 +3,28 @@ after the division by √D; p = W x for each head, p̃ = p over its root mean sq
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from nanope.ops import Linear, double_device, no_autocast, rotate, suffix_sums
 from schemes.alibi import ALiBi
 from schemes.base import Scheme
+
+
+class Path(torch.autograd.Function):
+    """Σ_{l=n+1..m} -log σ(-x_ml) of x (…, R, N), of the last R of N queries m: (…, R, N), 0 for keys after a query."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        steps = F.softplus(x, threshold=40.0).tril_(x.size(-1) - x.size(-2))
+        return suffix_sums(steps).sub_(steps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        g = g.tril(x.size(-1) - x.size(-2))
+        return g.cumsum(-1).sub_(g).mul_(torch.sigmoid(x)).tril_(x.size(-1) - x.size(-2))
 
 
 class GRAPE(Scheme):
@@ -50,7 +68,6 @@ class GRAPE(Scheme):
     def scores(self, q, k, x, rows, ctx):
         D = q.size(-1) - self.width
         with no_autocast(q.device):
-            link = F.logsigmoid((q[..., D:] / self.width) @ k[..., D:].mT)  # (B, H, R, N)
-        R, N = link.shape[-2:]
-        path = suffix_sums(link.tril(N - R)) - link
-        return super().scores(q[..., :D], k[..., :D], x, rows, ctx) + ctx.prepared[0] * path
+            path = Path.apply((q[..., D:] / -self.width) @ k[..., D:].mT)  # (B, H, R, N)
+        z = super().scores(q[..., :D], k[..., :D], x, rows, ctx).to(ctx.dtype)
+        return torch.addcmul(z, ctx.prepared[0], path, value=-1)
