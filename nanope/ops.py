@@ -288,6 +288,11 @@ def running_sums(x: torch.Tensor, modulus: float | None = None) -> torch.Tensor:
     return (chunks.cumsum(2) + before.to(x).unsqueeze(2)).flatten(1, 2)[:, :T]
 
 
+def suffix_sums(x: torch.Tensor) -> torch.Tensor:
+    """Σ_{j ≥ n} x_j over the last dimension. Exact near its end, as no difference of two long sums is."""
+    return x.flip(-1).cumsum_(-1).flip(-1)
+
+
 # ------------------------------------------------------------------------------------------------
 # Rotation
 

@@ -178,7 +178,7 @@ class Scheme(nn.Module):
         """Scores of the queries `rows` of this pass, before bias and mask: q (B, H, R, D) those queries, k (B, H, N, D)
         the keys that they may see and those before, x (B, T, C) the whole input: (B, H, R, N). The last query is at
         N - 1."""
-        return (q @ k.mT) / self.head_width**0.5
+        return (q / self.head_width**0.5) @ k.mT
 
     def weights(self, scores: torch.Tensor, ctx: Context) -> torch.Tensor:
         """Attention weights (B, H, R, N) of scores (B, H, R, N), which are -inf where a query may not see a key. The

@@ -77,6 +77,13 @@ CASES = {
     "seqpe small": {"digits": 3, "width": 32, "layers": 1, "farthest": 400},
     "seqpe without losses": {"digits": 4, "farthest": 100, "shift": 1.0, "contrast": 0.0, "transfer": 0.0},
     "path rank width start": {"rank": 5, "width": 2, "start": -1.0},
+    "cope": {},
+    "cope positions": {"positions": 3},
+    "urpe": {},
+    "urpe none clip": {"bias": "none", "share_layers": False, "clip": True},
+    "stickbreaking": {},
+    "grape": {},
+    "grape width": {"width": 2},
 }
 ROTARY = ("rope", "crope", "comrope", "carope", "prope", "lerope")
 TURNING = [case for case in CASES if case.split()[0] in ROTARY and "axes" not in case]
@@ -135,7 +142,7 @@ def randomise(module):
 
 
 def extends(case):
-    return case != "learned"
+    return case not in ("learned", "urpe")
 
 
 def tokens(T, B=2, seed=0, V=VOCAB):

@@ -419,6 +419,57 @@ def standardised(x):
     return (x - mean) / torch.sqrt(((x - mean) ** 2).mean(-1, keepdim=True) + 1e-5)
 
 
+@of(SCORES, "cope")
+def cope(layer):
+    _, T, _, D = layer.sizes
+    z = torch.einsum("bmhd,bnhd->bhmn", layer.q, layer.k) / math.sqrt(D)
+    table = layer.own("e")  # (D, P)
+    values = torch.einsum("bmhd,dp->bhmp", layer.q, table)
+    grid, out = torch.arange(table.size(1)), torch.zeros_like(z)
+    for m in range(T):
+        for n in range(m + 1):
+            p = z[:, :, m, n : m + 1].sigmoid().sum(-1, keepdim=True).clamp(max=table.size(1) - 1)  # (B, H, 1)
+            tents = (1 - (p - grid).abs()).clamp(min=0)  # (B, H, P): linear interpolation
+            out[:, :, m, n] = z[:, :, m, n] + (values[:, :, m] * tents).sum(-1)
+    return out
+
+
+@of(WEIGHTS, "urpe")
+def urpe(layer, scores):
+    distance = layer.distance.clamp(0, layer.own("C.table").size(1) - 1)
+    if layer.options["bias"] == "toeplitz":
+        scores = scores + layer.own("B.table")[:, distance]
+    return scores.exp() / scores.exp().sum(-1, keepdim=True) * layer.own("C.table")[:, distance]
+
+
+@of(WEIGHTS, "stickbreaking")
+def stickbreaking(layer, scores):
+    shares, weights = scores.sigmoid(), torch.zeros_like(scores)
+    for m in range(scores.size(2)):
+        left = torch.ones_like(scores[:, :, m, 0])
+        for n in reversed(range(m)):
+            weights[:, :, m, n] = shares[:, :, m, n] * left
+            left = left * (1 - shares[:, :, m, n])
+    return weights
+
+
+@of(BIASES, "grape")
+def grape(layer):
+    (B, T, H, _), d = layer.sizes, layer.options["width"]
+    p = (layer.x @ layer.own("c_p.weight").T).view(B, T, H, d)
+    turned = torch.zeros_like(p)
+    for m in range(T):
+        normed = p[:, m] / p[:, m].square().mean(-1, keepdim=True).sqrt()
+        turned[:, m] = normed @ rotations(torch.full((d // 2,), float(m), dtype=p.dtype)).T
+    steps = (torch.einsum("bmhd,blhd->bhml", p, turned) / d).sigmoid().log()
+    slopes = torch.tensor(alibi_slopes(H), dtype=p.dtype)
+    bias = torch.zeros_like(steps)
+    for n in range(T):
+        for m in range(n + 1, T):
+            bias[:, :, m, n] = slopes * steps[:, :, m, n + 1 : m + 1].sum(-1)
+    return bias
+
+
 # ---- the model
 
 

@@ -33,4 +33,4 @@ def test_learned_refuses_to_extend_and_names_both_lengths():
     ):
         with pytest.raises(ValueError, match=rf"(?s)learned.*\b{BLOCK}\b.*\b{BLOCK + 1}\b"):
             call()
-    assert {pos for pos, scheme in SCHEMES.items() if not scheme.extends} == {"learned"}
+    assert {pos for pos, scheme in SCHEMES.items() if not scheme.extends} == {"learned", "urpe"}

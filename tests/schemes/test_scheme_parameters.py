@@ -69,6 +69,12 @@ OWN = {  # a layer's, by case: name → shape
     "seqpe small": seqpe(digits=3, width=32, layers=1),
     "seqpe without losses": seqpe(digits=4),
     "path rank width start": path(rank=5, width=2),
+    "cope": {"e": (D, 64)},
+    "cope positions": {"e": (D, 3)},
+    "urpe": {"C.table": (HEADS, BLOCK), "B.table": (HEADS, BLOCK)},
+    "urpe none clip": {"C.table": (HEADS, BLOCK)},
+    "grape": {"c_p.weight": (8 * HEADS, WIDTH)},
+    "grape width": {"c_p.weight": (2 * HEADS, WIDTH)},
 }
 
 
@@ -87,11 +93,13 @@ UNDECAYED = {
     "path": {"gate.bias"},
     "seqpe": {f"encoder.{name}" for name in ("digit", "place", "cls")},
 }
+UNDECAYED |= {"cope": {"e"}, "urpe": {"C.table", "B.table"}}
 # Own parameters whose initial values differ, and are not drawn, by case or scheme
 SET = {"comrope": {"P"}, "comrope gaussian": set(), "comrope ld-shared": set()}
 SET |= {"comrope axes ld": set(), "comrope axes ld-shared": {"P", "theta"}}
 # Cases in which all layers share all of their own parameters: these are the first layer's
 SHARED = {"carope shared", "t5", "fire shared", "lerope", "lerope base", "seqpe", "seqpe small", "seqpe without losses"}
+SHARED |= {"urpe"}
 
 
 def owners(case):
