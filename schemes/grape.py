@@ -42,6 +42,8 @@ class GRAPE(Scheme):
         passes over H·T² scores more than softmax; memory of a chunk of queries.
     """
 
+    widens = True
+
     def __init__(self, config, layer, *, width: int = 8):
         super().__init__(config, layer)
         if width < 2 or width % 2:

@@ -157,6 +157,7 @@ class Layer:
     parameters: dict
     name: str  # transformer.h.0.attn
     idx: torch.Tensor  # (B, T) token ids
+    unturned: tuple = ()  # q and k before positions, always
 
     def own(self, name):
         """A parameter of the scheme's: this layer's, or that of layer 0 which all share; None where there is none."""
@@ -272,9 +273,9 @@ def gape_rotation(layer):
 @of(BIASES, "gape")
 def gape(layer):
     B, T, H, D = layer.sizes
-    qkv = linear(layer.x, layer.parameters, layer.name + ".c_attn").view(B, T, 3, H, D)  # before rotation
-    g = torch.log1p(torch.exp((qkv[:, :, 0] * layer.own("w_g")).sum(-1) + layer.own("b_g")))
-    protected = 1 / (1 + torch.exp(-(qkv[:, :, 1] * layer.own("w_l")).sum(-1) - layer.own("b_l")))
+    q, k = layer.unturned
+    g = torch.log1p(torch.exp((q * layer.own("w_g")).sum(-1) + layer.own("b_g")))
+    protected = 1 / (1 + torch.exp(-(k * layer.own("w_l")).sum(-1) - layer.own("b_l")))
     strength = torch.log1p(torch.exp(layer.own("gamma")))
     gates = torch.einsum("h,bmh,bnh->bhmn", strength, g, 1 - protected)
     return -gates * layer.distance.to(gates) / layer.config.block_size
@@ -490,16 +491,16 @@ def attention(x, embedding, config, p, name, idx):
 
     if config.qk_norm:
         q, k = (z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt() for z in (q, k))
-    layer = Layer(x, q, k, options, embedding, config, p, name, idx)
+    layer = Layer(x, q, k, options, embedding, config, p, name, idx, (q, k))
     if pos in ROTATIONS:
         R = ROTATIONS[pos](layer).expand(B, T, H, D, D)
         layer.q, layer.k = (torch.einsum("bthij,bthj->bthi", R, z) for z in (q, k))
     if pos in ENCODINGS:
         layer.q, layer.k = ENCODINGS[pos](layer)
+    scores = SCORES[pos](layer) if pos in SCORES else torch.einsum("bmhd,bnhd->bhmn", layer.q, layer.k) / math.sqrt(D)
     if config.logit_scale == "log":
         visible = torch.arange(1, T + 1).clamp_max(config.window or T)
-        layer.q = layer.q * p[name + ".logit_scale"].view(H, 1) * visible.to(x.dtype).log().view(T, 1, 1)
-    scores = SCORES[pos](layer) if pos in SCORES else torch.einsum("bmhd,bnhd->bhmn", layer.q, layer.k) / math.sqrt(D)
+        scores = scores * p[name + ".logit_scale"].view(H, 1, 1) * visible.to(x.dtype).log().view(T, 1)
     if pos in BIASES:
         scores = scores + BIASES[pos](layer)
     future = torch.ones(T, T, dtype=torch.bool).triu(1)

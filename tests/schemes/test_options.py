@@ -32,6 +32,15 @@ ALTERNATIVES = {
     "pope": {"base": 50.0, "start": "uniform"},
     "gape": {"base": 50.0},
     "selective": {"base": 50.0, "rank": 0, "gate": True, "phase_bias": True},
+    "t5": {"buckets": 8, "longest": 40, "std": 0.5, "share_layers": False},
+    "kerple": {"kind": "power"},
+    "fire": {"c": 2.0, "L": 6.0, "share_layers": True},
+    "fox": {"start": 3.0},
+    "cope": {"positions": 3},
+    "urpe": {"bias": "none", "share_layers": False, "clip": True},
+    "grape": {"width": 4},
+    "path": {"rank": 4, "width": 2, "start": -2.0},
+    "seqpe": {"digits": 3, "width": 32, "layers": 1, "farthest": 100, "shift": 1.0, "contrast": 0.0, "transfer": 0.0},
 }
 NEEDS = {("carope", "share_layers"): {"std": 0.3}}  # options without which one does nothing
 

@@ -18,7 +18,7 @@ def reference_scores(attn, config, x):
     """(H, T, T) scores of one layer for x (T, C), by explicit products; 0 for hidden pairs."""
     own = {f"attn.pos.{name}": p.detach() for name, p in attn.pos.named_parameters()}
     q, k, _ = (t.unflatten(-1, (attn.n_head, -1)) for t in attn.c_attn(x[None]).detach().chunk(3, -1))
-    return reference.path(reference.Layer(x[None], q, k, config.pos_options, x[None], config, own, "attn"))[0]
+    return reference.path(reference.Layer(x[None], q, k, config.pos_options, x[None], config, own, "attn", None))[0]
 
 
 def scores(attn, x, rows=1000):
