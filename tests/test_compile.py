@@ -29,6 +29,10 @@ COMPILED = [
     "carope from 1",
     "carope shared",
     "alibi",
+    "cope",
+    "urpe",
+    "stickbreaking",
+    "grape",
 ]
 
 
