@@ -28,8 +28,8 @@ class URPE(Scheme):
     """`urpe`. Options:
 
     bias: B is `toeplitz`, or left out: `none`, to which other biases may be added (t5+urpe). share_layers: all layers
-    have the same tables, as in the official code; the paper has no word on it. clip: distances beyond the table take
-    its last entry, which the paper does not do.
+    have the same tables, as in the official code. clip: distances beyond the table take its last entry, which the
+    paper does not do.
 
     Parameters: C.table (H, block_size), 1; B.table (H, block_size), 0. Not decayed: both.
     Beyond block_size: no, the tables end there; with clip yes, by the last entry.

@@ -112,7 +112,9 @@ def test_generation_knows_where_documents_end():
 
 
 @pytest.mark.parametrize("fields", [{"qk_norm": True}, {"logit_scale": "log"}, {"logit_scale": "log", "window": 4}])
-@pytest.mark.parametrize("case", ["rope", "crope", "comrope", "carope", "alibi", "gape", "grape", "pope", "seqpe", "xpos"])
+@pytest.mark.parametrize(
+    "case", ["rope", "crope", "comrope", "carope", "alibi", "gape", "grape", "pope", "seqpe", "xpos"]
+)
 def test_norms_and_scales_equal_the_reference(case, fields):
     model = build(case, **fields)
     idx, targets = tokens(2 * BLOCK), tokens(2 * BLOCK, seed=1)
