@@ -36,12 +36,13 @@ def figure(value: float | None, digits: int = 2) -> str:
     return f"{value:.{digits}g}" if 1e-3 <= abs(value) < 1e4 else f"{value:.0e}"
 
 
-def markdown(head: list[str], rows: list[list[str]], left: int = 1) -> str:
-    return Table("", head, rows, left).markdown().removeprefix("****\n\n")
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    return Table("", head, rows).markdown().removeprefix("****\n\n")
 
 
 def runs_of(numbers: dict) -> str:
-    runs = ", ".join(f"{name} (step {run['step']:,})" for name, run in numbers["runs"].items())
+    steps = sorted({run["step"] for run in numbers["runs"].values()})
+    runs = f"{', '.join(numbers['runs'])}, at step {' or '.join(map(str, steps))}" if steps else ""
     missing = f" No run was there of {', '.join(numbers['missing'])}." if numbers["missing"] else ""
     return wrapped(f"Runs: {runs or 'none'}.{missing}")
 
@@ -58,34 +59,26 @@ def wrapped(text: str) -> str:
 
 def relative(numbers: dict) -> str:
     structure = numbers["exact"]["structure"]
-    rows, largest = [], 0.0
+    alike, largest = {}, 0.0
     for name, found in structure.items():
         values = [found[key] for key in ("shift", "before", "between", "turn")]
         largest = max([largest, *(v for v in values if v is not None and v < ZERO)])
-        rows.append([f"`{name}`", ", ".join(found["hooks"]), *map(figure, values)])
-    head = ["scheme", "hooks", "all positions + 300", "600 tokens before", "token between", "RᵀR from R(n-m)"]
-    return markdown(head, rows, left=2) + f"\n\n0 is rounding: at most {largest:.0e}."
+        alike.setdefault(tuple(map(figure, values)), []).append(f"`{name}`")
+    rows = [[", ".join(names), *cells] for cells, names in sorted(alike.items(), key=lambda item: -len(item[1]))]
+    head = ["scheme", "all positions + 300", "600 tokens before", "token between", "RᵀR from R(n-m)"]
+    return markdown(head, rows) + f"\n\n0 is rounding: at most {largest:.0e}."
 
 
 def turns(numbers: dict) -> str:
-    rows = []
-    for name, run in numbers["runs"].items():
-        found = run["trained"]["turn"]
-        if found:
-            kinds = octaves(run["block_size"])[1:]
-            rows.append([f"`{name}`", *(figure(found[kinds.index(d)]) for d in shown(kinds))])
-    return table_by_distance("trained run", rows, numbers)
-
-
-def shown(distances: list[int]) -> list[int]:
-    return [d for d in distances if d in (1, 4, 16, 64, 128)]
-
-
-def table_by_distance(what: str, rows: list[list[str]], numbers: dict) -> str:
-    if not rows:
-        return "No such run."
-    kinds = octaves(next(iter(numbers["runs"].values()))["block_size"])[1:]
-    return markdown([what, *(f"m - n = {d}" for d in shown(kinds))], rows)
+    found = {name: run["trained"]["turn"] for name, run in numbers["runs"].items() if run["trained"]["turn"]}
+    relative = [f"`{name}`" for name, by_distance in found.items() if max(by_distance) < ZERO]
+    rows, at = [], []
+    for name in found.keys() - {name.strip("`") for name in relative}:
+        distances = octaves(numbers["runs"][name]["block_size"])[1:]
+        at = [d for d in distances if d in (1, 4, 16, 64, 128)]
+        rows.append([f"`{name}`", *(figure(found[name][distances.index(d)]) for d in at)])
+    text = f"It is 0 in the trained runs of {', '.join(relative)}." if relative else ""
+    return "\n\n".join(filter(None, [rows and markdown(["run", *(f"m - n = {d}" for d in at)], sorted(rows)), text]))
 
 
 def comrope(numbers: dict) -> str:
@@ -121,7 +114,7 @@ def frequencies(numbers: dict) -> str:
     rows, head = [], []
     for name, run in numbers["runs"].items():
         found = run["trained"]["frequencies"]
-        if found:
+        if found and not (name != "rope" and unmoved(found)):
             pairs = len(found["median"])
             at = sorted({0, pairs // 4, pairs // 2, 3 * pairs // 4, pairs - 1})
             head = [f"pair {i}" for i in at]
@@ -132,6 +125,11 @@ def frequencies(numbers: dict) -> str:
     return markdown(["trained run", *head, "spread over tokens"], rows) if rows else "No such run."
 
 
+def unmoved(found: dict) -> bool:
+    """Whether all frequencies are rope's."""
+    return max(abs(ratio - 1) for key in ("least", "largest") for ratio in found[key]) < 1e-6
+
+
 def decay(numbers: dict) -> str:
     exact, rows = numbers["exact"]["decay"], []
     values = ", ".join(f"{value:.2f} at {int(d):,}" for d, value in exact["values"].items())
@@ -139,8 +137,8 @@ def decay(numbers: dict) -> str:
         f"`rope` with {exact['width']} channels: {values}. Mean difference from 1 - (ln d + γ)/ln base over d = 16 … "
         f"4,096: {exact['mean_gap']:.2f}. It rises at {exact['rises']:.0%} of the steps d → d + 1."
     )
-    for name, run in numbers["runs"].items():
-        distances, values = far(run), run["trained"]["similarity"]
+    for name, run, values in named(numbers["runs"], "similarity"):
+        distances = far(run)
         if values:
             cells = [figure(values[distances.index(d)]) for d in (1, 16, run["block_size"], distances[-1])]
             rows.append([f"`{name}`", *cells])
@@ -245,12 +243,12 @@ def frequency_panel(runs, looks):
     curves = []
     for name, run in runs.items():
         found = run["trained"]["frequencies"]
-        if not found or name != "rope" and alike(found["median"], [1.0] * len(found["median"])):
+        if not found or name != "rope" and unmoved(found):
             continue
-        parts = {k: [max(v, 1e-3) for v in found[k]] for k in ("median", "least", "largest")}
-        intervals = [list(pair) for pair in zip(parts["least"], parts["largest"])]
-        wide = name in ("comrope", "carope")
-        curves.append(curve(name, looks[name], range(len(intervals)), parts["median"], intervals if wide else None))
+        median = [value for value in found["median"] if value > 1e-6]  # prope has pairs that stand still
+        ends = [list(pair) for pair in zip(found["least"], found["largest"])]
+        band = ends if name in ("comrope", "carope") and len(median) == len(ends) else None
+        curves.append(curve(name, looks[name], range(len(median)), median, band))
     note = "median of layers and heads; band of comrope, carope: all"
     return Lines("Trained frequencies", note, "channel pair", "over rope’s", curves, "rope", log_y=True)
 
@@ -308,4 +306,6 @@ def beyond_panel(runs, looks):
 def distance_panel(title, note, ylabel, curves, runs):
     blocks = {float(run["block_size"]) for run in runs.values()}
     baseline = "rope" if any(c.name == "rope" for c in curves) else ""
-    return Lines(title, note, "distance m - n", ylabel, curves, baseline, log_x=True, trained=tuple(sorted(blocks)))
+    return Lines(
+        title, note, "distance m - n", ylabel, curves, baseline, log_x=True, trained=tuple(sorted(blocks)), points=False
+    )

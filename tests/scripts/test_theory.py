@@ -74,7 +74,7 @@ def test_comrope_is_rope_with_learned_frequencies(kind):
     assert theory.comrope_gap(theory.COMROPES[kind]) < 1e-11
 
 
-def test_comropes_gap_is_not_zero_for_another_unit(monkeypatch):
+def test_comropes_gap_is_not_zero_for_another_model(monkeypatch):
     real = theory.layers_of
     monkeypatch.setattr(theory, "layers_of", lambda model, idx: real(model, idx, offset=0.5))
     assert theory.comrope_gap({}) < 1e-11  # relative: a shift is no difference
