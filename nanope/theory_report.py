@@ -106,7 +106,8 @@ def conjugate(numbers: dict) -> str:
     none = [f"`{name}`" for name, shares in others.items() if max(shares) < ZERO]
     rest = [share for shares in others.values() if max(shares) >= ZERO for share in shares]
     text = f"In {' and '.join(none)} it is 0. " * bool(none)
-    text += f"In the other runs the shares lie in {min(rest):.3f} … {max(rest):.3f}." * bool(rest)
+    if rest:
+        text += f"In the other runs the shares lie in {min(rest):.3f} … {max(rest):.3f}."
     return markdown(["trained run", "W_q", "W_k", "W_v"], rows) + f"\n\n{text}".rstrip()
 
 
@@ -235,7 +236,7 @@ def named(runs: dict, what: str) -> list[tuple[str, dict, list]]:
 
 def turn_panel(runs, looks):
     curves = [curve(n, looks[n], octaves(run["block_size"])[1:], y) for n, run, y in named(runs, "turn")]
-    title, note = "Turns that are not relative", "R(m)R(n) against R(n - m), trained"
+    title, note = "Turns that are not relative", "turn between m and n against that between m - n and 0, trained"
     return Lines(title, note, "distance m - n", "relative difference", curves, "rope", log_x=True)
 
 
@@ -250,7 +251,7 @@ def frequency_panel(runs, looks):
         band = ends if name in ("comrope", "carope") and len(median) == len(ends) else None
         curves.append(curve(name, looks[name], range(len(median)), median, band))
     note = "median of layers and heads; band of comrope, carope: all"
-    return Lines("Trained frequencies", note, "channel pair", "over rope’s", curves, "rope", log_y=True)
+    return Lines("Trained frequencies", note, "channel pair", "over rope’s", curves, "rope", log_y=True, points=False)
 
 
 def similarity_panel(runs, looks):
