@@ -105,10 +105,15 @@ def conjugate(numbers: dict) -> str:
     others = {name: sum(run["conjugate"], []) for name, run in numbers["runs"].items() if name != "rope"}
     none = [f"`{name}`" for name, shares in others.items() if max(shares) < ZERO]
     rest = [share for shares in others.values() if max(shares) >= ZERO for share in shares]
-    text = f"In {' and '.join(none)} it is 0. " * bool(none)
+    text = ""
+    if "rope" in numbers["runs"]:
+        run = numbers["runs"]["rope"]
+        farthest = max(abs(share - 0.5) for share in sum(run["conjugate"], [])) / share_deviation(run["n_embd"])
+        text = f"The farthest of `rope`'s is {farthest:.1f} standard deviations from 0.5. "
+    text += f"In {' and '.join(none)} it is 0. " * bool(none)
     if rest:
         text += f"In the other runs the shares lie in {min(rest):.3f} … {max(rest):.3f}."
-    return markdown(["trained run", "W_q", "W_k", "W_v"], rows) + f"\n\n{text}".rstrip()
+    return markdown(["trained run", "W_q", "W_k", "W_v"], rows) + f"\n\n{wrapped(text)}".rstrip()
 
 
 def frequencies(numbers: dict) -> str:
@@ -235,7 +240,8 @@ def named(runs: dict, what: str) -> list[tuple[str, dict, list]]:
 
 
 def turn_panel(runs, looks):
-    curves = [curve(n, looks[n], octaves(run["block_size"])[1:], y) for n, run, y in named(runs, "turn")]
+    found = [(n, octaves(run["block_size"])[1:], y) for n, run, y in named(runs, "turn")]
+    curves = [curve(n, looks[n], x, [v if v > ZERO else 0.0 for v in y]) for n, x, y in found]
     title, note = "Turns that are not relative", "turn between m and n against that between m - n and 0, trained"
     return Lines(title, note, "distance m - n", "relative difference", curves, "rope", log_x=True)
 
