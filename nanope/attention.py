@@ -49,6 +49,45 @@ def attend(scheme, q, k, v, x, ctx, window: int = 0, dropout: float = 0.0, chunk
     return attend_fused(q, k, v, bias, ctx, window, dropout, chunk, width**-0.5)[..., :width]
 
 
+@torch.no_grad()
+def weights_of(scheme, q, k, x, ctx, window: int = 0, chunk: int = CHUNK) -> torch.Tensor:
+    """The weights that `attend` gives to the values, (B, H, T, S) in q's dtype: `weights @ v` is what it returns.
+
+    Call it in the place of `attend` (GPT.attend), not beside it: both go on with the cache, and a scheme may drop what
+    it prepared. The kernel is the same: it sees the identity for values, 256 columns at a time.
+    """
+    S = k.size(2)
+    window = 0 if window >= S else window
+    if scheme.dense:
+        return attend_densely(scheme, q, k, None, x, ctx, window, 0.0, chunk).to(q.dtype)
+    bias, found = scheme.bias(x, q, k, ctx), []
+    width = max(q.size(-1), min(S, 256))  # kernels want equal widths, and a bias is asked anew each time
+    q, k = (F.pad(t, (0, width - t.size(-1))) for t in (q, k))
+    for n in range(0, S, width):
+        one = torch.eye(S, width, dtype=q.dtype, device=q.device).roll(n, 0)  # row n + j has its 1 in column j
+        one = one.expand(*k.shape[:2], -1, -1)
+        found.append(attend_fused(q, k, one, bias, ctx, window, 0.0, chunk, scheme.head_width**-0.5))
+    return torch.cat(found, -1)[..., :S]
+
+
+@torch.no_grad()
+def weights_by_layer(model, idx, caches: list[dict] | None = None) -> list[torch.Tensor]:
+    """The attention weights of each layer of a GPT, (B, H, T, S), for tokens idx (B, T) that follow those in
+    `caches`."""
+    found, before = [], model.attend
+
+    def attend(scheme, q, k, v, x, ctx, window, dropout):
+        found.append(weights_of(scheme, q, k, x, ctx, window))
+        return found[-1].to(v.dtype) @ v
+
+    model.attend = attend
+    try:
+        model.hidden(idx, caches)
+    finally:
+        model.attend = before
+    return found
+
+
 def attend_fused(
     q, k, v, bias, ctx, window: int, dropout: float, chunk: int, scale: float | None = None
 ) -> torch.Tensor:
@@ -195,7 +234,8 @@ def attend_trained(q, k, v, bias, ctx, window: int, chunk: int, scale: float | N
 
 
 def attend_densely(scheme, q, k, v, x, ctx, window: int, dropout: float, chunk: int) -> torch.Tensor:
-    """Attention of a scheme that has scores or weights of its own: T × S scores, a chunk of queries at a time."""
+    """Attention of a scheme that has scores or weights of its own: T × S scores, a chunk of queries at a time. Without
+    values, v None, its weights (B, H, T, S)."""
     B, H, T, S = q.size(0), q.size(1), ctx.length, k.size(2)
     bias = scheme.bias(x, q, k, ctx)
     size = max(1, chunk // (B * H * S))
@@ -212,6 +252,8 @@ def attend_densely(scheme, q, k, v, x, ctx, window: int, dropout: float, chunk: 
             scores = scores + bias(batch, heads, m, n)
         hidden = ~visible(m, n, window, ctx.documents, batch)
         weights = scheme.weights(scores.masked_fill(hidden, -math.inf), ctx)
+        if v is None:
+            return F.pad(weights, (0, S - end))
         weights = F.dropout(weights, dropout, dropout > 0)
         return weights.to(v.dtype) @ v[:, :, :end]
 

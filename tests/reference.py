@@ -476,6 +476,9 @@ def grape(layer):
 
 def attention(x, embedding, config, p, name, idx):
     """x (B, T, C), the normed input, the token embeddings (B, T, C) and ids idx (B, T) → (B, T, C)."""
+def attention(x, embedding, config, p, name, seen):
+    """x (B, T, C), the normed input, and the token embeddings (B, T, C) → (B, T, C). The weights (B, H, T, T) go into
+    the list `seen`."""
     pos, options = config.pos, config.pos_options
     B, T, C = x.shape
     H, D = config.n_head, config.n_embd // config.n_head
@@ -511,12 +514,18 @@ def attention(x, embedding, config, p, name, idx):
         weights = WEIGHTS[pos](layer, scores)
     else:
         weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
+    seen.append(weights)
     return linear(torch.einsum("bhmn,bnhd->bmhd", weights, v).reshape(B, T, C), p, name + ".c_proj")
 
 
 def logits(config, p, idx):
     """config (options written out), parameters by name, idx (B, T) → logits (B, T, V)."""
-    T, C = idx.size(1), config.n_embd
+    return logits_and_weights(config, p, idx)[0]
+
+
+def logits_and_weights(config, p, idx):
+    """Logits (B, T, V), and the attention weights (B, H, T, T) of each layer."""
+    (T, C), seen = (idx.size(1), config.n_embd), []
     embedding = x = p["transformer.wte.weight"][idx]
     if config.pos == "learned":
         x = x + p["transformer.wpe.weight"][:T]
@@ -525,9 +534,10 @@ def logits(config, p, idx):
     for i in range(config.n_layer):
         block = f"transformer.h.{i}"
         x = x + attention(layer_norm(x, p, block + ".ln_1"), embedding, config, p, block + ".attn", idx)
+        x = x + attention(layer_norm(x, p, block + ".ln_1"), embedding, config, p, block + ".attn", seen)
         h = layer_norm(x, p, block + ".ln_2")
         x = x + linear(gelu(linear(h, p, block + ".mlp.c_fc")), p, block + ".mlp.c_proj")
-    return layer_norm(x, p, "transformer.ln_f") @ p["transformer.wte.weight"].T
+    return layer_norm(x, p, "transformer.ln_f") @ p["transformer.wte.weight"].T, seen
 
 
 def cross_entropy(logits, targets):

@@ -1,10 +1,23 @@
-"""nanope/attention.py: a bias by FlexAttention and by dense chunks of queries."""
+"""nanope/attention.py: a bias by FlexAttention and by dense chunks of queries; attention weights."""
 
 import pytest
+import reference
 import torch
 import torch.nn.attention.flex_attention as flex
 import torch.nn.functional as F
-from models import HEADS, WIDTH, D, Largest, build, close, layer_context, tokens
+from models import (
+    BLOCK,
+    HEADS,
+    LAYERS,
+    WIDTH,
+    D,
+    Largest,
+    all_cases_fast_without_options,
+    build,
+    close,
+    layer_context,
+    tokens,
+)
 
 from nanope import attention
 
@@ -19,6 +32,56 @@ def test_bias_by_flex_attention_equals_the_dense_path(monkeypatch):
     fast = attention.attend(pos, q, k, v, x, layer_context(pos, x, block_mask=block_mask))
     close(fast, dense, atol=2e-5)
     assert not torch.allclose(fast, F.scaled_dot_product_attention(q, k, v, is_causal=True), atol=1e-2)
+
+
+# ---- weights_of
+
+
+@all_cases_fast_without_options
+@pytest.mark.parametrize("window", [0, 5])
+def test_attention_weights_are_the_references(case, window):
+    """Of a whole pass; and of the last tokens behind a cache, after which the cache goes on as ever."""
+    model, idx = build(case, window=window), tokens(BLOCK)
+    with torch.no_grad():
+        logits, expected = reference.logits_and_weights(model.config, dict(model.named_parameters()), idx)
+        for found, weights in zip(attention.weights_by_layer(model, idx), expected, strict=True):
+            close(found, weights)
+        caches = [{} for _ in range(LAYERS)]
+        model.hidden(idx[:, :4], caches)
+        for found, weights in zip(attention.weights_by_layer(model, idx[:, 4:9], caches), expected, strict=True):
+            close(found, weights[:, :, 4:9, :9])
+        close(model.lm_head(model.hidden(idx[:, 9:], caches)), logits[:, 9:])
+
+
+@all_cases_fast_without_options
+def test_attention_weights_in_documents_are_those_of_each_alone(case):
+    model, idx = build(case, document_mask=True, eot=7), tokens(BLOCK, B=1)
+    idx[idx == 7] = 8
+    idx[0, 4] = 7
+    parts = attention.weights_by_layer(model, idx[:, :5]), attention.weights_by_layer(model, idx[:, 5:])
+    for found, first, second in zip(attention.weights_by_layer(model, idx), *parts, strict=True):
+        close(found[:, :, :5, :5], first)
+        close(found[:, :, 5:, 5:], second)
+        assert not found[:, :, 5:, :5].any() and not found.triu(1).any()
+
+
+def test_weights_of_many_keys_in_float32_and_by_chunks():
+    """300 keys are more than the kernel is asked about at a time."""
+    for case in ("rope", "alibi"):
+        model, idx = build(case, torch.float32), tokens(300)
+        plain, found = model(idx)[0], attention.weights_by_layer(model, idx)
+        assert all((weights.sum(-1) - 1).abs().max() < 1e-5 for weights in found)
+        exact = attention.weights_by_layer(model.double(), idx)
+        for weights, other in zip(found, exact, strict=True):
+            close(weights.double(), other, atol=2e-4)
+        close(plain.double(), model(idx)[0], atol=1e-2)
+        pos, x = model.transformer.h[0].attn.pos, torch.randn(2, 40, WIDTH, dtype=torch.float64)
+        q, k, v = torch.randn(3, 2, HEADS, 40, D, dtype=torch.float64)
+        by_chunks = attention.weights_of(pos, q, k, x, layer_context(pos, x), window=9, chunk=HEADS * 256)
+        close(by_chunks @ v, attention.attend(pos, q, k, v, x, layer_context(pos, x), window=9))
+
+
+# ---- biases
 
 
 @pytest.mark.parametrize("rows", [1, 7])
