@@ -474,11 +474,9 @@ def grape(layer):
 # ---- the model
 
 
-def attention(x, embedding, config, p, name, idx):
-    """x (B, T, C), the normed input, the token embeddings (B, T, C) and ids idx (B, T) → (B, T, C)."""
-def attention(x, embedding, config, p, name, seen):
-    """x (B, T, C), the normed input, and the token embeddings (B, T, C) → (B, T, C). The weights (B, H, T, T) go into
-    the list `seen`."""
+def attention(x, embedding, config, p, name, idx, seen):
+    """x (B, T, C), the normed input, the token embeddings (B, T, C) and ids idx (B, T) → (B, T, C). The weights
+    (B, H, T, T) go into the list `seen`."""
     pos, options = config.pos, config.pos_options
     B, T, C = x.shape
     H, D = config.n_head, config.n_embd // config.n_head
@@ -533,8 +531,7 @@ def logits_and_weights(config, p, idx):
         x = x + sinusoids(T, C, config.pos_options["base"], config.pos_options["scale"])
     for i in range(config.n_layer):
         block = f"transformer.h.{i}"
-        x = x + attention(layer_norm(x, p, block + ".ln_1"), embedding, config, p, block + ".attn", idx)
-        x = x + attention(layer_norm(x, p, block + ".ln_1"), embedding, config, p, block + ".attn", seen)
+        x = x + attention(layer_norm(x, p, block + ".ln_1"), embedding, config, p, block + ".attn", idx, seen)
         h = layer_norm(x, p, block + ".ln_2")
         x = x + linear(gelu(linear(h, p, block + ".mlp.c_fc")), p, block + ".mlp.c_proj")
     return layer_norm(x, p, "transformer.ln_f") @ p["transformer.wte.weight"].T, seen

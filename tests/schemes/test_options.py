@@ -51,9 +51,11 @@ SAME_AT_START = {
     ("cope", "positions"),
     ("urpe", "bias"),
 }
-# What differs in the number of parameters alone, or beyond block_size
+# What differs in the number of parameters alone, beyond block_size, or in a step of train.py
 ELSEWHERE = {("urpe", "share_layers"), ("urpe", "clip")}
-NEEDS = {("carope", "share_layers"): {"std": 0.3}}  # options without which one does nothing
+ELSEWHERE |= {("seqpe", option) for option in ("farthest", "shift", "contrast", "transfer")}
+NEEDS = {("carope", "share_layers"): {"std": 0.3}, ("t5", "longest"): {"buckets": 8}}
+NEEDS |= {("seqpe", "digits"): {"farthest": 100}}  # options without which one does nothing
 
 
 def options_of(pos):
@@ -78,6 +80,8 @@ def test_every_option_does_something(pos, option):
             for name, parameter in model.named_parameters():
                 if "c_attn" in name:
                     parameter *= 20
+                if "encoder" in name:
+                    parameter *= 15
                 if "c_pos.weight" in name or "c_p.weight" in name:
                     parameter += torch.linspace(-0.3, 0.3, parameter.numel()).view_as(parameter)
         return model.state_dict(), model(tokens(BLOCK))[0]
