@@ -148,6 +148,7 @@ def test_attention_beyond_a_distance_is_the_sum_of_its_weights(pos):
 # ---- the command and the page
 
 
+@pytest.mark.slow
 def test_the_command_writes_numbers_page_and_figure(data, tmp_path, capsys, monkeypatch):  # noqa: F811
     script = importlib.import_module("theory")
     runs = tmp_path / "runs"
