@@ -47,6 +47,15 @@ CASES = {
     "carope from 1": {"first_power": 1, "std": 0.3},
     "carope shared": {"share_layers": True, "std": 0.3},
     "alibi": {},
+    "t5": {},
+    "t5 own": {"buckets": 8, "longest": 11, "std": 0.5, "share_layers": False},
+    "kerple": {},
+    "kerple power": {"kind": "power"},
+    "fire": {},
+    "fire shared": {"c": 0.5, "L": 6.0, "share_layers": True},
+    "fox": {},
+    "fox start": {"start": 2.0},
+    "cable": {},
 }
 TURNING = [case for case in CASES if case.split()[0] in ("rope", "crope", "comrope", "carope")]
 # Two matrices with half of the parameters of the one dense weight of Q, K, V

@@ -187,6 +187,68 @@ def alibi(layer):
     return -slopes.view(-1, 1, 1) * layer.distance
 
 
+def t5_bucket(distance, buckets, longest):
+    """The bucket of a distance ≥ 0, one at a time."""
+    exact = buckets // 2
+    if distance < exact:
+        return distance
+    share = math.log(distance / exact) / math.log(longest / exact)
+    return min(buckets - 1, exact + math.floor(share * (buckets - exact) + 1e-9))  # + of rounding
+
+
+@of(BIASES, "t5")
+def t5(layer):
+    T, own = layer.sizes[1], layer.options
+    rows = [[t5_bucket(max(m - n, 0), own["buckets"], own["longest"]) for n in range(T)] for m in range(T)]
+    return layer.own("table")[torch.tensor(rows)].permute(2, 0, 1)
+
+
+@of(BIASES, "kerple")
+def kerple(layer):
+    r1 = torch.log(1 + layer.own("r1").exp()).view(-1, 1, 1)
+    r2 = layer.own("r2").view(-1, 1, 1)
+    distance = layer.distance.abs().to(r1.dtype)
+    if layer.options["kind"] == "power":
+        return -r1 * distance ** (2 / (1 + torch.exp(-r2)))
+    return -r1 * torch.log(1 + torch.log(1 + r2.exp()) * distance)
+
+
+@of(BIASES, "fire")
+def fire(layer):
+    T = layer.sizes[1]
+    c, L = layer.own("log_c").exp(), layer.own("log_L").exp()
+    zero, rows = torch.zeros_like(c), []
+    for m in range(T):
+        span = torch.log(c * max(L, zero + m) + 1)
+        y = torch.stack([torch.log(c * max(m - n, 0) + 1) / span for n in range(T)]).unsqueeze(-1)  # (T, 1)
+        hidden = (y @ layer.own("hidden.weight").T + layer.own("hidden.bias")).clamp_min(0)
+        rows.append(hidden @ layer.own("out.weight").T)  # (T, H)
+    return torch.stack(rows).permute(2, 0, 1)
+
+
+def between(steps):
+    """Σ_{t=n+1..m} of steps (B, T, H), 0 where n ≥ m: (B, H, T, T)."""
+    B, T, H = steps.shape
+    sums = steps.new_zeros(B, H, T, T)
+    for m in range(T):
+        for n in range(m):
+            sums[:, :, m, n] = steps[:, n + 1 : m + 1].sum(1)
+    return sums
+
+
+@of(BIASES, "fox")
+def fox(layer):
+    gate = 1 / (1 + torch.exp(-(layer.x @ layer.own("gate.weight").T + layer.own("gate.bias"))))
+    return between(gate.log())
+
+
+@of(BIASES, "cable")
+def cable(layer):
+    steps = (layer.x @ layer.own("distance.weight").T).clamp_min(0)
+    weights = torch.log(1 + torch.exp(layer.x @ layer.own("slope.weight").T))  # (B, T, H)
+    return -weights.transpose(1, 2).unsqueeze(-1) * between(steps)
+
+
 # ---- the model
 
 

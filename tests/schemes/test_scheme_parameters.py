@@ -9,6 +9,7 @@ from models import BLOCK, CASES, HALVED, HEADS, LAYERS, VOCAB, WIDTH, D, all_cas
 
 from model import GPT
 
+FIRE = {"log_c": (), "log_L": (), "hidden.weight": (32, 1), "hidden.bias": (32,), "out.weight": (HEADS, 32)}
 OWN = {  # a layer's, by case: name → shape
     "comrope": {"P": (HEADS, D // 8, 8, 8)},
     "comrope 4 ld": {"P": (HEADS, D // 4, 4, 4), "theta": (HEADS, D // 4)},
@@ -21,15 +22,31 @@ OWN = {  # a layer's, by case: name → shape
     "carope embedding": {"c_pos.weight": (HEADS, WIDTH), "c_pos.bias": (HEADS,)},
     "carope paper": {"c_pos.weight": (HEADS, WIDTH)},
     "carope constant": {"c_pos.bias": (HEADS,)},
+    "t5": {"table": (32, HEADS)},
+    "t5 own": {"table": (8, HEADS)},
+    "kerple": {"r1": (HEADS,), "r2": (HEADS,)},
+    "kerple power": {"r1": (HEADS,), "r2": (HEADS,)},
+    "fire": FIRE,
+    "fire shared": FIRE,
+    "fox": {"gate.weight": (HEADS, WIDTH), "gate.bias": (HEADS,)},
+    "fox start": {"gate.weight": (HEADS, WIDTH), "gate.bias": (HEADS,)},
+    "cable": {"distance.weight": (HEADS, WIDTH), "slope.weight": (HEADS, WIDTH)},
 }
 
 
 # Own parameters without weight decay, by scheme, where a case has them
-UNDECAYED = {"comrope": {"P", "theta"}, "carope": {"c_pos.bias"}}
+UNDECAYED = {
+    "comrope": {"P", "theta"},
+    "carope": {"c_pos.bias"},
+    "t5": {"table"},
+    "kerple": {"r1", "r2"},
+    "fire": {"log_c", "log_L", "hidden.bias"},
+    "fox": {"gate.bias"},
+}
 # Own parameters whose initial values differ, and are not drawn, by case or scheme
 SET = {"comrope": {"P"}, "comrope gaussian": set(), "comrope ld-shared": set()}
 # Cases in which all layers share all of their own parameters: these are the first layer's
-SHARED = {"carope shared"}
+SHARED = {"carope shared", "t5", "fire shared"}
 
 
 def owners(case):

@@ -1,0 +1,35 @@
+"""Veisi et al. 2503.08067: -softplus(w_s·x_m)_h (S_m - S_n) on the score of query m and key n of head h,
+S_m = Σ_{t ≤ m} relu(w_c·x_t)_h. Tokens are as far apart as what is between them says, and a query weighs it."""
+
+import torch.nn.functional as F
+
+from nanope.ops import Linear, no_autocast
+from schemes.base import Scheme
+
+
+class CABLE(Scheme):
+    """`cable`. No options. x is the block's normed input.
+
+    Distances and weights are float32 or wider, also under autocast. In float32 S is within one part in 10^7 of the
+    exact sum. The code of the paper's first version sums softplus(w·x + b) without a weight, which is fox.
+
+    Parameters: distance.weight (H, C) and slope.weight (H, C), N(0, 0.02²). Not decayed: none.
+    Beyond block_size: yes, by construction.
+    Cache: sums S (B, S, H) and weights (B, S, H), and the last sum in float64.
+    Cost: 4·C·H FLOPs a token; a bias, whose dense form on a CPU takes B·H·T² numbers.
+    """
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.distance, self.slope = (Linear(config.n_embd, config.n_head, bias=False) for _ in range(2))
+
+    def initial(self, name, shape, normal):
+        return normal(0.02)
+
+    def bias(self, x, q, k, ctx):
+        with no_autocast(x.device):
+            step, slope = (F.linear(x.to(ctx.dtype), p.weight.to(ctx.dtype)) for p in (self.distance, self.slope))
+            step, slope = F.relu(step), F.softplus(slope)  # (B, T, H) each
+        total = ctx.joined("total", ctx.accumulated("sum", step))  # (B, S, H)
+        slope = ctx.joined("slope", slope)  # of the queries, by their index among all S
+        return lambda batch, head, m, n: slope[batch, m, head] * (total[batch, n, head] - total[batch, m, head])
