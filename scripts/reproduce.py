@@ -18,6 +18,7 @@ TABLES = {
     "crope-1": "CRoPE, table 1: PG-19, WikiText-2, Penn Treebank",
     "crope-2": "CRoPE, table 2: batch, length, width and decay",
     "carope-1": "CARoPE, table 1: perplexity at the training length and beyond",
+    "cable-4": "CABLE, table 4: perplexity to 15 times the training length",
     "carope-throughput": "CARoPE's speed of training",
     "comrope-text": "ComRoPE on text: kinds, block sizes, shift invariance, cost",
 }

@@ -4,12 +4,15 @@ GPT-2, in one interleaved run.
     python scripts/bench.py                                    # shape `small`: 4 layers × 128, vocabulary 50,304, T 256
     python scripts/bench.py --shape all --nanogpt ../nanoGPT   # every shape, beside a clone of karpathy/nanoGPT
     python scripts/bench.py --shape bytes --schemes carope     # the quickstart's size; also --n_layer, --batch …
+    python scripts/bench.py --schemes all --no_peer --json all.json    # every scheme of model.SCHEMES, 7 at a time
+    python scripts/bench.py --from all.json                    # its table again, for a page
 
 Other kinds: `bench.py eval`, `bench.py data`, `bench.py feed`, each with --help.
 
 Each variant lives in a process of its own, so that its peak memory is its own. The processes take turns, a few
 optimizer steps each, and only one works at a time. Ratios are taken within a round and their median over rounds is
-printed, so a machine whose speed drifts does not favour anyone. The first round is a warm-up.
+printed, so a machine whose speed drifts does not favour anyone. The first round is a warm-up. All processes of a run
+are kept: more variants than --together are measured group after group, with a rope in each.
 """
 
 import argparse
@@ -27,13 +30,14 @@ from pathlib import Path
 import torch
 
 from data.shards import as_path, output
-from model import GPT, Block, GPTConfig, resolve
+from model import GPT, SCHEMES, Block, GPTConfig, resolve
 from nanope import coordinates
 from nanope.bench.turns import Worker, command_line, heading, ratios, row, spread, take_turns, workers
 from nanope.distributed import autocast, peak_memory, pick_device, pick_dtype
 from nanope.log import device_name
 from nanope.values import number, read_yaml
 
+COUNTS = ("rounds", "together", "steps", "threads")
 FIELDS = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "batch")
 SHAPES = {  # FIELDS, and steps a round
     "small": ((4, 4, 128, 50304, 256, 16), 2),
@@ -44,14 +48,20 @@ SHAPES = {  # FIELDS, and steps a round
 BASELINE, PEERS = "rope", ("nanogpt", "transformers")
 # On one CPU thread: least speed of a scheme relative to rope, and of rope relative to a peer
 SPEEDS = {"learned": 1.0, "crope": 1.0, "comrope": 0.97, "carope": 0.92, "alibi": 0.85}
+CLOSED_FORM = ("t5", "kerple", "fire", "xpos", "prope", "lerope", "sinusoidal", "none")  # of positions alone
+OF_CONTENT = ("fox", "cable", "gape", "selective", "pope")
+DENSE = ("cope", "path", "grape", "stickbreaking", "urpe", "seqpe")  # their speed is stated, without a target
 TARGETS = {
-    "small": SPEEDS | {"nanogpt": 1.9, "transformers": 1.7},
+    "small": SPEEDS
+    | dict.fromkeys(CLOSED_FORM, 0.9)
+    | dict.fromkeys(OF_CONTENT, 0.75)
+    | {"nanogpt": 1.9, "transformers": 1.7},
     "medium": {"nanogpt": 1.25},
     "gpt2": {"nanogpt": 1.3},
     "bytes": SPEEDS | {"nanogpt": 1.15},
 }
-# Most memory of rope relative to a peer
-MEMORY_TARGETS = {"small": {"nanogpt": 0.22, "transformers": 0.3}}
+# Most memory of a scheme relative to rope, and of rope relative to a peer
+MEMORY_TARGETS = {"small": {"nanogpt": 0.22, "transformers": 0.3} | dict.fromkeys(DENSE, 3.0)}
 
 # ---- variants
 
@@ -159,6 +169,13 @@ def trainer(variant: str, shape: dict, args: argparse.Namespace) -> Callable[[in
     return steps
 
 
+def groups(variants: list[str], together: int) -> list[list[str]]:
+    """The baseline with at most `together` of the others, as often as it takes, in groups of about one size."""
+    others = [v for v in variants if v != BASELINE]
+    size = -(-len(others) // max(1, -(-len(others) // together))) or 1
+    return [[BASELINE, *others[i : i + size]] for i in range(0, len(others), size)] or [[BASELINE]]
+
+
 def measure(variants: list[str], shape: dict, steps: int, args: argparse.Namespace) -> tuple[dict, dict, dict]:
     """Variant → seconds a step in each round, the same less the optimizer, and peak bytes."""
     with workers(Worker(variant, trainer, variant, shape, args) for variant in variants) as started:
@@ -193,11 +210,15 @@ def rows(name: str, shape: dict, variants: list[str], seconds: dict, model_secon
     return lines
 
 
-def record(shape: dict, steps: int, seconds: dict, memory: dict, args: argparse.Namespace) -> dict:
-    """What --json writes: every round's seconds a step by variant, and the conditions."""
+def record(shape: dict, steps: int, parts: list[tuple[dict, dict, dict]], args: argparse.Namespace) -> dict:
+    """What --json writes: every round's seconds a step by variant, and the conditions. parts: `measure` of each group.
+    rope_seconds, where there are several, are rope's in the rounds of a variant's own group."""
     device = pick_device(args.device)
+    seconds, memory = ({v: x for part in parts for v, x in part[i].items()} | parts[0][i] for i in (0, 2))
+    apart = {v: part[0][BASELINE] for part in parts for v in part[0] if v != BASELINE}
     return {
-        "seconds": seconds,
+        "seconds": seconds,  # rope's are those of the first group
+        **({"rope_seconds": apart} if len(parts) > 1 else {}),
         "memory": memory,
         "tokens_a_step": shape["batch"] * shape["block_size"],
         "rounds": args.rounds,
@@ -210,6 +231,25 @@ def record(shape: dict, steps: int, seconds: dict, memory: dict, args: argparse.
     }
 
 
+def table_of(found: dict) -> str:
+    """A Markdown table of the schemes in a `record`: speed and peak memory relative to rope, beside their targets."""
+    shape = tuple(found[name] for name in FIELDS)
+    name = next((name for name, (values, _) in SHAPES.items() if values == shape), None)
+    targets, most = TARGETS.get(name, {}), MEMORY_TARGETS.get(name, {})
+    lines = [heading(1, "scheme", "speed / rope's (min … max)", "target", "peak memory, MB", "/ rope's", "limit")]
+    for variant in sorted(found["seconds"].keys() - {BASELINE, *PEERS}):
+        base = found.get("rope_seconds", {}).get(variant, found["seconds"][BASELINE])
+        cells = [
+            spread(ratios(base, found["seconds"][variant]), 2),
+            f"≥ {targets[variant]}" if variant in targets else "",
+            f"{found['memory'][variant] / 1e6:,.0f}",
+            f"{found['memory'][variant] / found['memory'][BASELINE]:.2f}",
+            f"< {most[variant]:g}" if variant in most else "",
+        ]
+        lines.append(row(variant, *cells))
+    return "\n".join(lines)
+
+
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, dict], dict]:
     """The arguments, the shapes by name, and the fields of a shape that were given one by one. Exits with a message for
     what cannot be run."""
@@ -220,10 +260,12 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, dict], di
         "--schemes",
         nargs="*",
         default=["learned", "crope", "comrope", "carope", "alibi"],
-        help='schemes beside rope (with --shape all, where they have a target); with options as "comrope block=2"',
+        help="schemes beside rope (with --shape all, where they have a target); with options as "
+        '"comrope block=2"; all for every one of model.SCHEMES',
     )
     for name in FIELDS:
         parser.add_argument(f"--{name}", type=int, help="instead of the shape's")
+    parser.add_argument("--together", type=int, default=7, help="variants beside rope in a group (default: 7)")
     parser.add_argument("--steps", type=int, help="optimizer steps a variant and round (default: 1 to 8, by the shape)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: 1 on a CPU)")
     parser.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
@@ -233,12 +275,16 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, dict], di
     parser.add_argument("--nanogpt", metavar="DIR", help="a folder with nanoGPT's model.py, to compare with")
     parser.add_argument("--no_peer", action="store_true", help="leave transformers out (it is in requirements-dev.txt)")
     parser.add_argument("--json", type=as_path, help="where to write the seconds of every round; of one shape")
+    parser.add_argument("--from", dest="source", type=as_path, help="print the table of what --json wrote, and end")
     args = parser.parse_args(arguments)
+    args.schemes = [v for scheme in args.schemes for v in (SCHEMES if scheme == "all" else [scheme])]
 
     own = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
-    for name, value in {**own, "rounds": args.rounds, "steps": args.steps, "threads": args.threads}.items():
+    for name, value in {**own, **{k: getattr(args, k) for k in COUNTS}}.items():
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1, not {value}")
+    if args.source is not None and not args.source.is_file():
+        parser.error(f"--from {args.source}: no such file")
     if args.shape == "all" and args.json:
         parser.error("--json takes one shape, not all")
     if args.shape == "all" and own:
@@ -259,17 +305,20 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, dict], di
 
 def main(arguments: list[str]) -> None:
     args, shapes, own = parse(arguments)
+    if args.source:
+        return output(table_of(json.loads(args.source.read_text())))
     schemes = [s for s in dict.fromkeys(args.schemes) if s != BASELINE]
     beside = schemes + ["nanogpt"] * bool(args.nanogpt) + ["transformers"] * (not args.no_peer)
     lines = []
     for name, shape in shapes.items():
         variants = [BASELINE, *(v for v in beside if args.shape != "all" or v in TARGETS[name])]
-        steps = args.steps or SHAPES[name][1]
-        seconds, model_seconds, memory = measure(variants, shape, steps, args)
+        steps, parts = args.steps or SHAPES[name][1], []
         label = ", ".join(f"{k} {v}" for k, v in shape.items()) if own else name
-        lines += rows(label, shape, variants, seconds, model_seconds, memory)
+        for group in groups(variants, args.together):
+            parts.append(measure(group, shape, steps, args))
+            lines += rows(label, shape, group if len(parts) == 1 else group[1:], *parts[-1])
         if args.json:
-            args.json.write_text(json.dumps(record(shape, steps, seconds, memory, args), indent=1) + "\n")
+            args.json.write_text(json.dumps(record(shape, steps, parts, args), indent=1) + "\n")
     output(f"{', '.join(FIELDS)}: " + "; ".join(f"{n} {', '.join(map(str, v))}" for n, (v, _) in SHAPES.items()))
     output(
         f"Median (min … max) over {args.rounds} rounds of the ratio of speeds: a scheme's to rope's, or rope's to a "

@@ -67,7 +67,8 @@ def direction(published: float, found: dict, spread: float = 0.0) -> str:
 def speed_ratios(bench: dict, variant: str) -> tuple[float, list[float]]:
     """Median over rounds of a variant's speed relative to rope's in the same round, with its 95 % bootstrap interval.
     `bench` is a report of scripts/bench.py."""
-    ratios = np.array(bench["seconds"]["rope"]) / np.array(bench["seconds"][variant])
+    rope = bench.get("rope_seconds", {}).get(variant, bench["seconds"]["rope"])  # of the same rounds
+    ratios = np.array(rope) / np.array(bench["seconds"][variant])
     if len(ratios) < 2 or np.ptp(ratios) == 0:
         return float(np.median(ratios)), [float(ratios.min()), float(ratios.max())]
     drawn = scipy.stats.bootstrap(

@@ -7,10 +7,12 @@ import sys
 
 import pytest
 
+from model import SCHEMES
 from nanope import REPO
 from nanope.bench.data import CUT, documents, memory_of, table
-from nanope.bench.train import scheme_of
+from nanope.bench.train import DENSE, TARGETS, groups, parse, record, scheme_of, table_of
 from nanope.bench.turns import Worker, heading, ratios, row, spread, take_turns, workers
+from nanope.study.seed_statistics import speed_ratios
 
 SHAPE = "--n_layer 1 --n_head 2 --n_embd 16 --vocab_size 64 --block_size 16 --batch 2".split()
 
@@ -79,25 +81,69 @@ def test_variants():
     }
 
 
+def test_all_schemes_in_groups():
+    """Each has a target at shape small, and is measured once, beside a rope of its group."""
+    args, shapes, _ = parse(["--schemes", "all", "--no_peer"])
+    assert args.schemes == list(SCHEMES) and [*shapes] == ["small"]
+    assert set(SCHEMES) <= {"rope", *TARGETS["small"], *DENSE}
+    found = groups(["rope", *SCHEMES], args.together)
+    assert all(group[0] == "rope" and len(group) <= 8 for group in found)
+    assert [scheme for group in found for scheme in group[1:]] == [s for s in SCHEMES if s != "rope"]
+    assert groups(["rope", *"abcdefgh"], 7) == [["rope", *"abcd"], ["rope", *"efgh"]]
+    assert groups(["rope", *"abcdefg"], 7) == [["rope", *"abcdefg"]] and groups(["rope"], 7) == [["rope"]]
+
+
+def test_record_of_groups():
+    """A ratio is of the rounds of a variant's own group, in the table and in the reports of sweeps."""
+    args, shapes, _ = parse(["--device", "cpu", "--no_peer"])
+    first = {"rope": [2.0, 4.0, 6.0], "t5": [4.0, 4.0, 12.0]}, {}, {"rope": 800_000_000, "t5": 1_000_000_000}
+    second = {"rope": [1.0, 1.0, 3.0], "cope": [2.0, 2.0, 2.0]}, {}, {"rope": 900_000_000, "cope": 2_000_000_000}
+    found = json.loads(json.dumps(record(shapes["small"], 2, [first, second], args)))
+    assert found["seconds"]["rope"] == [2.0, 4.0, 6.0] and found["memory"]["rope"] == 800_000_000
+    assert found["rope_seconds"] == {"t5": [2.0, 4.0, 6.0], "cope": [1.0, 1.0, 3.0]}
+    assert "rope_seconds" not in record(shapes["small"], 2, [first], args)
+    assert table_of(found).splitlines()[2:] == [
+        "| cope | 0.50 (0.50 … 1.50) | | 2,000 | 2.50 | < 3 |",
+        "| t5 | 0.50 (0.50 … 1.00) | ≥ 0.9 | 1,000 | 1.25 | |",
+    ]
+    assert speed_ratios(found, "cope")[0] == speed_ratios(found, "t5")[0] == 0.5
+
+
 @pytest.mark.slow
 def test_train(tmp_path):
     """A row for each variant, once, and every round's seconds in the file."""
-    options = ["--rounds", 2, "--steps", 1, "--no_peer", "--device", "cpu", "--json", tmp_path / "b.json"]
-    done = command("train", *SHAPE, *options, "--schemes", "comrope block=2", "comrope block=2")
+    options = [
+        "--rounds",
+        2,
+        "--steps",
+        1,
+        "--no_peer",
+        "--device",
+        "cpu",
+        "--json",
+        tmp_path / "b.json",
+        "--together",
+        1,
+    ]
+    done = command("train", *SHAPE, *options, "--schemes", "comrope block=2", "comrope block=2", "none")
     assert done.returncode == 0, done.stderr
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in done.stdout.splitlines()
         if line.startswith("| n_layer 1")
     ]
-    assert [row[1] for row in rows] == ["rope", "comrope block=2"] and rows[0][3] == "1.000 (1.000 … 1.000)"
-    record = json.loads((tmp_path / "b.json").read_text())
-    assert {variant: len(seconds) for variant, seconds in record["seconds"].items()} == {
+    assert [row[1] for row in rows] == ["rope", "comrope block=2", "none"] and rows[0][3] == "1.000 (1.000 … 1.000)"
+    report = json.loads((tmp_path / "b.json").read_text())
+    assert {variant: len(seconds) for variant, seconds in report["seconds"].items()} == {
         "rope": 2,
         "comrope block=2": 2,
+        "none": 2,
     }
-    assert record["tokens_a_step"] == 32 and record["memory"]["rope"] > 1e7
-    assert record["device"].startswith("cpu (") and record["threads"] == 1
+    assert report["rope_seconds"].keys() == {"comrope block=2", "none"}
+    again = command("train", "--from", tmp_path / "b.json")
+    assert again.stdout.count("\n") == 4 and "| none | " in again.stdout
+    assert report["tokens_a_step"] == 32 and report["memory"]["rope"] > 1e7
+    assert report["device"].startswith("cpu (") and report["threads"] == 1
 
 
 @pytest.mark.parametrize(
@@ -111,6 +157,8 @@ def test_train(tmp_path):
             "n_embd/n_head = 3 must be even",
         ),  # rope's, beside it
         (["--schemes", "", "--no_peer"], "pos must be a scheme's name"),
+        (["--together", "0"], "--together must be at least 1"),
+        (["--from", "nowhere"], "--from nowhere: no such file"),
         (["--rounds", "0"], "--rounds must be at least 1"),
         (["train", "--json", "x", "--shape", "all"], "--json takes one shape, not all"),
         (["--shape", "all"], "--n_layer changes one shape"),

@@ -184,7 +184,7 @@ def test_every_grid_can_be_built_and_its_published_arms_exist(path, scale):
 
 
 def test_the_controls_that_papers_lack_are_there():
-    names = ("crope-1", "crope-2", "carope-1", "comrope-text")
+    names = ("crope-1", "crope-2", "carope-1", "comrope-text", "cable-4")
     arms = {name: Grid.read(SWEEPS / f"{name}.yaml").arms for name in names}
 
     def cost(arm):
@@ -194,7 +194,8 @@ def test_the_controls_that_papers_lack_are_there():
         control = arms[name]["rope, grouped Q/K/V"]
         assert control["pos"] == "rope"
         assert cost(control) == cost(arms[name]["crope"]) == cost(arms[name]["rope"]) - 4 * 3 * 128**2 // 2
-    for name in ("crope-1", "crope-2", "carope-1"):  # as large as the embeddings, beside Vaswani's amplitude of 1
+    # as large as the embeddings, beside Vaswani's amplitude of 1
+    for name in ("crope-1", "crope-2", "carope-1", "cable-4"):
         assert arms[name]["sinusoidal, scale 0.02"] == {"pos": "sinusoidal", "pos_options": {"scale": 0.02}}
     found = [(a["pos"], a.get("pos_options", {})) for a in arms["carope-1"].values()]
     for control in (("rope", {"base": 5e5}), ("carope", {"content": False}), ("alibi", {})):
@@ -206,6 +207,24 @@ def test_the_controls_that_papers_lack_are_there():
         bases = {resolve(config.model_config()).pos_options["base"] for config in configs}
         assert [*bases] == [pytest.approx(base, rel=1e-3)]
     assert {a.get("pos_options", {}).get("block") for a in arms["comrope-text"].values()} == {None, 2, 4, 8}
+
+
+@pytest.mark.parametrize("scale", [None, "cpu"])
+def test_cable_4_asks_what_its_table_leaves_open(scale):
+    """Three seeds, the same targets at every length, the training length among them (cropping), all to 15 times it."""
+    grid = Grid.read(SWEEPS / "cable-4.yaml", scale)
+    runs = grid.runs(RunFolders(Path("nowhere")))
+    assert len(grid.seeds) == 3 and len(grid.arms) == 12 and len(runs) == 36
+    for run in runs:
+        paper, far = run.evaluations["paper"], run.evaluations["far"]
+        length = run.config.block_size
+        assert paper["lengths"] == [length // 2, *far["lengths"]] == [length * n // 2 for n in (1, 2, 4, 8, 16, 30)]
+        assert "protocol" not in far and not far.get("stream")  # same-targets, in documents
+        assert run.fields["compile"] is (scale is None)
+    published = {(row["length"], arm): v for row in grid.published["rows"] for arm, v in row["values"].items()}
+    assert len(published) == 6 * 8 - 4  # no learned beyond its table
+    assert published[15360, "cable"] == 19.28 and published[2048, "kerple"] == 20.38
+    assert min(published, key=published.get) == (4096, "cable")
 
 
 def test_a_set_up_that_the_command_line_changes_is_no_longer_the_papers():
