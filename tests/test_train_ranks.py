@@ -46,6 +46,20 @@ def driver(tmp_path_factory):
     return path
 
 
+def start_ranks(command, cwd, number=2, **environment):
+    """So many processes of a command, one a rank, without torchrun's agent."""
+    port = 20000 + os.getpid() % 20000
+    group = dict(WORLD_SIZE=str(number), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **environment)
+    return [start(command, cwd, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(number)]
+
+
+def train_by_ranks(driver, config, cwd, number=2, **environment):
+    """What all ranks of a run that ends well say to stderr."""
+    said = [finish(process) for process in start_ranks([driver, *arguments(config)], cwd, number, **environment)]
+    assert not any(status for status, _, _ in said), said
+    return "".join(err for _, _, err in said)
+
+
 # What the tests of interruptions compare with `pair`
 PAIR = dict(max_steps=40, micro_batch_size=2, checkpoint_interval=5, keep_checkpoints=99, rank_timeout=20.0)
 PAIR |= dict(pos="carope", dropout=0.1)
@@ -56,8 +70,7 @@ def pair(driver, folders, tmp_path_factory):
     """A finished run of PAIR by two ranks, with dropout and accumulation: its folder."""
     run = tmp_path_factory.mktemp("runs") / "pair"
     config = RunConfig(**{**TINY, **PAIR, "data_dir": str(folders / "small"), "out_dir": str(run)})
-    status, _, err = finish(start(torchrun(driver, config), run.parent))
-    assert status == 0, err
+    train_by_ranks(driver, config, run.parent)
     return run
 
 
@@ -72,8 +85,7 @@ def test_the_number_of_ranks_does_not_matter(make, driver, tmp_path):
     one = make("one", micro_batch_size=8, **fields)
     train(one)
     other = make("four", micro_batch_size=1, **fields)
-    status, _, err = finish(start(torchrun(driver, other, 4), tmp_path, LATE="0.3"))
-    assert status == 0, err
+    train_by_ranks(driver, other, tmp_path, 4, LATE="0.3")
     keys = [[line.keys() for line in metrics(config.out_dir)] for config in (one, other)]
     assert keys[0] == keys[1]  # one writer
     assert environments(other.out_dir)[0]["ranks"] == 4
@@ -90,8 +102,7 @@ def test_ranks_draw_alike_and_share_an_auxiliary_loss(make, driver, tmp_path):
     fields = dict(pos=f"{TOYS}:Stretch+{TOYS}:Penalty", micro_batch_size=2)
     one, two = make("one", **fields), make("two", **fields)
     train(one)
-    status, _, err = finish(start(torchrun(driver, two), tmp_path))
-    assert status == 0, err
+    train_by_ranks(driver, two, tmp_path)
     for key in ("train/loss", "train/auxiliary", "val/loss", "grad_norm"):
         assert losses(two.out_dir, key) == pytest.approx(losses(one.out_dir, key), rel=1e-5)
     assert len(losses(two.out_dir, "train/auxiliary")) == 12
@@ -119,26 +130,26 @@ def test_two_ranks_resume_exactly(make, driver, pair, tmp_path):
     there = checkpoint.load(checkpoint.find(pair, "35"))
     for key in ("model", "optimizer"):
         assert same(last(cut.out_dir)[key], there[key])
-    status, _, err = finish(start(torchrun(driver, cut), tmp_path))
-    assert status == 0 and same_run(pair, cut.out_dir), err
+    train_by_ranks(driver, cut, tmp_path)
+    assert same_run(pair, cut.out_dir)
 
 
 def test_a_signal_to_one_rank_during_validation(make, driver, pair, tmp_path):
     """The other rank has finished its share: both put the validation off, and none waits for the other."""
     cut = make("cut", **PAIR, resume=True)
-    status, _, err = finish(start(torchrun(driver, cut), tmp_path, SIGNAL_IN_VALIDATION="1:6"))
-    assert status != 0 and "stopped by SIGUSR1 after step 5, checkpoint written" in err and "exitcode  : 75" in err
+    stopped = start_ranks([driver, *arguments(cut)], tmp_path, SIGNAL_IN_VALIDATION="1:6")
+    (status, _, err), (other, _, _) = map(finish, stopped)
+    assert status == other == os.EX_TEMPFAIL and "stopped by SIGUSR1 after step 5, checkpoint written" in err
     assert last(cut.out_dir)["step"] == 5 and len(losses(cut.out_dir, "val/loss")) == 1
-    status, _, err = finish(start(torchrun(driver, cut), tmp_path))
-    assert status == 0 and same_run(pair, cut.out_dir), err
+    train_by_ranks(driver, cut, tmp_path)
+    assert same_run(pair, cut.out_dir)
 
 
 def test_compiled_blocks_under_ddp_with_accumulation(make, driver, tmp_path):
     fields = dict(max_steps=10, micro_batch_size=2, n_layer=2)
     eager, compiled = make("eager", **fields), make("compiled", compile=True, **fields)
     train(eager)
-    status, _, err = finish(start(torchrun(driver, compiled), tmp_path, BACKEND="aot_eager", COUNT="1"))
-    assert status == 0, err
+    err = train_by_ranks(driver, compiled, tmp_path, BACKEND="aot_eager", COUNT="1")
     assert err.count("reductions: 10\n") == 2  # on each rank once a step, of two micro-steps
     assert environments(compiled.out_dir)[0]["compile"]
     for key in ("train/loss", "val/loss", "grad_norm"):
@@ -167,10 +178,7 @@ def test_a_rank_that_is_gone_ends_the_others(make, driver, tmp_path, how):
     """Without torchrun's agent, which would end them itself: killed at once, hanging after rank_timeout. The last
     checkpoint stays."""
     config = make(max_steps=500, micro_batch_size=2, checkpoint_interval=5, rank_timeout=6.0)
-    port = 20000 + os.getpid() % 20000
-    group = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), SLEEP="0.01", **{how: "1:12"})
-    given = [driver, *arguments(config)]
-    processes = [start(given, tmp_path, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in (0, 1)]
+    processes = start_ranks([driver, *arguments(config)], tmp_path, SLEEP="0.01", **{how: "1:12"})
     try:
         started = time.monotonic()
         status, _, err = finish(processes[0], timeout=100)
