@@ -15,7 +15,7 @@ import torch
 
 import schemes
 from model import GPT, GPTConfig
-from nanope.attention import weights_of
+from nanope.attention import weights_by_layer
 from nanope.costs import parameters, products, simulate
 from schemes.base import Scheme
 
@@ -139,15 +139,8 @@ def attention_by_distance(name: str, length: int = 1024) -> torch.Tensor:
         if parameter.size(0) % 3 == 0:  # q, k and v by rows
             q, k, _ = parameter.chunk(3)
             k.copy_(q)
-    seen = []
-
-    def attend(scheme, q, k, v, x, ctx, window, dropout):
-        seen.append(weights_of(scheme, q, k, x, ctx, window)[0, :, -1])  # (H, S)
-        return v
-
-    model.attend = attend
-    model.hidden(torch.zeros(1, length, dtype=torch.int64))
-    return seen[0].flip(-1).float() * length
+    (weights,) = weights_by_layer(model, torch.zeros(1, length, dtype=torch.int64))  # (1, H, T, T)
+    return weights[0, :, -1].flip(-1) * length
 
 
 def picture(name: str) -> bytes:
@@ -165,7 +158,8 @@ def picture(name: str) -> bytes:
     axes.set_xscale("symlog", linthresh=1, linscale=0.3)
     axes.set_yscale("log")
     axes.set_xlim(0, weights.size(1) - 1)
-    axes.set_ylim(max(1e-3, axes.get_ylim()[0]), None)
+    low, high = (float(f(weights)) for f in (torch.amin, torch.amax))
+    axes.set_ylim(min(0.1, max(1e-3, low / 1.5)), max(10, 1.5 * high))
     axes.set_xticks([0, 1, 10, 100, 1000], ["0", "1", "10", "100", "1,000"])
     axes.tick_params(labelsize=6, length=2, pad=1, which="both")
     axes.minorticks_off()

@@ -196,7 +196,7 @@ class Scheme(nn.Module):
     def as_rope(self, c_attn: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """(weight (3C, C), bias (3C,) or None, frequencies (H, D/2) float64) of the plain rope layer that is equal to
         this one. ValueError where there is none."""
-        raise ValueError(f"{self.name} has no equivalent as plain rope; rope, crope and comrope have")
+        raise ValueError(f"{self.name} has no equivalent as plain rope; rope, crope, comrope, prope and lerope have")
 
     @classmethod
     def complete_options(cls, options: dict, config) -> dict:

@@ -19,7 +19,7 @@ from nanope.evaluation.protocols import split_of, spread_windows
 from nanope.evaluation.scoring import Compute, read_windows
 from nanope.evaluation.statistics import FIGURES
 from nanope.ops import linear_nll
-from schemes import label, names_in
+from schemes import label
 
 
 def evaluate_shift(model: Model, data: Data, tokenizer: Tokenizer, options: Options, compute: Compute) -> list[dict]:
@@ -55,6 +55,7 @@ def shift_figures(rows: list[dict]) -> list[dict]:
     return [{name: row[name] for name in names} for row in rows if "reason" not in row]
 
 
+@torch.no_grad()
 def why_not_shifted(model: Model) -> str | None:
     """Why a model's positions cannot be shifted; None where they can."""
     if not isinstance(model, GPT):
@@ -64,9 +65,27 @@ def why_not_shifted(model: Model) -> str | None:
         return (
             f"{label(pos)} adds absolute positions to the embeddings; rope, crope and comrope have positions to shift"
         )
-    if {*names_in(pos)} <= {"none", "alibi", "carope"}:
+    here, there = queries_and_keys(model, 0), queries_and_keys(model, 997)
+    if all(torch.equal(a, b) for a, b in zip(here, there)):
         return f"{label(pos)} has no positions that could be shifted; rope, crope and comrope have"
     return None
+
+
+@torch.no_grad()
+def queries_and_keys(model: GPT, offset: int) -> list[torch.Tensor]:
+    """q and k of every layer, with their positions, for a few tokens of which the first is at `offset`."""
+    found, before = [], model.attend
+
+    def attend(scheme, q, k, *rest):
+        found.extend((q, k))
+        return before(scheme, q, k, *rest)
+
+    model.attend = attend
+    try:
+        model.hidden(torch.zeros(1, 4, dtype=torch.int64, device=model.lm_head.weight.device), offset=offset)
+    finally:
+        model.attend = before
+    return found
 
 
 @torch.no_grad()
