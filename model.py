@@ -281,7 +281,7 @@ class GPT(nn.Module):
             raise ValueError(f"idx must be (B, T), not of shape {tuple(idx.shape)}")
         start = caches[0]["k"].size(2) if caches and "k" in caches[0] else 0
         end = start + idx.size(1)
-        self.check_length(end + offset)
+        self.check_length(end, offset)
         self.check_tokens(idx, 0, "idx")
         x = self.transformer["wte"](idx)  # (B, T, C)
         places, documents = torch.arange(start, end, device=idx.device), None
@@ -383,13 +383,16 @@ class GPT(nn.Module):
             block.compile(**options)
         self.losses = {reduction: torch.compile(loss, **options) for reduction, loss in self.losses.items()}
 
-    def check_length(self, length: int) -> None:
-        """ValueError where a scheme cannot go to this length."""
+    def check_length(self, length: int, offset: int = 0) -> None:
+        """ValueError where a scheme cannot go to this length, or its positions moved by `offset` to this end."""
+        size = self.config.block_size
         for pos in (block.attn.pos for block in self.transformer["h"]):
-            end = pos.longest if pos.extends else self.config.block_size
-            if end is not None and length > end:
-                which = "length" if pos.extends else "block_size"
-                raise ValueError(f"{pos.name} positions end at {which} {end}: a length of {length} is not possible")
+            if not pos.extends and length > size:
+                raise ValueError(f"{pos.name} positions end at block_size {size}: a length of {length} is not possible")
+            if pos.longest is not None and length + offset > pos.longest:
+                raise ValueError(
+                    f"{pos.name} positions end at length {pos.longest}: a length of {length + offset} is not possible"
+                )
 
     def check_tokens(self, ids: torch.Tensor, lowest: int, what: str) -> None:
         """ValueError for ids outside the vocabulary; on the CPU alone, since a GPU would make the host wait."""

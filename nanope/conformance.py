@@ -167,9 +167,10 @@ def cached_decoding(case: Case) -> None:
 
 
 def lengths(case: Case) -> None:
-    """One token and block_size, and 1,024 tokens where the scheme extends; a clear error where it does not."""
-    model = case.model()
-    for length in (1, LENGTH) if case.longest == LENGTH else (1, LENGTH, 1024):
+    """1, 2 and 7 tokens and block_size; where the scheme extends 4 and 16 times that, and 1,024 tokens; a clear error
+    where it does not."""
+    model, short = case.model(), (1, 2, 7, LENGTH)
+    for length in short if case.longest == LENGTH else (*short, 4 * LENGTH, 16 * LENGTH, 1024):
         logits = model(case.tokens(length, rows=1))[0]
         assert torch.isfinite(logits).all(), f"logits at length {length} are not finite"
     if case.longest == LENGTH:
@@ -178,6 +179,19 @@ def lengths(case: Case) -> None:
         except ValueError:
             return
         raise AssertionError("extends is False, and a longer input passes")
+
+
+def far_positions(case: Case) -> None:
+    """From position 65,536 on a float32 model has the logits of a float64 one, where positions reach as far."""
+    model, tokens = case.model(), case.tokens()
+    if isinstance(model.transformer["wpe"] if "wpe" in model.transformer else None, torch.nn.Embedding):
+        return
+    exact = model.lm_head(model.hidden(tokens, offset=65536))
+    gap = model.float().lm_head(model.hidden(tokens, offset=65536)).double() - exact
+    assert gap.abs().max() < 1e-3 * exact.std(), (
+        f"at position 65,536 float32 logits are off by {gap.abs().max() / exact.std():.1e} of their standard "
+        "deviation: compute angles in float64, by ctx.cos_sin"
+    )
 
 
 def chunks(case: Case) -> None:
@@ -302,6 +316,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
         separate_rows,
         cached_decoding,
         lengths,
+        far_positions,
         chunks,
         gradients,
         low_precision,

@@ -53,7 +53,7 @@ def test_rows_and_short_form(data):
     assert flat_figures(report)["eval/shift/16/4096/largest_change"] == report["shift"][2]["largest_change"]
 
 
-@pytest.mark.parametrize("pos", ["none", "alibi", "carope", "learned", "sinusoidal", ["none", "alibi"]])
+@pytest.mark.parametrize("pos", ["none", "alibi", "urpe", "selective", "learned", "sinusoidal", ["none", "alibi"]])
 def test_without_positions_there_are_no_figures_and_a_reason(data, pos):
     report = evaluate(model(pos), data, None, ["shift"], offsets=[0, 16])
     assert report["shift"] == [] and len(report["results"]) == 2
