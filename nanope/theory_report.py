@@ -28,12 +28,14 @@ def parts_of(numbers: dict) -> dict[str, str]:
 
 
 def figure(value: float | None, digits: int = 2) -> str:
-    """0 for what is rounding, n/a for None."""
+    """0 for what is rounding, empty for None."""
     if value is None:
         return ""
     if abs(value) < ZERO:
         return "0"
-    return f"{value:.{digits}g}" if 1e-3 <= abs(value) < 1e4 else f"{value:.0e}"
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.{digits}g}" if 1e-3 <= abs(value) else f"{value:.0e}"
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
