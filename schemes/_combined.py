@@ -37,7 +37,12 @@ class Combined(Scheme):
         self.extends = all(part.extends for part in parts.values())
         self.longest = min((part.longest for part in parts.values() if part.longest), default=None)
         self.dense = any(part.dense for part in parts.values())
-        self.widens = any(part.widens for part in parts.values())
+        encoders = [name for name, part in parts.items() if part.claims("encode")]
+        for name, then in zip(encoders, encoders[1:]):
+            if parts[name].wider:
+                text = "+".join([other for other in parts if other != name] + [name])
+                raise ValueError(f"{then} cannot turn what {name} has made wider: give {name} last, as {text}")
+        self.wider = parts[encoders[-1]].wider if encoders else ""
 
     def told(self, ctx):
         parts = {}

@@ -6,7 +6,7 @@ width. Channels of a head are paired as neighbours, (0, 1)(2, 3)…, each pair o
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
@@ -122,7 +122,8 @@ class Scheme(nn.Module):
     undecayed: tuple[str, ...] = ()  # own parameters without weight decay, with pos_lr_multiplier
     shared: tuple[str, ...] = ()  # own modules that all layers share: they are the first layer's
     sole: tuple[str, ...] = ()  # hooks that no other scheme of a combination may override
-    widens: bool = False  # whether what `encode` adds behind the D channels is a bias, which no scale of scores reaches
+    # What the channels are that `encode` adds behind a head's D: part of the score, or a bias, which no scale reaches
+    wider: Literal["", "score", "bias"] = ""
     axes: tuple[str, ...] = ()  # coordinates that positions have, of AXES, "token" first; () for positions alone
 
     def __init__(self, config, layer: int):
@@ -207,7 +208,7 @@ class Scheme(nn.Module):
 
     def scaled(self, q: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
         """Encoded queries (B, H, T, ≥ D) whose scores, without a bias, are multiplied by `scale`."""
-        if self.widens and q.size(-1) > self.head_width:
+        if self.wider == "bias" and q.size(-1) > self.head_width:
             return torch.cat(((q[..., : self.head_width] * scale).to(q.dtype), q[..., self.head_width :]), -1)
         return (q * scale).to(q.dtype)
 

@@ -39,7 +39,7 @@ class GAPE(RoPE):
     """
 
     undecayed = ("b_g", "b_l", "gamma")
-    widens = True
+    wider = "bias"
     sole = ("encode",)  # the gates are of q and k before any other encoding, and the result is wider
 
     def __init__(self, config, layer, *, base: float = 10000.0):

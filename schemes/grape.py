@@ -42,7 +42,7 @@ class GRAPE(Scheme):
         passes over H·T² scores more than softmax; memory of a chunk of queries.
     """
 
-    widens = True
+    wider = "bias"
 
     def __init__(self, config, layer, *, width: int = 8):
         super().__init__(config, layer)

@@ -60,6 +60,7 @@ class PoPE(Scheme):
         bias, so flash attention stays.
     """
 
+    wider = "score"
     undecayed = ("delta",)
     sole = ("encode",)  # another would turn magnitudes, or the pairs of this one
 

@@ -83,6 +83,7 @@ class SeqPE(Scheme):
         1)·width² FLOPs a position and layer of the encoder, half of it in the last, and 4·C².
     """
 
+    wider = "score"
     undecayed = ("encoder.digit", "encoder.place", "encoder.cls")
     shared = ("encoder",)
 

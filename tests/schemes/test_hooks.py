@@ -288,6 +288,8 @@ def test_spaces_and_a_table_that_two_kinds_of_layers_share():
 @pytest.mark.parametrize(("fields", "text"), [
     ({"pos": "learned+sinusoidal"}, "learned and sinusoidal cannot be combined: each has its own embedding"),
     ({"pos": "comrope+rope"}, "comrope cannot be combined with rope"),
+    ({"pos": "grape+rope"}, "rope cannot turn what grape has made wider: give grape last, as rope+grape"),
+    ({"pos": "path+cope"}, "path and cope cannot be combined: each has its own scores"),
     ({"pos": toy("DenseSlope") + "+" + toy("rope") + "+rope"}, "has two schemes of one name in"),
     ({"pos": "rope+rop"}, "did you mean rope?"),
     ({"pos": []}, "pos must be a scheme's name or a list of them, not []"),
