@@ -161,6 +161,7 @@ def test_compiled_parts_with_dropout_and_autocast():
     close(low, model(idx, targets)[1], rtol=2e-2)
 
 
+@pytest.mark.slow
 def test_compiled_parts_ignore_targets_and_generate():
     model, idx, targets = build("rope", torch.float32), tokens(BLOCK), tokens(BLOCK, seed=1)
     targets[0, :5] = -1

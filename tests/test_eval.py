@@ -30,6 +30,7 @@ def report_of(run):
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_report_names_its_conditions(data, tmp_path, capsys):  # noqa: F811
     run = tmp_path / "run"
     save_run(run, data)
@@ -208,6 +209,7 @@ def test_a_link_to_a_report_stays_a_link(data, tmp_path):  # noqa: F811
     assert link.is_symlink() and "results" in json.loads((tmp_path / "far" / "report.json").read_text())
 
 
+@pytest.mark.slow
 def test_what_differs_has_names_that_differ(data, tmp_path):  # noqa: F811
     run, folders = tmp_path / "run", [tmp_path / name / "set" for name in "AB"]
     save_run(run, data)

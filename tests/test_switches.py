@@ -83,6 +83,7 @@ def test_no_mask_of_all_queries_and_keys(pos):
     assert largest.elements < T * T / 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [0, 5])
 def test_flex_attention_has_the_same_documents(window, monkeypatch):
     """What a GPU runs in training, here uncompiled on a CPU and forward alone."""

@@ -156,6 +156,7 @@ def test_a_signal_ends_the_step_and_resuming_is_exact(make, number):
     assert ends[-1]["val_loss"] == losses(whole.out_dir, "val/loss")[-1]
 
 
+@pytest.mark.slow
 def test_a_crash_drops_what_lies_beyond_the_checkpoint(make, plain):
     config = make()
     with pytest.raises(RuntimeError, match="power"):
@@ -238,6 +239,7 @@ def another_process():
     torch.manual_seed(99), random.seed(99), np.random.seed(99)
 
 
+@pytest.mark.slow
 def test_equal_commands_give_equal_files_also_where_one_was_interrupted(make):
     config = make(resume=True, dropout=0.1, sample_interval=6, keep_checkpoints=9)
     digests = []
@@ -253,6 +255,7 @@ def test_equal_commands_give_equal_files_also_where_one_was_interrupted(make):
     assert digests[0] == digests[1] == digests[2]
 
 
+@pytest.mark.slow
 def test_what_is_drawn_in_a_step_follows_from_the_step(make):
     """Also by a scheme from outside, from whichever generator."""
     draws, seen = lambda: (torch.rand(2).tolist(), random.random(), np.random.rand()), {}
@@ -278,6 +281,7 @@ def test_dropout_depends_on_seed_and_step(make):
     assert len(seeds) == 6
 
 
+@pytest.mark.slow
 def test_resume_keeps_the_configs_hyperparameters(make, capsys):
     config = make(pos="comrope")
     train(config, at_step({5: kill(signal.SIGTERM)}))
@@ -330,6 +334,7 @@ def test_micro_batches_do_not_matter(make):
 # ---- the optimizer, the schedule, the step itself
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pos, name", [("comrope", "pos.P"), slow("carope", "pos.c_pos.bias")])
 def test_pos_lr_multiplier(make, pos, name):
     key, moved, others = f"transformer.h.0.attn.{name}", [], []
@@ -476,6 +481,7 @@ def test_an_auxiliary_loss_that_is_not_finite_skips_the_step(make):
     assert [line["step"] for line in metrics(config.out_dir) if "skipped" in line] == [4]
 
 
+@pytest.mark.slow
 def test_what_schemes_draw_depends_on_seed_and_step_alone(make):
     """Equal in every micro-batch, and on resuming; other in another run or step."""
     pos = f"{TOYS}:Stretch+{TOYS}:Penalty"
@@ -501,6 +507,7 @@ def test_what_schemes_draw_depends_on_seed_and_step_alone(make):
 # ---- half precision
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("pos", [slow("rope"), slow("comrope"), "carope"])
 def test_half_precision_stays_close(make, dtype, pos):
@@ -515,6 +522,7 @@ def test_half_precision_stays_close(make, dtype, pos):
     assert bool(state["scaler"]) == (dtype == "float16")
 
 
+@pytest.mark.slow
 def test_the_scaler_is_saved_and_restored(make):
     whole, cut = make("whole", dtype="float16"), make("cut", dtype="float16", resume=True)
     train(whole)
@@ -1297,6 +1305,7 @@ def test_diff(make, plain, folders, capsys, tmp_path):
     assert "error" in diff(capsys, make("mine"), tmp_path / "nothing")[0]
 
 
+@pytest.mark.slow
 def test_diff_from_a_run_made_before_there_were_windows(make, plain, capsys, tmp_path):
     shutil.copytree(plain, tmp_path / "old", symlinks=True)
     path = tmp_path / "old" / "config.yaml"

@@ -26,6 +26,7 @@ NOVELS = CORPORA["novels"]
 # ---- the Bible ----
 
 
+@pytest.mark.slow
 def test_builtin_against_a_recount(tmp_path):
     books = {}
     path = Path(importlib.util.find_spec("bible").origin).parent / "data" / "kjv.jsonl"

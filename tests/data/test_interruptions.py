@@ -25,6 +25,7 @@ def kill(out, *options, source, fault):
     assert process.returncode == -9
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_after_its_last_shard(corpus, whole, tmp_path, drawn_figures):
     """Finished shards are kept, those after them made anew, and what was half written is not taken for a shard."""
     out, partial = tmp_path / "out", tmp_path / "out.partial"
@@ -207,6 +208,7 @@ def appear_as_link(out):
     out.symlink_to(out.with_name("elsewhere"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("appear", [appear_as_folder, appear_as_link, lambda out: out.write_text("mine")])
 def test_something_appears_at_the_last_moment(corpus, whole, tmp_path, monkeypatch, drawn_figures, appear):
     """Nothing that is complete is lost, and the same command finishes without doing work again."""

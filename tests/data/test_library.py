@@ -53,6 +53,7 @@ def loaded(out, dataset, *, split=None, streaming=False, **options):
 # ---- what load_dataset loads ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 def test_every_row_comes_back(folder, tmp_path, streaming):
     data = loaded(tmp_path / "out", folder, streaming=streaming)
@@ -64,6 +65,7 @@ def test_every_row_comes_back(folder, tmp_path, streaming):
     assert documents(data, "val") == documents(files_, "val")
 
 
+@pytest.mark.slow
 def test_splits_of_its_own_are_used(splits, tmp_path, capsys):
     for name, part in splits.items():
         part.to_parquet(tmp_path / "texts" / f"{name}.parquet")
@@ -219,6 +221,7 @@ def test_killed_it_continues_and_workers_make_the_same_bytes(folder, tmp_path, d
     assert "nothing to do" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_stream_is_cut_by_its_files(folder, tmp_path, monkeypatch):
     """Whatever the library's cache knows of them: else a run that continues would be cut in another way."""
     made = []
@@ -243,6 +246,7 @@ def test_parts_merge_to_the_same_bytes(folder, tmp_path):
 # ---- save_to_disk ----
 
 
+@pytest.mark.slow
 def test_folders_of_save_to_disk(splits, tmp_path):
     splits.save_to_disk(tmp_path / "saved")
     data = files(tmp_path, tmp_path / "saved", "out")
@@ -265,6 +269,7 @@ def test_folders_of_save_to_disk(splits, tmp_path):
         files(tmp_path, tmp_path / "one", "shuffled")
 
 
+@pytest.mark.slow
 def test_units_do_not_depend_on_how_it_was_saved(splits, tmp_path):
     """Nor the bytes on the Arrow files' number: rows are cut, not files."""
     made, options = [], {"shard_tokens": 20_000, "sizes": Sizes(least_unit=20_000, processes=0)}

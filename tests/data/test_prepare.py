@@ -53,6 +53,7 @@ def test_every_document_comes_back(corpus, whole):
     assert sorted(contents(whole.folder)) == there
 
 
+@pytest.mark.slow
 def test_lengths_are_counted(whole):
     """The histogram that the manifest sums over shards, its quantiles and its figure."""
     for split in ("train", "val"):

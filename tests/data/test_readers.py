@@ -462,6 +462,7 @@ def test_parquet_that_is_not_utf8(tmp_path):
     assert data.manifest["source"]["bad"] == {"rows": 1} and data.manifest["source"]["empty"] == 2
 
 
+@pytest.mark.slow
 def test_skipped_row_groups_and_files(corpus, tmp_path, capsys):
     folder, texts = tmp_path / "in", corpus[1]
     shutil.copytree(corpus[0], folder)

@@ -250,6 +250,7 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     assert without_a_reader("-c", code) == (0, "on")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [

@@ -25,6 +25,7 @@ def test_a_window(whole, capsys):
     assert printed.strip() == load_tokenizer("gpt2").decode(stream).strip()
 
 
+@pytest.mark.slow
 def test_the_longest(whole, capsys):
     lengths = [len(load_tokenizer("gpt2").encode(text)) for text in documents(whole, "train")]
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])[:3]

@@ -35,6 +35,7 @@ def test_hash_rule(tmp_path, source):
     assert gpt2["val_bytes"] == round(5_000 * 4.3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"val_bytes": 9_000}])
 def test_every_tokenizer_has_the_same_validation(tmp_path, source, corpus, options):
     """So that bits per byte of two tokenizers are of the same text."""
@@ -99,6 +100,7 @@ def test_a_few_large_texts_have_a_validation_document(tmp_path):
     assert len(documents(files(tmp_path, folder, "three", **large), "val")) == 1
 
 
+@pytest.mark.slow
 def test_no_validation_document(tmp_path, corpus):
     """A large source is not read beforehand. So it shows at the end that the rule took nothing."""
     large = {"sizes": Sizes(survey=0)}

@@ -22,6 +22,7 @@ from models import (
 from nanope import attention
 
 
+@pytest.mark.slow
 def test_bias_by_flex_attention_equals_the_dense_path(monkeypatch):
     """What a GPU runs, here uncompiled on the CPU: the same bias, as FlexAttention's score_mod."""
     pos, x = build("alibi", torch.float32).transformer.h[0].attn.pos, torch.randn(2, 40, WIDTH)
@@ -65,6 +66,7 @@ def test_attention_weights_in_documents_are_those_of_each_alone(case):
         assert not found[:, :, 5:, :5].any() and not found.triu(1).any()
 
 
+@pytest.mark.slow
 def test_weights_of_many_keys_in_float32_and_by_chunks():
     """300 keys are more than the kernel is asked about at a time."""
     for case in ("rope", "alibi"):
@@ -93,6 +95,7 @@ def test_dense_bias_by_chunks_of_any_size(rows):
     close(attention.attend(pos, q, k, v, x, layer_context(pos, x), chunk=rows * HEADS * 40), whole, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_dense_bias_in_several_chunks_of_queries():
     """1,500² scores of 8 heads exceed the 2^24 elements that may exist at once; a prefix of 1,400 does not.
 

@@ -81,6 +81,7 @@ def test_window_and_options_by_name_of_a_command_line():
         parse(["--pos_options.rope.base"])
 
 
+@pytest.mark.slow
 def test_a_config_survives_its_file(tmp_path):
     some = dict(learning_rate=1e-5, bias=True, out_dir="runs/ünï: x", micro_batch_size=3)
     one = dict(pos="comrope", pos_options={"block": 4, "init": "rope", "unit": 64.0})
@@ -174,6 +175,7 @@ def test_a_config_of_comments_alone_changes_nothing(tmp_path, text):
     assert parse(["--config", str(tmp_path / "c.yaml")]) == RunConfig()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["data_dir", "out_dir", "init_from"])
 def test_paths_are_what_a_shell_makes_of_them(tmp_path, capsys, monkeypatch, name):
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -62,6 +62,7 @@ def ids():
 # ---- FLOPs
 
 
+@pytest.mark.slow
 @each_scheme()
 def test_flops_of_a_real_pass(pos):
     """All matrix products, attention aside, as torch's own counter sees them in a real model; and attention: the flash
@@ -77,6 +78,7 @@ def test_flops_of_a_real_pass(pos):
     assert counter.get_total_flops() == count.products - count.attention // 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, gpu", [("float32", False), ("bfloat16", True)])
 @each_scheme(fast=["comrope"])
 def test_flops_by_hand(pos, dtype, gpu):
@@ -108,6 +110,7 @@ def test_flops_with_dropout_by_hand():
     assert "positional scheme" not in products(count, TOKENS)
 
 
+@pytest.mark.slow
 def test_flops_of_windows_by_hand(mixed):
     """On a GPU as many scores a query as its window has. On a CPU 128 queries at a time, and the 15 keys before."""
     alibi, rope = mixed("alibi in windows"), mixed("rope in windows")  # of 16 in all layers; of 16, all, 16
@@ -118,6 +121,7 @@ def test_flops_of_windows_by_hand(mixed):
     assert simulate(rope, 1, torch.float32, gpu=False).attention == 14 * WIDTH * (chunks + 512**2 + chunks)
 
 
+@pytest.mark.slow
 def test_rotation_is_elementwise_work():
     """rope turns q and k, and their gradients back: C complex products of six operations a token and layer each way."""
     plain, rope = (
@@ -157,6 +161,7 @@ def saved_by_a_real_pass(model, dtype=torch.float32):
 CASES = [*SCHEMES, *MIXED, "learned with dropout", "rope in bfloat16", "alibi in bfloat16"]
 
 
+@pytest.mark.slow
 @each_scheme(CASES, fast=["rope", "alibi", "rope in windows"])
 def test_saved_for_backward_is_what_a_real_model_saves(pos, mixed):
     name = pos.split()[0]

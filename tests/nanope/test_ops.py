@@ -148,6 +148,7 @@ def test_fused_loss_equals_the_plain_one(dtype, tolerance, chunk, scale, monkeyp
         close(a, b, rtol=tolerance, atol=tolerance * scale)
 
 
+@pytest.mark.slow
 def test_fused_loss_with_gpt2s_vocabulary():
     """50,304 tokens and the real chunk size: several chunks on a CPU, one on a GPU."""
     h, weight, targets = loss_case(torch.float32, T=203, V=50304)
@@ -235,6 +236,7 @@ def test_mean_without_grad_forms_no_gradients():
     assert products.count == 1
 
 
+@pytest.mark.slow
 def test_full_logits_never_exist():
     """N·V elements exist in no forward or backward pass of the loss; with the plain loss they do, so the observer sees
     them."""

@@ -93,6 +93,7 @@ def allocated_by_a_real_step(config, micro_batches):
     return peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "pos, accumulation",
     [("rope", 1), *(pytest.param(pos, n, marks=pytest.mark.slow) for n in (1, 4) for pos in SCHEMES)],
@@ -159,6 +160,7 @@ def test_hours_and_cost_by_hand():
     assert plan(SMALL, gpus=8, mfu=0.2, details=False).hours["A100"][1] == pytest.approx(2 * eight)
 
 
+@pytest.mark.slow
 def test_measured_speed():
     p = plan(run(), tokens_per_s=1000.0, price_per_hour=0.5)
     hours = 19000 * 4 * ROWS * LENGTH / 1000 / 3600
@@ -280,6 +282,7 @@ def test_ranks_of_the_text_are_those_of_the_launch(monkeypatch):
     assert "= 4 rank(s) × 1 ×" in plan_text(run(n_layer=1)) and "= 2 rank(s) × 2 ×" in plan_text(run(n_layer=1), gpus=2)
 
 
+@pytest.mark.slow
 def test_text_of_several_schemes_and_windows():
     shape = dict(n_layer=2, block_size=192, batch_tokens=4 * ROWS * 192)
     text = plan_text(run(**shape, pos=["rope+alibi", "none"], window=[16, 0]))
@@ -292,6 +295,7 @@ def test_text_with_dropout():
     assert "all T² scores; without" in plan_text(run(n_layer=1, dropout=0.1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [["rope", "crope", "carope"], pytest.param(None, marks=pytest.mark.slow)], ids=str)
 def test_scheme_table(names):
     config = RunConfig(n_layer=2, n_head=2, n_embd=64, vocab_size=320, block_size=128)

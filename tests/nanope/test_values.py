@@ -7,6 +7,7 @@ from nanope import REPO
 from nanope.values import number, read_yaml, read_yaml_file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text, words",
     [

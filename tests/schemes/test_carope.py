@@ -116,6 +116,7 @@ def test_values_and_gradients_equal_the_reference_across_chunks(T):
             close(p.grad, parameters[name].grad, rtol=1e-7, atol=1e-8, msg=name)
 
 
+@pytest.mark.slow
 def test_carope_gradient_of_the_phases():
     """PathRotation against autograd through the phases as they are written, and finite differences."""
     draw = torch.Generator().manual_seed(0)

@@ -189,6 +189,7 @@ def train(model, steps, lr=2e-3):
     return losses
 
 
+@pytest.mark.slow
 @cases_of(TRAINED, fast=["comrope"])
 def test_comrope_trains_at_the_recipes_learning_rate(case):
     model = GPT(config("comrope", TRAINED[case], block_size=32, vocab_size=16))

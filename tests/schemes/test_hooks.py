@@ -65,6 +65,7 @@ def with_attention(model, **options):
 # ---- hooks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [0, 6])
 def test_one_bias_in_three_ways(window):
     """bias, a wider encode and dense scores give the same as the definition, at all lengths of chunks."""
@@ -76,6 +77,7 @@ def test_one_bias_in_three_ways(window):
             assert torch.allclose(model(TOKENS)[0], expected, rtol=0, atol=1e-10), (name, queries)
 
 
+@pytest.mark.slow
 def test_weights():
     model = build(toy("Sigmoid"))
     assert same_logits(model, with_attention(build("none"), weights=lambda scores: torch.sigmoid(scores - 2)))
@@ -174,6 +176,7 @@ def test_many_kinds_of_layers_compile_for_training_and_validation():
 # ---- combinations
 
 
+@pytest.mark.slow
 def test_a_combination_is_its_parts_in_order():
     """rope turns, alibi adds its bias: alibi's own slopes on rope's attention."""
     slopes = build("alibi").transformer["h"][0].attn.pos.slopes()

@@ -69,7 +69,9 @@ def test_reduction_none_through_the_model(pos):
     close(model(idx, targets)[1], nll.sum() / (targets >= 0).sum())
 
 
-@all_schemes
+@pytest.mark.parametrize(
+    "pos", [p if p in ("comrope", "carope") else pytest.param(p, marks=pytest.mark.slow) for p in SCHEMES]
+)
 def test_same_bits_again(pos):
     results = []
     for _ in range(2):
@@ -87,7 +89,7 @@ def test_same_bits_again(pos):
 # Causality, caches, generation
 
 
-@all_cases
+@cases_of(CASES, fast=["learned", "rope", "carope", "path"])
 def test_causal_at_every_length(case):
     """Logits up to t do not change when later tokens do; logits from the changed token on do."""
     model = build(case)
@@ -102,7 +104,7 @@ def test_causal_at_every_length(case):
             assert (other - logits)[:, t + 1 :].abs().amax(-1).min() > 1e-3
 
 
-@all_cases
+@all_cases_fast_without_options
 def test_cached_hidden_states_equal_the_uncached(case):
     """Token by token, in chunks, and all at once as a prefill is, beyond block_size where the scheme can."""
     model, pieces = build(case), [5, 1, 7, 7] if extends(case) else [3, 1, 8]
@@ -194,7 +196,7 @@ def test_autocast_is_close_to_float32(case):
         assert relative_error(found[name], expected[name]) < 0.2, name
 
 
-@all_cases
+@all_cases_fast_without_options
 def test_bfloat16_model_runs(case):
     """Weights cast to bfloat16, as for inference: forward, loss in float32, cached generation."""
     model = build(case).bfloat16()

@@ -88,6 +88,7 @@ def test_draws():
     assert window.min() >= 1 and (window + offsets.max() <= 20000).all()
 
 
+@pytest.mark.slow
 def test_positions_shift_in_training_alone():
     model = GPT(config("seqpe", {"width": 16, "layers": 1}))
     starts = []

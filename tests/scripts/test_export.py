@@ -73,6 +73,7 @@ SMALL = load_tokenizer("gpt2").tokens[:2000]  # the first merges are a vocabular
 SPACES = [b" " * n for n in range(3, 26)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, tokens, eot, n_vocab",
     [

@@ -243,6 +243,7 @@ def test_what_is_done_is_kept(finished, capsys):
     assert f"Made by `python scripts/sweep.py {path}`" in out
 
 
+@pytest.mark.slow
 def test_a_sweep_is_collected_and_its_results_take_no_runs(finished, tmp_path, capsys):
     path, files = finished
     target = tmp_path / "results"
@@ -266,6 +267,7 @@ def test_what_is_wrong_is_said_in_a_line(words, error, tmp_path, capsys):
     assert code.startswith("error: ") and error in code and not out and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_reproduce_takes_the_papers_tables_alone(capsys):
     assert all(
         (SWEEPS / f"{name}.yaml").is_file() and Grid.read(SWEEPS / f"{name}.yaml", "cpu") for name in DOOR["tables"]

@@ -56,6 +56,7 @@ def test_ranges_change_nothing():
     assert all(torch.equal(ours.grad, theirs.grad) for ours, theirs in parameters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pos", [pytest.param("rope", marks=pytest.mark.slow), "comrope"])
 def test_trace(pos, run, tmp_path):
     """The table's parts sum to the step, the work lies where it must, and the trace holds the steps' events."""
@@ -82,6 +83,7 @@ def test_trace(pos, run, tmp_path):
         assert names.count("part/positions") == 2 * (2 + 1)  # constants once a step, prepare once a micro-batch
 
 
+@pytest.mark.slow
 def test_trace_takes_a_run_and_refuses_with_a_reason(run, tmp_path):
     (tmp_path / "config.yaml").write_text("".join(f"{k}: {v}\n" for k, v in (FIELDS | {"pos": "alibi"}).items()))
     assert run("--steps", 1, "--out", tmp_path / "trace.json", "--run", tmp_path, "--n_layer", 1).startswith(

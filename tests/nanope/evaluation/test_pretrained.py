@@ -39,6 +39,7 @@ def figures(path):
     return {(r["protocol"], r["length"]): r for r in json.loads(path.read_text())["results"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "pos, options",
     [

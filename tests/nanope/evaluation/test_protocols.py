@@ -41,6 +41,7 @@ def test_same_targets_is_what_the_specification_says(data, pos, stride):
         assert min(per_document) <= low <= got["nats_per_token"] <= high <= max(per_document)
 
 
+@pytest.mark.slow
 def test_nonoverlapping_scores_every_token_of_the_documents_at_every_length(data):
     gpt = model()
     report = evaluate(gpt, data, [16, 48, 128], ["nonoverlapping"], Compute(batch_tokens=1000), max_targets=0)
@@ -52,6 +53,7 @@ def test_nonoverlapping_scores_every_token_of_the_documents_at_every_length(data
         assert got["nats_per_token"] == pytest.approx(np.mean(nll), abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "length, stride", [pytest.param(64, 8, marks=slow), pytest.param(24, 10, marks=slow), (33, 16)]
 )
@@ -105,6 +107,7 @@ def test_per_position_of_a_table_ends_where_the_table_does(data):
     assert short["targets_sha256"] != report["targets_sha256"]["per-position"]
 
 
+@pytest.mark.slow
 def test_stream_runs_over_documents_and_scores_the_end_of_text_too(data):
     gpt, (_, ids) = model(), documents(data)
     report = evaluate(gpt, data, [100], ["nonoverlapping"], stream=True, max_targets=0)
@@ -125,6 +128,7 @@ def test_val_long_is_the_documents_that_the_manifest_lists(data):
         data.manifest["val_long"] = listed
 
 
+@pytest.mark.slow
 def test_the_scored_tokens_and_their_hash_depend_on_neither_scheme_nor_batch(data):
     protocols = ["same-targets", "nonoverlapping"]
     first, second = (

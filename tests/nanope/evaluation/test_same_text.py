@@ -69,6 +69,7 @@ def test_pieces_end_where_every_tokenizer_has_a_boundary():
     assert pieces_of(edges, 4, 100, 100) == [(10, 12)] and pieces_of(edges, 5, 100, 100) == []
 
 
+@pytest.mark.slow
 def test_runs_of_two_tokenizers_are_compared_in_bits_per_byte(both, tmp_path, capsys):
     names = [tmp_path / name for name in ("byte", "gpt2")]
     models = [save_run(name, data) for name, data in zip(names, both)]

@@ -45,6 +45,7 @@ def bootstrapped(sums, counts):
     return np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), [2.5, 97.5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(13, marks=pytest.mark.slow)])
 def test_intervals_cover_as_documented(n):
     assert 0.91 <= coverage(n, 0.5, document_interval) <= 0.97

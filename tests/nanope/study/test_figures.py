@@ -160,6 +160,7 @@ def test_the_line_of_cropping_and_the_marks(study_in):
     ]
 
 
+@pytest.mark.slow
 def test_one_length_or_no_report_is_drawn_by_training_curves():
     study = Made({"rope": [3.0], "fox": [2.9]}, lengths=(256,))
     assert panel_of(study, "length") is None and panel_of(study, "difference").marks == ["1×"]
@@ -182,6 +183,7 @@ def test_a_study_of_one_arm_and_one_seed():
     assert "one seed; band: 95 % interval over documents" in words and "Same tokens scored, longer context" in words
 
 
+@pytest.mark.slow
 def test_what_lies_far_outside_stands_at_the_edge_with_its_value():
     levels = {arm: [3 + 0.02 * i + 0.1 * k for k in range(5)] for i, arm in enumerate(("rope", "fox", "cable", "t5"))}
     study = Made({**levels, "none": [3.1, 9.0, 20.0, 30.0, 140.0], "learned": [3.05, *[None] * 4]})
@@ -204,6 +206,7 @@ def texts(figure) -> set[str]:
 # ---- labels and axes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name if name == "schemes" else pytest.param(name, marks=pytest.mark.slow) for name in STUDIES]
 )
@@ -283,6 +286,7 @@ def test_numbers():
     assert number(0.742, "+") == "+0.74" and number(-2.0, "+") == "-2.00"
 
 
+@pytest.mark.slow
 def test_styles_tell_arms_apart():
     for path in (REPO / "results").glob("*/grid.yaml"):
         if arms := Study.read(path.parent).grid.arms if path.parent.name in STUDIES else None:
@@ -354,6 +358,7 @@ def report_of(pos: str, run: str, curve: bool = False) -> dict:
     return {"pos": pos, "run": f"runs/{run}", "block_size": 64, "tokenizer": {"name": "byte"}, "results": rows}
 
 
+@pytest.mark.slow
 def test_reports_are_drawn_with_their_intervals(tmp_path, monkeypatch):
     reports = [report_of("rope", "first"), report_of("alibi", "second", curve=True)]
     left, right = panels.of_reports(reports, "same-targets")
@@ -371,6 +376,7 @@ def test_reports_are_drawn_with_their_intervals(tmp_path, monkeypatch):
     assert (tmp_path / "deep" / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_command_draws_panels_by_name(tmp_path, monkeypatch):
     where = REPO / "results" / "quickstart"
     assert run_plot(monkeypatch, where, "--panels", "loss", "parameters", "--out", tmp_path / "x.pdf") == ""

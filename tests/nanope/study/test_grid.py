@@ -155,6 +155,7 @@ def test_scales_and_selections(tmp_path):
             Grid.read(path, scale, changes)
 
 
+@pytest.mark.slow
 def test_a_grid_is_read_back_as_it_was_written(tmp_path):
     for path, scale in CASES:
         grid = Grid.read(path, scale)

@@ -44,6 +44,7 @@ def test_a_folder_of_runs_and_runs_jsonl_are_read_alike(study):
     assert collected.metrics("other") == [] and collected.reports("other") == set()
 
 
+@pytest.mark.slow
 def test_runs_jsonl_alone_gives_the_same_tables_and_figure(study):
     grid, files, target = study
     collect(grid, files, target)

@@ -39,6 +39,7 @@ def test_a_run_of_another_process_is_left_alone(grid, files):
     assert held(run) is None and state_of(run) == "waiting"
 
 
+@pytest.mark.slow
 def test_data_and_speeds_that_a_killed_sweep_left_in_the_making_are_waited_for(tmp_path, files, capsys):
     """A process that outlived its sweep holds the lock and then makes the file: it is not made twice."""
     data = {"corpus": "files", "tokenizer": "byte"}  # data/prepare.py would fail: there is no source

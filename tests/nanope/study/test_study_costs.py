@@ -15,6 +15,7 @@ def planned(grid: Grid, out, *words) -> str:
     return plan(grid, RunFolders(out), arguments_of("--plan", *words, grid=grid))
 
 
+@pytest.mark.slow
 def test_plan_by_hand(tmp_path):
     """rope: vocabulary 320 × 32, 2 layers of 12·32² and norms; FLOPs a token 6N + 12·L·C·T; 30 steps of 64 tokens,
     validated on 64 tokens at 0, 10, 20 and 30, forward alone: a third of the FLOPs."""
