@@ -7,7 +7,20 @@ import pytest
 import reference
 import torch
 import torch.nn.attention.flex_attention as flex
-from models import BLOCK, LAYERS, WIDTH, Largest, all_schemes, build, close, config, gradients, refused, tokens
+from models import (
+    BLOCK,
+    LAYERS,
+    WIDTH,
+    Largest,
+    all_schemes,
+    build,
+    cases_of,
+    close,
+    config,
+    gradients,
+    refused,
+    tokens,
+)
 
 from model import GPT, GPTConfig
 from nanope import attention, conformance
@@ -113,8 +126,8 @@ def test_generation_knows_where_documents_end():
 
 
 @pytest.mark.parametrize("fields", [{"qk_norm": True}, {"logit_scale": "log"}, {"logit_scale": "log", "window": 4}])
-@pytest.mark.parametrize(
-    "case", ["rope", "crope", "comrope", "carope", "alibi", "gape", "grape", "pope", "seqpe", "xpos"]
+@cases_of(
+    ["rope", "gape", "crope", "comrope", "carope", "alibi", "grape", "pope", "seqpe", "xpos"], fast=["rope", "gape"]
 )
 def test_norms_and_scales_equal_the_reference(case, fields):
     model = build(case, **fields)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from models import (
     BLOCK,
+    CASES,
     LAYERS,
     VOCAB,
     WIDTH,
@@ -69,13 +70,11 @@ def test_reduction_none_through_the_model(pos):
     close(model(idx, targets)[1], nll.sum() / (targets >= 0).sum())
 
 
-@pytest.mark.parametrize(
-    "pos", [p if p in ("comrope", "carope") else pytest.param(p, marks=pytest.mark.slow) for p in SCHEMES]
-)
-def test_same_bits_again(pos):
+@cases_of(SCHEMES, fast=["comrope", "carope"])
+def test_same_bits_again(case):
     results = []
     for _ in range(2):
-        model = GPT(config(pos), seed=1)
+        model = GPT(config(case), seed=1)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         for step in range(3):
             optimizer.zero_grad()
@@ -116,7 +115,7 @@ def test_cached_hidden_states_equal_the_uncached(case):
         close(torch.cat(parts, 1), expected, msg=lambda text, chunks=chunks: f"in chunks of {chunks}: {text}")
 
 
-@all_cases
+@all_cases_fast_without_options
 def test_gradients_through_a_cache(case):
     """A sequence in two chunks with a cache has the gradients of the whole. comrope's own backward must know where a
     chunk starts."""
