@@ -10,6 +10,7 @@ import json
 import _root  # noqa: I001
 
 from nanope import REPO, cards
+from nanope.bench.train import relative
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -17,8 +18,12 @@ def main(arguments: list[str] | None = None) -> None:
         arguments
     )
     with open(REPO / "results" / "scheme-speed" / "speed.json") as file:
-        report = json.load(file)
-    for path in cards.write(REPO / "docs", report["schemes"], report["machine"]):
+        record = json.load(file)
+    shape = (
+        f"{record['n_layer']} × {record['n_embd']}, vocabulary {record['vocab_size']:,}, length {record['block_size']}"
+    )
+    machine = f"{record['device']}, {record['threads']} thread, {shape}; medians of {record['rounds']} rounds"
+    for path in cards.write(REPO / "docs", relative(record), machine):
         print(path.relative_to(REPO))
 
 

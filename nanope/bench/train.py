@@ -250,6 +250,23 @@ def table_of(found: dict) -> str:
     return "\n".join(lines)
 
 
+def relative(found: dict) -> dict[str, dict]:
+    """{variant: {"speed", "low", "high", "memory"}} of a `record`: the median, least and largest ratio of its speed to
+    rope's, and of its peak memory."""
+    result = {}
+    for variant in found["seconds"]:
+        base = found.get("rope_seconds", {}).get(variant, found["seconds"][BASELINE])
+        speeds = ratios(base, found["seconds"][variant])
+        memory = found["memory"][variant] / found["memory"][BASELINE]
+        result[variant] = {
+            "speed": statistics.median(speeds),
+            "low": min(speeds),
+            "high": max(speeds),
+            "memory": memory,
+        }
+    return result
+
+
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, dict], dict]:
     """The arguments, the shapes by name, and the fields of a shape that were given one by one. Exits with a message for
     what cannot be run."""
