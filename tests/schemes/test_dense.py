@@ -37,12 +37,6 @@ def table_of_distances(table, T):
     )
 
 
-@pytest.mark.parametrize("pos", ["cope", "urpe"])
-def test_at_the_start_it_is_no_positions_at_all(pos):
-    idx = tokens(BLOCK)
-    close(at_start(pos)(idx)[0], at_start("none")(idx)[0], atol=1e-12)
-
-
 @pytest.mark.parametrize("pos", DENSE)
 def test_no_scores_of_all_queries_and_keys_exist_at_once(pos):
     """Neither forward nor backward."""
@@ -139,20 +133,6 @@ def test_stickbreaking_of_extreme_scores_and_long_rows():
 
 
 # ---- grape
-
-
-def test_grape_without_p_is_alibi():
-    """Each step is then log σ(0) = -log 2."""
-    model, other = (at_start(pos) for pos in ("grape", "alibi"))
-    for block in model.transformer.h:
-        block.attn.pos.c_p.weight.data.zero_()
-    slopes = type(other.transformer.h[0].attn.pos).slopes
-    for block in other.transformer.h:
-        block.attn.pos.slopes = functools.partial(
-            lambda pos, device="cpu": slopes(pos, device) * math.log(2), block.attn.pos
-        )
-    idx = tokens(BLOCK)
-    close(model(idx)[0], other(idx)[0], atol=1e-12)
 
 
 def test_grape_turns_far_from_the_start_and_with_rope():

@@ -222,10 +222,6 @@ def test_a_pattern_cycles_over_the_layers():
     assert calls == [True, False, True, False, True]
 
 
-def test_one_scheme_in_a_list_is_that_scheme():
-    assert same_logits(build(["rope"]), build("rope")) and same_logits(build(["rope", "rope"]), build("rope"))
-
-
 # ---- windows
 
 

@@ -94,16 +94,6 @@ def test_keys_in_the_cache_stay_float32_in_a_bfloat16_model():
     assert caches[0]["k"].dtype == torch.float32 and caches[0]["v"].dtype == torch.bfloat16
 
 
-def test_without_beta_it_is_none():
-    """Every H is the identity."""
-    model, none = build("path", bias=False), build("none", bias=False)
-    none.load_state_dict({name: p for name, p in model.state_dict().items() if ".pos." not in name})
-    for block in model.transformer.h:
-        block.attn.pos.gate.weight.data.zero_()
-        block.attn.pos.gate.bias.data.fill_(-1e3)
-    close(model(tokens(100))[0], none(tokens(100))[0], atol=1e-12)
-
-
 def test_with_a_beta_of_2_queries_keep_their_length():
     """Every H is a reflection, and so is what a block does, filled up or not."""
     draw = torch.Generator().manual_seed(0)

@@ -1,12 +1,10 @@
-"""What holds for the schemes that turn queries and keys: relative positions, exact angles, rope's values at step 0."""
-
-import itertools
+"""What holds for the schemes that turn queries and keys: relative positions, exact angles."""
 
 import pytest
 import torch
-from models import BLOCK, LAYERS, TURNING, WIDTH, build, cases_of, close, config, layer_scores, tokens
+from models import BLOCK, LAYERS, TURNING, WIDTH, build, cases_of, close, layer_scores, tokens
 
-from model import GPT, SCHEMES
+from model import SCHEMES
 from nanope.attention import attend
 
 RELATIVE = [case for case in TURNING if "carope" not in case]
@@ -93,33 +91,3 @@ def test_angles_of_a_bfloat16_model_are_float32(case):
     assert dtype == torch.float32 and double == torch.float64
     # comrope's P - Pᵀ is rounded to float32, at up to some hundred radians here
     close(found, expected, atol=1e-3 if "comrope" in case else 1e-7)
-
-
-# ------------------------------------------------------------------------------------------------
-# Step 0
-
-
-@pytest.mark.parametrize("base", [10000.0, 50.0])
-@pytest.mark.parametrize(
-    "pos,options",
-    [("carope", {}), ("carope", {"source": "embedding"})]
-    + [("comrope", {"block": block, "unit": unit}) for block, unit in itertools.product((2, 4, 8), (None, 1.0))]
-    + [("comrope", {"kind": "ld", "block": 4})],
-    ids=str,
-)
-def test_step_0_is_rope(pos, options, base):
-    """With equal seeds the other weights are equal, so the logits are: float64, up to the float32 rounding of initial
-    values."""
-    shape = dict(block_size=64)
-    ours = GPT(config(pos, {"base": base, **options}, **shape), seed=3).double()
-    rope = GPT(config("rope", {"base": base}, **shape), seed=3).double()
-    with torch.no_grad():
-        for model in (ours, rope):  # at std 0.02 positions would hardly matter
-            for block in model.transformer.h:
-                block.attn.c_attn.weight *= 20
-    idx = tokens(128)
-    expected = rope(idx)[0]
-    close(ours(idx)[0], expected, atol=2e-5)
-    other = GPT(config("none", **shape), seed=3).double()
-    other.load_state_dict(rope.state_dict())
-    assert not torch.allclose(other(idx)[0], expected, atol=1e-2)

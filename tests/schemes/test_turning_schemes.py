@@ -1,4 +1,4 @@
-"""prope, lerope, xpos, pope, gape, selective: identities with rope, long lengths against float64, caches, errors."""
+"""prope, lerope, xpos, pope, gape, selective: rope beside them, long lengths against float64, caches, errors."""
 
 import dataclasses
 import math
@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from models import BLOCK, CASES, D, build, close, config, layer_context, refused, shaken, tokens
+from models import BLOCK, CASES, build, close, config, layer_context, refused, shaken, tokens
 
 from model import GPT
 from nanope.ops import Turned, rope_frequencies, rotate
@@ -52,24 +52,6 @@ def test_to_rope(case):
 def test_no_plain_rope_is_claimed(pos):
     with pytest.raises(ValueError, match="as_rope|no equivalent"):
         build(pos).to_rope()
-
-
-@pytest.mark.parametrize(
-    "pos,options,other,others",
-    [
-        ("prope", {"p": 1.0}, "rope", {}),
-        ("prope", {"p": 0.0}, "none", {}),
-        ("lerope", {}, "rope", {}),
-        ("xpos", {"scale": 1e12}, "rope", {}),
-    ],
-)
-def test_the_same_function_at_step_0(pos, options, other, others):
-    models = [GPT(config(*which), seed=3).double() for which in ((pos, options), (other, others))]
-    for model in models:
-        with torch.no_grad():
-            for block in model.transformer.h:
-                block.attn.c_attn.weight *= 20
-    close(models[0](tokens(2 * BLOCK))[0], models[1](tokens(2 * BLOCK))[0], atol=1e-9)
 
 
 def test_prope_keeps_ropes_fastest_frequencies():
@@ -165,19 +147,6 @@ def test_xpos_refuses_a_pass_that_overflows():
 # ---- pope
 
 
-def test_pope_turns_real_numbers():
-    """softplus(q_c) and 0 are a pair, turned by m·θ_c as rope turns pairs of twice the width; keys by δ more."""
-    pos, T = scheme("pope", {"start": "uniform"}, width=16, heads=3, dtype=torch.float64), 7
-    qk = drawn(2, T, 2, 3, 16)
-    pairs = torch.stack((F.softplus(qk), torch.zeros_like(qk)), -1).flatten(-2)  # (B, T, 2, H, 2D)
-    as_rope = encoded(scheme("rope", width=32, heads=3, dtype=torch.float64), pairs)
-    y, delta = encoded(pos, qk), pos.delta.detach()
-    close(y[:, :, 0], as_rope[:, :, 0])
-    close(y[:, :, 1], rotate(as_rope[:, :, 1], delta.cos(), delta.sin()), atol=1e-7)
-    close(y.unflatten(-1, (-1, 2)).norm(dim=-1), F.softplus(qk), atol=1e-7)
-    close(encoded(scheme("pope", width=16, heads=3, dtype=torch.float64), qk), as_rope)  # δ is 0 at the start
-
-
 def test_popes_delta_is_clamped_and_uniform_at_the_start():
     delta = scheme("pope", {"start": "uniform"}, heads=8).delta
     assert -2 * math.pi <= delta.min() < -6 and -0.3 < delta.max() <= 0
@@ -237,21 +206,6 @@ def test_gapes_gradient_in_low_precision():
 
 
 # ---- selective
-
-
-@pytest.mark.parametrize("base", [5e5, 100.0])
-def test_selective_is_rope_without_content(base):
-    """exp(0) = 1 radian a token is what is left of it where W is 0; the gate at σ(0) makes it half of that."""
-    options = {"base": base, "phase_bias": True}
-    for gate, factor in ((False, 1.0), (True, 0.5)):
-        pos = scheme("selective", {**options, "gate": gate}, width=D, heads=3, dtype=torch.float64)
-        with torch.no_grad():
-            pos.up.zero_()
-            if gate:
-                pos.gate.weight.zero_()
-        qk = drawn(2, 40, 2, 3, D)
-        phases = factor * torch.arange(1, 41).view(-1, 1, 1, 1) * rope_frequencies(D, base)
-        close(encoded(pos, qk), rotate(qk, phases.cos(), phases.sin()), atol=1e-9)
 
 
 def test_selectives_phases_at_long_lengths():
