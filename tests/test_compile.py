@@ -16,7 +16,7 @@ from schemes import comrope
 from schemes.carope import PathRotation
 
 # One of each kind: test_conformance.py compiles the layers of every scheme
-COMPILED = ["learned", "rope explicit", "crope", "comrope", "comrope 4 ld", "carope embedding", "alibi"]
+COMPILED = ["rope explicit", "comrope 4 ld", "carope embedding", "alibi"]
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +83,7 @@ def test_carope_of_many_lengths():
     chunk, and two beyond, of whole chunks and of others."""
     draw = torch.Generator().manual_seed(0)
     run = torch.compile(PathRotation.apply, fullgraph=True, dynamic=True, backend="aot_eager")
-    for T in (40, 64, 75, 20, 128, 50):
+    for T in (40, 75, 20):
         qk = torch.randn(2, T, 2, 3, 8, generator=draw).requires_grad_()
         log_f = (-torch.rand(2, T, 3, generator=draw)).requires_grad_()
         g, results = torch.randn(qk.shape, generator=draw), []
@@ -92,7 +92,7 @@ def test_carope_of_many_lengths():
             results.append((y, *torch.autograd.grad(y, (qk, log_f), g)))
         for eager, compiled in zip(*results):
             assert relative_error(compiled, eager) < 1e-5
-    assert counters["stats"]["unique_graphs"] <= 4
+    assert counters["stats"]["unique_graphs"] <= 3
 
 
 # ------------------------------------------------------------------------------------------------
