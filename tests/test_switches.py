@@ -7,7 +7,7 @@ import pytest
 import reference
 import torch
 import torch.nn.attention.flex_attention as flex
-from models import BLOCK, LAYERS, WIDTH, Largest, all_schemes, build, close, config, gradients, refused, tokens
+from models import BLOCK, LAYERS, VOCAB, WIDTH, Largest, all_schemes, build, close, config, gradients, refused, tokens
 
 from model import GPT, GPTConfig
 from nanope import attention, conformance
@@ -81,6 +81,25 @@ def test_no_mask_of_all_queries_and_keys(pos):
         idx = torch.randint(64, (1, T))
         model(idx, idx)[1].backward()
     assert largest.elements < T * T / 4
+
+
+@pytest.mark.parametrize(("fields", "chunk"), [({}, 2**14), (PACKED, 2**14), (PACKED, 2**18)])
+def test_no_masks_are_kept_that_are_more_than_a_chunk_together(fields, chunk):
+    """For the backward pass, beside what a model without positions and documents keeps."""
+
+    def kept(fields):
+        model, idx, sizes = GPT(GPTConfig(256, VOCAB, 1, 4, 16, **fields)), tokens(256, 4), {}
+        model.attend = lambda *args: attention.attend(*args, chunk=chunk)
+
+        def pack(tensor):
+            sizes[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(idx, idx)
+        return sum(sizes.values())
+
+    assert kept({"pos": "alibi", **fields}) < kept({"pos": "none"}) + 4 * chunk
 
 
 @pytest.mark.parametrize("window", [0, 5])
