@@ -26,6 +26,9 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 SINCE = {"window": 0, "pos_lr_matrices": False, "document_mask": False, "eot": None, "qk_norm": False}
 SINCE |= {"logit_scale": "none", "logit_scale_start": 0.168, "init_pos_from_config": False}
 
+# Fields of a model that change its attention, beside its scheme
+SWITCHES = ("window", "document_mask", "qk_norm", "logit_scale", "logit_scale_start")
+
 # Fields that do not change a result, beyond rounding. Where a run is and what it tells meanwhile:
 ELSEWHERE = ("out_dir", "resume", "device", "wandb", "verify_data")  # a study's names of runs do not depend on these
 ROUTINE = ("micro_batch_size", "compile", "rank_timeout", "checkpoint_interval", "keep_checkpoints", "log_interval")
