@@ -170,12 +170,35 @@ def test_yarn_scales_scores_whether_normed_or_not(qk_norm):
     assert same != qk_norm
 
 
+OWN_SCALE = """
+import torch
+from schemes.base import Scheme
+
+
+class Own(Scheme):
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.logit_scale = torch.nn.Parameter(torch.empty(1))
+
+    def initial(self, name, shape, normal):
+        return torch.full(shape, 7.0)
+"""
+
+
 def test_initial_scales():
     for start, expected in ((0.168, 0.168), (None, 1 / torch.tensor(float(BLOCK)).log().item()), (2.0, 2.0)):
         model = GPT(config("rope", logit_scale="log", logit_scale_start=start))
         for block in model.transformer.h:
             assert block.attn.logit_scale.tolist() == pytest.approx([expected] * 3)
     assert not any("logit_scale" in name for name, _ in GPT(config("rope")).named_parameters())
+
+
+def test_a_parameter_of_a_scheme_may_have_the_name_of_the_scale(tmp_path):
+    (tmp_path / "own.py").write_text(OWN_SCALE)
+    model = GPT(config(f"{tmp_path}/own.py:Own", logit_scale="log"))
+    assert [value.tolist() for name, value in model.named_parameters() if name.endswith("pos.logit_scale")] == [
+        [7.0]
+    ] * 2
 
 
 @pytest.mark.slow
