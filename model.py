@@ -205,11 +205,11 @@ class GPT(nn.Module):
                 generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
                 return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)
 
-            if last == "logit_scale":
+            if own:
+                value = pos.initial(own, parameter.shape, normal)
+            elif last == "logit_scale":
                 start = self.config.logit_scale_start
                 value = torch.full(parameter.shape, start or 1 / math.log(max(self.config.block_size, 2)))
-            elif own:
-                value = pos.initial(own, parameter.shape, normal)
             elif isinstance(self.get_submodule(parent), (LayerNorm, nn.LayerNorm, nn.RMSNorm)):
                 value = torch.full(parameter.shape, float(last == "weight"))
             elif last == "bias":

@@ -8,8 +8,8 @@ What a scheme asks for decides the way:
     `bias`, a window,      on CUDA: FlexAttention, in training always, else where a dense mask of the batch would need
     or documents           several chunks. Otherwise sdpa for a chunk of queries at a time, with a dense mask of those
                            queries and the keys that they may see, fused. A bias with parameters, in training, goes
-                           through BiasedAttention on a CPU; several chunks of it are computed again in the backward
-                           pass
+                           through BiasedAttention on a CPU; several chunks of it, and of masks that are more than a
+                           chunk together, are computed again in the backward pass
     `scores`, `weights`    no fused kernel: dense scores of a chunk of queries, computed again in the backward pass
 
 Shapes: B batch, H heads, T queries of this pass, S = start + T keys, D width of a head's values.
@@ -109,11 +109,11 @@ def attend_fused(
     share, trained = of_bias(bias, B, H, q.device) if eager or B * H * T * S > chunk else (1, False)
     if eager and trained:
         return attend_trained(q, k, v, bias, ctx, window, chunk, scale)
-    if documents is not None:
-        # A mask for each sequence. Not all at once, and where they would fill a chunk together, none is kept
-        share, trained = B, torch.is_grad_enabled() and (trained or B * T * S > chunk)
-    rows = queries_at_a_time(share, 1 if bias is None else H, T, S, window, chunk)
+    share, heads = share if documents is None else B, 1 if bias is None else H  # of masks
+    rows = queries_at_a_time(share, heads, T, S, window, chunk)
     rows = rows if documents is None else min(rows, 128)
+    # No fused kernel gives a mask's gradient, and no masks are kept that are more than a chunk together
+    again = trained or share * heads * T * (min(S, 2 * max(window, 128)) if window else S) > chunk
 
     def part(q, k, v, i: int):
         start, end = ctx.start + i, ctx.start + min(i + rows, T)
@@ -130,7 +130,7 @@ def attend_fused(
             y = F.scaled_dot_product_attention(*parts, attn_mask=mask, dropout_p=dropout, scale=scale)
         return y.to(v.dtype)
 
-    return by_chunks(part, (q, k, v), T, rows, again=trained)  # no fused kernel gives a mask's gradient
+    return by_chunks(part, (q, k, v), T, rows, again and torch.is_grad_enabled())
 
 
 def of_bias(bias, B: int, H: int, device: torch.device) -> tuple[int, bool]:

@@ -24,7 +24,10 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 # Fields that a config made before they existed does not have, with the value that it means by that
 SINCE = {"window": 0, "pos_lr_matrices": False, "document_mask": False, "eot": None, "qk_norm": False}
-SINCE |= {"logit_scale": "none", "logit_scale_start": 0.168}
+SINCE |= {"logit_scale": "none", "logit_scale_start": 0.168, "init_pos_from_config": False}
+
+# Fields of a model that change its attention, beside its scheme
+SWITCHES = ("window", "document_mask", "qk_norm", "logit_scale", "logit_scale_start")
 
 # Fields that do not change a result, beyond rounding. Where a run is and what it tells meanwhile:
 ELSEWHERE = ("out_dir", "resume", "device", "wandb", "verify_data")  # a study's names of runs do not depend on these
@@ -382,7 +385,8 @@ def completed(then: dict, config: RunConfig) -> dict:
     another scheme than the config's stay as they are. ValueError for what the scheme cannot have."""
     then = {**SINCE, **then}
     if then["pos"] == config.pos and isinstance(then.get("pos_options"), dict):
-        shape = dataclasses.replace(config.model_config(), vocab_size=1, pos_options=then["pos_options"])
+        open_ones = {"vocab_size": 1, "eot": 0}  # the data may not have filled them in yet
+        shape = dataclasses.replace(config.model_config(), **open_ones, pos_options=then["pos_options"])
         then["pos_options"] = resolve(shape).pos_options
     return then
 

@@ -94,7 +94,7 @@ def plan(
     data = open_data(config.data_dir, verify=False) if Path(config.data_dir).is_dir() else None
     tokenizer = data.vocab_size if data else config.vocab_size or vocab_size or GPT2_VOCABULARY
     assumed = not data and config.vocab_size is None
-    config = with_vocabulary(config, tokenizer, data.eot if data else 0)
+    config = with_vocabulary(config, tokenizer, data.eot if data else config.eot or 0)
     share, micro = resolve_batch(config, Ranks(0, gpus, 0))
     config = dataclasses.replace(config, micro_batch_size=micro)
     with FakeTensorMode():

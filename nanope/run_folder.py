@@ -11,15 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from nanope import checkpoint
-from nanope.config import RunConfig, completed, merged
+from nanope.config import SWITCHES, RunConfig, completed, merged
 from nanope.distributed import Ranks
 
 # ---- what is there, and whether this run may continue it
 
 # What a resumed run must have in common with its checkpoint: the model and the order of its data
 FIXED_ON_RESUME = ("block_size", "n_layer", "n_head", "n_embd", "bias", "dropout", "vocab_size", "pos", "pos_options")
-FIXED_ON_RESUME += ("window", "document_mask", "eot", "qk_norm", "logit_scale", "logit_scale_start")
-FIXED_ON_RESUME += ("pos_lr_matrices", "batch_tokens", "seed", "data_seed")
+FIXED_ON_RESUME += (*SWITCHES, "eot", "pos_lr_matrices", "batch_tokens", "seed", "data_seed")
 # What may change without a word
 QUIET_ON_RESUME = ("resume", "out_dir", "data_dir", "verify_data", "micro_batch_size")
 
@@ -46,7 +45,7 @@ def find_state(config: RunConfig, data_hash: str, ranks: Ranks) -> dict | None:
 def check_resumable(state: dict, config: RunConfig, data_hash: str) -> None:
     """ValueError where the checkpoint's run differs in what its result depends on."""
     then = completed(state["config"], config)
-    if config.init_from:  # options that the config does not name came with the weights
+    if config.init_from and not config.init_pos_from_config:  # options that it does not name came with the weights
         config = replace(config, pos_options=merged(then["pos_options"], config.pos_options))
     now = completed(vars(config), config)
     differ = [f"{k} was {then[k]}, now {now[k]}" for k in FIXED_ON_RESUME if then[k] != now[k]]

@@ -113,7 +113,7 @@ def batches(config: RunConfig, device: torch.device) -> tuple[RunConfig, list]:
     has_data = (Path(config.data_dir) / "manifest.json").is_file()
     data = open_data(config.data_dir) if has_data else None
     vocab_size = data.vocab_size if has_data else config.vocab_size or 50257
-    config = with_vocabulary(config, vocab_size, data.eot if has_data else 0)
+    config = with_vocabulary(config, vocab_size, data.eot if has_data else config.eot or 0)
     T, generator = config.block_size, torch.Generator().manual_seed(0)
     pairs = []
     for i in range(0, share, micro):

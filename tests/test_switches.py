@@ -10,6 +10,7 @@ import torch.nn.attention.flex_attention as flex
 from models import (
     BLOCK,
     LAYERS,
+    VOCAB,
     WIDTH,
     Largest,
     all_schemes,
@@ -96,6 +97,25 @@ def test_no_mask_of_all_queries_and_keys(pos):
     assert largest.elements < T * T / 4
 
 
+@pytest.mark.parametrize(("fields", "chunk"), [({}, 2**14), (PACKED, 2**14), (PACKED, 2**18)])
+def test_no_masks_are_kept_that_are_more_than_a_chunk_together(fields, chunk):
+    """For the backward pass, beside what a model without positions and documents keeps."""
+
+    def kept(fields):
+        model, idx, sizes = GPT(GPTConfig(256, VOCAB, 1, 4, 16, **fields)), tokens(256, 4), {}
+        model.attend = lambda *args: attention.attend(*args, chunk=chunk)
+
+        def pack(tensor):
+            sizes[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(idx, idx)
+        return sum(sizes.values())
+
+    assert kept({"pos": "alibi", **fields}) < kept({"pos": "none"}) + 4 * chunk
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [0, 5])
 def test_flex_attention_has_the_same_documents(window, monkeypatch):
@@ -165,12 +185,35 @@ def test_yarn_scales_scores_whether_normed_or_not(qk_norm):
     assert same != qk_norm
 
 
+OWN_SCALE = """
+import torch
+from schemes.base import Scheme
+
+
+class Own(Scheme):
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.logit_scale = torch.nn.Parameter(torch.empty(1))
+
+    def initial(self, name, shape, normal):
+        return torch.full(shape, 7.0)
+"""
+
+
 def test_initial_scales():
     for start, expected in ((0.168, 0.168), (None, 1 / torch.tensor(float(BLOCK)).log().item()), (2.0, 2.0)):
         model = GPT(config("rope", logit_scale="log", logit_scale_start=start))
         for block in model.transformer.h:
             assert block.attn.logit_scale.tolist() == pytest.approx([expected] * 3)
     assert not any("logit_scale" in name for name, _ in GPT(config("rope")).named_parameters())
+
+
+def test_a_parameter_of_a_scheme_may_have_the_name_of_the_scale(tmp_path):
+    (tmp_path / "own.py").write_text(OWN_SCALE)
+    model = GPT(config(f"{tmp_path}/own.py:Own", logit_scale="log"))
+    assert [value.tolist() for name, value in model.named_parameters() if name.endswith("pos.logit_scale")] == [
+        [7.0]
+    ] * 2
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ from training import (  # noqa: F401 - fixtures
 from data.shards import WindowOrder, batch, open_data
 from model import GPT, GPTConfig
 from nanope import checkpoint
-from nanope.config import RunConfig
+from nanope.config import SINCE, RunConfig
 from nanope.distributed import Ranks, compiler_works
 from nanope.feed import Validation
 from nanope.log import git_state
@@ -1310,13 +1310,17 @@ def test_diff_from_a_run_made_before_there_were_windows(make, plain, capsys, tmp
     shutil.copytree(plain, tmp_path / "old", symlinks=True)
     path = tmp_path / "old" / "config.yaml"
     text = path.read_text()
-    assert "window: 0\n" in text
-    assert "  qkv: dense\n" in text
-    path.write_text(text.replace("window: 0\n", "").replace("  qkv: dense\n", ""))
+    fields = yaml.safe_load(text)
+    assert all(fields.pop(name, "absent") == value for name, value in SINCE.items())
+    assert fields["pos_options"].pop("qkv") == "dense"
+    path.write_text(yaml.safe_dump(fields))
     assert diff(capsys, make("mine"), tmp_path / "old")[0] == 0
     grouped = ["pos_options: {'qkv': 'dense'} there, {'qkv': 'grouped'} here"]
     assert diff(capsys, make("mine", pos_options={"qkv": "grouped"}), tmp_path / "old") == (1, grouped)
     assert diff(capsys, make("mine", window=[4]), tmp_path / "old") == (1, ["window: 0 there, [4] here"])
+    for more in ({}, {"data_dir": "not/yet"}):
+        status, lines = diff(capsys, make("mine", document_mask=True, **more), tmp_path / "old")
+        assert status == 1 and lines[0] == "document_mask: False there, True here"
 
 
 def test_plan_trains_nothing(make, command, capsys, tmp_path):

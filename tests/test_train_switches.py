@@ -4,6 +4,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 
 import pytest
@@ -66,13 +67,16 @@ def test_weights_of_another_scheme(make, tmp_path, capsys):
     assert not (tmp_path / "no").exists()
     capsys.readouterr()
     still = dict(learning_rate=1e-30, min_lr=0.0, weight_decay=0.0)
-    config = make("carope", **fields, **still, init_pos_from_config=True)
+    config = make("carope", **fields, **still, init_pos_from_config=True, pos_options={"std": 0.3})
     train(config)
     said = capsys.readouterr().err
     assert "left behind: h.*.attn.pos.P; new: h.*.attn.logit_scale, h.*.attn.pos.c_pos.bias" in said
     after = last(config.out_dir)["model"]
     for name in before.keys() & after.keys():
         torch.testing.assert_close(after[name], before[name])
+    with pytest.raises(ValueError, match="pos_options was .*, now"):  # none came with the weights
+        train(dataclasses.replace(config, resume=True, pos_options={}))
+    shutil.rmtree(source.out_dir)  # no longer needed
     train(dataclasses.replace(config, resume=True, max_steps=2))
     assert metrics(config.out_dir)[-1]["step"] == 2
 

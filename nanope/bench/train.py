@@ -33,6 +33,7 @@ from data.shards import as_path, output
 from model import GPT, SCHEMES, Block, GPTConfig, resolve
 from nanope import coordinates
 from nanope.bench.turns import Worker, command_line, heading, ratios, row, spread, take_turns, workers
+from nanope.config import SWITCHES
 from nanope.distributed import autocast, peak_memory, pick_device, pick_dtype
 from nanope.log import device_name
 from nanope.values import number, read_yaml
@@ -67,16 +68,20 @@ MEMORY_TARGETS = {"small": {"nanogpt": 0.22, "transformers": 0.3} | dict.fromkey
 
 
 def scheme_of(variant: str) -> dict:
-    """A variant "comrope block=2 kind=ld" as the fields pos, pos_options and window of a GPTConfig.
+    """A variant "comrope block=2 kind=ld qk_norm=true" as fields of a GPTConfig: pos, pos_options, and the switches
+    that it names.
 
-    A pattern over the layers is a list without spaces: "[rope,none] window=[64,0]". ValueError for another form.
+    A pattern over the layers is a list without spaces: "[rope,none] window=[64,0]". Documents end with token 0.
+    ValueError for another form.
     """
     pos, *options = variant.split() or [""]
     if odd := [option for option in options if "=" not in option]:
         raise ValueError(f"{odd[0]!r} is no option=value")
     options = {k: number(read_yaml(v)) for k, v in (o.split("=", 1) for o in options)}
-    window = options.pop("window", 0)
-    return {"pos": read_yaml(pos) if pos.startswith("[") else pos, "pos_options": options, "window": window}
+    switches = {name: options.pop(name) for name in SWITCHES if name in options}
+    if switches.get("document_mask"):
+        switches["eot"] = 0
+    return {"pos": read_yaml(pos) if pos.startswith("[") else pos, "pos_options": options, **switches}
 
 
 def check(variant: str, shape: dict) -> None:

@@ -34,7 +34,7 @@ import yaml
 
 from data.corpora import CORPORA
 from data.shards import given_path, unknown
-from nanope.config import RunConfig, as_field, carried, check
+from nanope.config import SWITCHES, RunConfig, as_field, carried, check
 from nanope.errors import nearest
 from nanope.evaluation.options import lengths_in_tokens
 from nanope.files import write_atomically
@@ -340,6 +340,7 @@ def bench_variants(grid: Grid) -> dict[str, str]:
 def bench_variant(fields: dict) -> str:
     """An arm as scripts/bench.py takes it: "comrope block=2", "[rope,none] window=[64,0]"."""
     pos = fields.get("pos", "rope")
-    options = fields.get("pos_options", {}) | {k: v for k, v in fields.items() if k == "window"}
-    texts = {k: json.dumps(v, separators=(",", ":")) if isinstance(v, (dict, list)) else v for k, v in options.items()}
+    options = fields.get("pos_options", {}) | {k: v for k, v in fields.items() if k in SWITCHES}
+    shown = dict | list | bool | None
+    texts = {k: json.dumps(v, separators=(",", ":")) if isinstance(v, shown) else v for k, v in options.items()}
     return " ".join([pos if isinstance(pos, str) else f"[{','.join(pos)}]", *(f"{k}={v}" for k, v in texts.items())])

@@ -10,7 +10,7 @@ import torch
 from data.prepare import prepare
 from data.shards import open_data
 from model import GPT, SCHEMES, GPTConfig
-from nanope import checkpoint
+from nanope import checkpoint, trace
 from nanope.config import RunConfig
 from nanope.costs import memory, simulate
 from nanope.ops import chunk_rows
@@ -204,6 +204,15 @@ def test_without_a_data_folder(tmp_path):
     assert "no data folder" in show(p) and "vocabulary is assumed" in show(p)
     assert plan(SMALL, vocab_size=257, details=False).config.vocab_size == 320
     assert "assumed" not in show(plan(dataclasses.replace(SMALL, vocab_size=1000), vocab_size=257, details=False))
+
+
+@pytest.mark.parametrize("eot", [None, 50256])
+def test_documents_without_a_data_folder(eot):
+    """Whatever the end-of-text of the data will be."""
+    config = dataclasses.replace(SMALL, document_mask=True, eot=eot)
+    assert plan(config, details=False).config.eot == (eot or 0)
+    config = dataclasses.replace(config, block_size=8, batch_tokens=8)
+    assert trace.batches(config, torch.device("cpu"))[0].eot == (eot or 0)
 
 
 @pytest.mark.parametrize(

@@ -276,6 +276,15 @@ def test_a_model_of_an_outside_scheme_is_copied_pickled_and_loaded(tmp_path):
     loaded = checkpoint.build_model(checkpoint.load(tmp_path / "x.pt")).double().eval()
     assert torch.equal(loaded(TOKENS)[0], model(TOKENS)[0])
     assert TOYS in schemes.sources(model.config.pos)
+
+
+@pytest.mark.parametrize(
+    "pos, used", [("grape", ["alibi"]), ("gape", ["rope"]), ("rope+fox", ["rope", "fox"]), ("t5", [])]
+)
+def test_sources_are_those_of_every_scheme_that_is_used(pos, used):
+    """On them the rows of an evaluation depend."""
+    always = ["__init__", "_combined", "_skew", "base"]
+    assert {path.stem for path in schemes.sources(pos)} == {*always, *used, *pos.split("+")}
     assert schemes.label(model.config.pos) == "rope+Forget" and schemes.label(["rope", toy("Slope")]) == "rope, Slope"
 
 

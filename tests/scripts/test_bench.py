@@ -69,16 +69,15 @@ def test_text():
 
 
 def test_variants():
-    assert scheme_of("comrope block=2 kind=ld") == {
-        "pos": "comrope",
-        "pos_options": {"block": 2, "kind": "ld"},
-        "window": 0,
-    }
+    assert scheme_of("comrope block=2 kind=ld") == {"pos": "comrope", "pos_options": {"block": 2, "kind": "ld"}}
     assert scheme_of('[rope+alibi,none] rope={"base":5000.0} window=[64,0]') == {
         "pos": ["rope+alibi", "none"],
         "pos_options": {"rope": {"base": 5000.0}},
         "window": [64, 0],
     }
+    switches = {"document_mask": True, "qk_norm": True, "logit_scale": "log", "logit_scale_start": None}
+    words = "qk_norm=true logit_scale=log logit_scale_start=null document_mask=true"
+    assert scheme_of(f"rope {words}") == {"pos": "rope", "pos_options": {}, "eot": 0, **switches}
 
 
 def test_all_schemes_in_groups():

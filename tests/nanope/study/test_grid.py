@@ -82,6 +82,8 @@ def test_arms_are_whatever_pos_can_be(tmp_path):
     ({"pos": "comrope", "pos_options": {"block": 2, "kind": "ld"}}, "comrope block=2 kind=ld"),
     ({"pos": "rope+alibi", "pos_options": {"rope": {"base": 5e5}}}, 'rope+alibi rope={"base":500000.0}'),
     ({"pos": ["rope", "none"], "window": [64, 0]}, "[rope,none] window=[64,0]"),
+    ({"qk_norm": True, "logit_scale": "log"}, "rope qk_norm=true logit_scale=log"),
+    ({"document_mask": True, "logit_scale_start": None}, "rope document_mask=true logit_scale_start=null"),
 ])  # fmt: skip
 def test_arms_as_the_benchmark_takes_them(fields, variant):
     """scripts/bench.py splits at spaces and reads values as YAML."""
@@ -90,7 +92,7 @@ def test_arms_as_the_benchmark_takes_them(fields, variant):
     pos, *options = variant.split()
     assert yaml.safe_load(pos) == fields.get("pos", "rope")
     read = {k: yaml.safe_load(v) for k, v in (option.split("=", 1) for option in options)}
-    assert read == fields.get("pos_options", {}) | {k: v for k, v in fields.items() if k == "window"}
+    assert read == fields.get("pos_options", {}) | {k: v for k, v in fields.items() if k not in ("pos", "pos_options")}
 
 
 @pytest.mark.parametrize("keys,words", [
