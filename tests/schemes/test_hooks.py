@@ -276,6 +276,7 @@ def test_a_model_of_an_outside_scheme_is_copied_pickled_and_loaded(tmp_path):
     loaded = checkpoint.build_model(checkpoint.load(tmp_path / "x.pt")).double().eval()
     assert torch.equal(loaded(TOKENS)[0], model(TOKENS)[0])
     assert TOYS in schemes.sources(model.config.pos)
+    assert schemes.label(model.config.pos) == "rope+Forget" and schemes.label(["rope", toy("Slope")]) == "rope, Slope"
 
 
 @pytest.mark.parametrize(
@@ -285,7 +286,6 @@ def test_sources_are_those_of_every_scheme_that_is_used(pos, used):
     """On them the rows of an evaluation depend."""
     always = ["__init__", "_combined", "_skew", "base"]
     assert {path.stem for path in schemes.sources(pos)} == {*always, *used, *pos.split("+")}
-    assert schemes.label(model.config.pos) == "rope+Forget" and schemes.label(["rope", toy("Slope")]) == "rope, Slope"
 
 
 def test_spaces_and_a_table_that_two_kinds_of_layers_share():
