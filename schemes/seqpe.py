@@ -82,7 +82,7 @@ class SeqPE(Scheme):
     Beyond block_size: yes, up to 10^digits tokens, then an error.
     Cache: keys of 2D channels.
     Cost: scores of twice the width, which stay in flash attention. Once a pass, not for each sequence: 24·(digits +
-        1)·width² FLOPs a position and layer of the encoder, half of it in the last, and 4·C².
+        1)·width² FLOPs a position and layer of the encoder, a third of it in the last, and 2·width·C + 4·C².
     """
 
     wider = "score"
@@ -103,7 +103,7 @@ class SeqPE(Scheme):
         transfer: float = 0.1,
     ):
         super().__init__(config, layer)
-        width, self.longest = width or config.n_embd, 10**digits
+        width, self.longest = config.n_embd if width is None else width, 10**digits
         if not 1 <= digits <= 15:
             raise ValueError(f"seqpe's digits must lie in 1 … 15, not {digits}")
         if max(config.block_size, farthest) >= self.longest:  # block_size itself is in a shifted window
@@ -119,11 +119,12 @@ class SeqPE(Scheme):
         if not 0 <= shift <= 1 or contrast < 0 or transfer < 0 or farthest < 1:
             raise ValueError("seqpe needs shift in [0, 1], weights contrast and transfer ≥ 0, and farthest ≥ 1")
         self.farthest, self.shift, self.contrast, self.transfer = farthest, shift, contrast, transfer
+        self.reach = farthest if shift else 0
         self.encoder = DigitEncoder(digits, layers, width, width // self.head_width, config.n_embd)
 
     @classmethod
     def complete_options(cls, options, config):
-        return {**options, "width": options["width"] or config.n_embd}
+        return options | {"width": config.n_embd} if options.get("width") is None else options
 
     def initial(self, name, shape, normal):
         return normal(0.02)

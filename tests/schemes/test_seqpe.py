@@ -172,10 +172,14 @@ def test_options():
         ({"digits": 0}, ["digits", "1 … 15"]),
         ({"digits": 3}, ["3 digits end at position 999", "farthest 20000"]),
         ({"width": 24}, ["multiple of the head width 16"]),
+        ({"width": 0}, ["multiple of the head width 16, not 2 and 0"]),
         ({"layers": 0}, ["layers"]),
         ({"shift": 1.5}, ["shift in"]),
         ({"contrast": -1.0}, ["contrast"]),
     ):
         refused({"pos": "seqpe", "pos_options": options}, words)
+    refused({"pos": "learned+seqpe"}, ["learned cannot be combined with seqpe", "ends at block_size 12", "up to 20000"])
+    for allowed in ({"shift": 0.0}, {"farthest": BLOCK - 1}):
+        GPT(config("learned+seqpe", {"seqpe": allowed}))
     assert GPT(config("seqpe")).config.pos_options["width"] == 48
     assert len({id(b.attn.pos.encoder) for b in GPT(config("seqpe")).transformer.h}) == 1 < LAYERS
