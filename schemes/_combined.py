@@ -32,6 +32,13 @@ class Combined(Scheme):
         asked = {part.axes: name for name, part in parts.items() if part.axes}
         if len(asked) > 1:
             raise ValueError(f"{' and '.join(asked.values())} cannot be combined: they ask for different axes")
+        table = self.owners["embedding"]
+        for name, part in parts.items():
+            if table and not parts[table].extends and part.reach >= config.block_size:
+                raise ValueError(
+                    f"{table} cannot be combined with {name}: its table ends at block_size {config.block_size}, and "
+                    f"{name} trains at positions up to {part.reach}"
+                )
         self.axes = next(iter(asked), ())
         self.names = tuple(parts)
         self.extends = all(part.extends for part in parts.values())

@@ -119,6 +119,7 @@ class Scheme(nn.Module):
 
     extends = True  # whether lengths beyond block_size are possible
     longest: int | None = None  # the last of these, where it is known
+    reach: int = 0  # the last position in training, where `positions` may move them on
     undecayed: tuple[str, ...] = ()  # own parameters without weight decay, with pos_lr_multiplier
     shared: tuple[str, ...] = ()  # own modules that all layers share: they are the first layer's
     sole: tuple[str, ...] = ()  # hooks that no other scheme of a combination may override
