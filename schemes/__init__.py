@@ -105,10 +105,15 @@ def module_of(path: Path):
 
 
 def sources(pos: str | list[str]) -> list[Path]:
-    """The files that the schemes of `pos` are made of, those of their base classes included."""
+    """The files that the schemes of `pos` are made of, those of their base classes and of the schemes that these files
+    import included."""
     files = {Path(inspect.getfile(Scheme)), *Path(__file__).parent.glob("_*.py")}
     for name in names_in(pos):
-        files |= {Path(inspect.getfile(c)) for c in scheme_class(name).__mro__ if issubclass(c, Scheme)}
+        for kind in (c for c in scheme_class(name).__mro__ if issubclass(c, Scheme)):
+            used = [
+                c for c in vars(sys.modules[kind.__module__]).values() if inspect.isclass(c) and issubclass(c, Scheme)
+            ]
+            files |= {Path(inspect.getfile(c)) for c in (kind, *used)}
     return sorted(path.resolve() for path in files)
 
 

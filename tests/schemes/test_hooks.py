@@ -280,6 +280,15 @@ def test_a_model_of_an_outside_scheme_is_copied_pickled_and_loaded(tmp_path):
     assert schemes.label(model.config.pos) == "rope+Forget" and schemes.label(["rope", toy("Slope")]) == "rope, Slope"
 
 
+@pytest.mark.parametrize(
+    "pos, used", [("grape", ["alibi"]), ("gape", ["rope"]), ("rope+fox", ["rope", "fox"]), ("t5", [])]
+)
+def test_sources_are_those_of_every_scheme_that_is_used(pos, used):
+    """On them the rows of an evaluation depend."""
+    always = ["__init__", "_combined", "_skew", "base"]
+    assert {path.stem for path in schemes.sources(pos)} == {*always, *used, *pos.split("+")}
+
+
 def test_spaces_and_a_table_that_two_kinds_of_layers_share():
     assert same_logits(build("rope + alibi"), build("rope+alibi"))
     assert "transformer.wpe.weight" in build(["learned", "learned+alibi"]).state_dict()
