@@ -62,8 +62,8 @@ class GPTConfig:
 class Attention(nn.Module):
     """Causal self-attention with the positional scheme of its layer.
 
-    Without a bias and a window, `ctx.attend` is F.scaled_dot_product_attention(q, k, v, is_causal=True), which is
-    softmax(q kᵀ / √D) v over the keys up to each query. nanope/attention.py adds the scheme's bias, windows and caches.
+    Without a bias, windows and documents `ctx.attend` is F.scaled_dot_product_attention(q, k, v, is_causal=True), which
+    is softmax(q kᵀ / √D) v over the keys up to each query. nanope/attention.py adds these, and caches.
     """
 
     def __init__(self, config: GPTConfig, layer: int):
@@ -220,13 +220,17 @@ class GPT(nn.Module):
             parameter.copy_(value)
 
     def load_state_dict(self, state_dict, *args, **kwargs):
-        """As nn.Module's; a scheme's own parameters may have the names from before schemes were members of attention
-        (attn.P for attn.pos.P)."""
-        own, names = ".attn.pos.", {name: name for name in self.state_dict()}
-        names = {name.replace(own, ".attn."): name for name in names if own in name} | names
-        found = super().load_state_dict({names.get(k, k): v for k, v in state_dict.items()}, *args, **kwargs)
+        """As nn.Module's; names may be those of earlier checkpoints."""
+        found = super().load_state_dict(self.renamed(state_dict), *args, **kwargs)
         self.described = self.token_text is None or self.token_text.is_meta or bool(self.token_text.any())
         return found
+
+    def renamed(self, state_dict) -> dict:
+        """A state dict with today's names, where a scheme's own parameters may have those from before schemes were
+        members of attention (attn.P for attn.pos.P)."""
+        own, names = ".attn.pos.", {name: name for name in self.state_dict()}
+        names = {name.replace(own, ".attn."): name for name in names if own in name} | names
+        return {names.get(k, k): v for k, v in state_dict.items()}
 
     def describe_tokens(self, tokens: list[bytes], eot: int | None = None) -> None:
         """Tell the model the bytes of each token and the id of end of text. A scheme that asks for coordinates in the
@@ -442,8 +446,8 @@ class GPT(nn.Module):
     # ---- other forms of the same model
 
     def to_rope(self) -> "GPT":
-        """The equivalent model that is plain `rope`, with explicit frequencies and dense weights. For rope, crope
-        and comrope; other schemes have none: ValueError."""
+        """The equivalent model that is plain `rope`, with explicit frequencies and dense weights. For rope,
+        crope, comrope, prope and lerope; other schemes have none: ValueError."""
         return convert.to_rope(self)
 
     def scaled(self, rule: str, factor: float) -> "GPT":
