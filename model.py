@@ -24,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import schemes
-from nanope import attention, convert, coordinates, hf
+from nanope import attention, checks, convert, coordinates, hf
 from nanope.ops import Linear, double_device, linear_cross_entropy, linear_nll, wide
 from schemes import SCHEMES as SCHEMES  # for those who import it from here
 from schemes.base import Context, first_axis
@@ -62,8 +62,8 @@ class GPTConfig:
 class Attention(nn.Module):
     """Causal self-attention with the positional scheme of its layer.
 
-    Without a bias and a window, `ctx.attend` is F.scaled_dot_product_attention(q, k, v, is_causal=True), which is
-    softmax(q kᵀ / √D) v over the keys up to each query. nanope/attention.py adds the scheme's bias, windows and caches.
+    Without a bias, windows and documents `ctx.attend` is F.scaled_dot_product_attention(q, k, v, is_causal=True), which
+    is softmax(q kᵀ / √D) v over the keys up to each query. nanope/attention.py adds these, and caches.
     """
 
     def __init__(self, config: GPTConfig, layer: int):
@@ -220,13 +220,17 @@ class GPT(nn.Module):
             parameter.copy_(value)
 
     def load_state_dict(self, state_dict, *args, **kwargs):
-        """As nn.Module's; a scheme's own parameters may have the names from before schemes were members of attention
-        (attn.P for attn.pos.P)."""
-        own, names = ".attn.pos.", {name: name for name in self.state_dict()}
-        names = {name.replace(own, ".attn."): name for name in names if own in name} | names
-        found = super().load_state_dict({names.get(k, k): v for k, v in state_dict.items()}, *args, **kwargs)
+        """As nn.Module's; names may be those of earlier checkpoints."""
+        found = super().load_state_dict(self.renamed(state_dict), *args, **kwargs)
         self.described = self.token_text is None or self.token_text.is_meta or bool(self.token_text.any())
         return found
+
+    def renamed(self, state_dict) -> dict:
+        """A state dict with today's names, where a scheme's own parameters may have those from before schemes were
+        members of attention (attn.P for attn.pos.P)."""
+        own, names = ".attn.pos.", {name: name for name in self.state_dict()}
+        names = {name.replace(own, ".attn."): name for name in names if own in name} | names
+        return {names.get(k, k): v for k, v in state_dict.items()}
 
     def describe_tokens(self, tokens: list[bytes], eot: int | None = None) -> None:
         """Tell the model the bytes of each token and the id of end of text. A scheme that asks for coordinates in the
@@ -442,8 +446,8 @@ class GPT(nn.Module):
     # ---- other forms of the same model
 
     def to_rope(self) -> "GPT":
-        """The equivalent model that is plain `rope`, with explicit frequencies and dense weights. For rope, crope
-        and comrope; other schemes have none: ValueError."""
+        """The equivalent model that is plain `rope`, with explicit frequencies and dense weights. For rope,
+        crope, comrope, prope and lerope; other schemes have none: ValueError."""
         return convert.to_rope(self)
 
     def scaled(self, rule: str, factor: float) -> "GPT":
@@ -469,34 +473,6 @@ def groups_of_layers(config: GPTConfig) -> list[list[int]]:
 def resolve(config: GPTConfig) -> GPTConfig:
     """The config with every option of its scheme written out. ValueError, listing every problem, for what cannot be
     built."""
-    problems = []
-    for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-        value = getattr(config, name)
-        if type(value) is not int or value < 1:
-            problems.append(f"{name} must be a positive whole number, not {value!r}")
-    if type(config.dropout) not in (int, float) or not 0 <= config.dropout < 1:
-        problems.append(f"dropout must lie in [0, 1), not {config.dropout!r}")
-    for name in ("bias", "document_mask", "qk_norm"):
-        if type(getattr(config, name)) is not bool:
-            problems.append(f"{name} must be True or False, not {getattr(config, name)!r}")
-    if config.document_mask is True and type(config.eot) is not int:
-        problems.append(f"document_mask needs eot, the id of the token that ends a document, not {config.eot!r}")
-    if config.logit_scale not in ("none", "log"):
-        problems.append(f"logit_scale must be 'none' or 'log', not {config.logit_scale!r}")
-    start = config.logit_scale_start
-    if start is not None and not (type(start) in (int, float) and 0 < start < math.inf):
-        problems.append(f"logit_scale_start must be a positive number or None, not {start!r}")
-    if not isinstance(config.pos_options, dict):
-        problems.append(f"pos_options must be a mapping of option to value, not {config.pos_options!r}")
-    if not problems and config.n_embd % config.n_head:
-        problems.append(f"n_embd {config.n_embd} must be a multiple of n_head {config.n_head}")
-    windows = config.window if isinstance(config.window, list) else [config.window]
-    if not windows or not all(type(w) is int and w >= 0 for w in windows):
-        problems.append(f"window must be a whole number from 0 on, or a list of them, not {config.window!r}")
-    problems += schemes.problems_of(config.pos, config.pos_options)
-    for name, entries in (("pos", config.pos), ("window", config.window)):
-        if isinstance(entries, list) and type(config.n_layer) is int and len(entries) > config.n_layer:
-            problems.append(f"{name} has {len(entries)} entries for {config.n_layer} layers: some would never be used")
-    if problems:
+    if problems := checks.problems_of(config):
         raise ValueError("; ".join(problems))
     return dataclasses.replace(config, pos_options=schemes.complete_options(config))

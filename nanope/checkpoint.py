@@ -181,7 +181,7 @@ def check_shape(have: dict, config: RunConfig, names: tuple[str, ...]) -> None:
 def with_weights(model: GPT, state: dict, source: str) -> tuple[GPT, str]:
     """The model with all weights of a checkpoint that fit it, and a sentence on the others. ValueError where a table of
     positions is too short."""
-    wpe, own, weights = "transformer.wpe.weight", model.state_dict(), dict(state["model"])
+    wpe, own, weights = "transformer.wpe.weight", model.state_dict(), model.renamed(state["model"])
     if wpe in own and wpe in weights:
         if len(weights[wpe]) < len(own[wpe]):
             raise ValueError(f"learned positions of {source} end at {len(weights[wpe])}, before {len(own[wpe])}")

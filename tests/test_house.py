@@ -16,12 +16,21 @@ ALLOWED = {
     "nanope": ("nanope", "model", "schemes", "data.shards", "data.tokenizer"),
     "nanope.attention": ("nanope.ops",),
     "nanope.coordinates": (),
+    "nanope.checks": ("schemes",),
     "nanope.convert": ("nanope.ops", "nanope.errors"),
     "nanope.hf": ("nanope.errors",),
     "nanope.bench": ("nanope", "model", "schemes", "data"),  # measures preparation too
     "nanope.study": ("nanope", "model", "schemes", "data.shards", "data.corpora"),  # a grid names a corpus
     "schemes": ("nanope.ops", "nanope.errors", "schemes"),
-    "model": ("nanope.ops", "nanope.attention", "nanope.convert", "nanope.coordinates", "nanope.hf", "schemes"),
+    "model": (
+        "nanope.ops",
+        "nanope.attention",
+        "nanope.convert",
+        "nanope.coordinates",
+        "nanope.hf",
+        "nanope.checks",
+        "schemes",
+    ),
     "data": ("data",),
     "train": ("nanope", "model", "schemes", "data.shards", "data.tokenizer"),
     "plan": (),  # says what took its place

@@ -13,6 +13,7 @@ from training import at_step, folders, kill, last, make, metrics, one_thread, sa
 
 import eval as evaluation
 from data.shards import batch, open_data
+from model import GPT
 from nanope import checkpoint
 from nanope.config import parse
 from train import train
@@ -79,6 +80,17 @@ def test_weights_of_another_scheme(make, tmp_path, capsys):
     shutil.rmtree(source.out_dir)  # no longer needed
     train(dataclasses.replace(config, resume=True, max_steps=2))
     assert metrics(config.out_dir)[-1]["step"] == 2
+
+
+def test_weights_of_an_earlier_checkpoint_of_the_same_scheme(make):
+    """Its names are those from before schemes were members of attention."""
+    train(make("comrope", pos="comrope", max_steps=1))
+    state = last(make("comrope").out_dir)
+    names = [name for name in state["model"] if ".attn.pos." in name]
+    old = {name.replace(".attn.pos.", ".attn."): value for name, value in state["model"].items()}
+    model, said = checkpoint.with_weights(GPT(make(pos="comrope", vocab_size=320).model_config()), {"model": old}, "it")
+    assert names and said.endswith("left behind: none; new: none")
+    assert all(torch.equal(model.state_dict()[name], state["model"][name]) for name in names)
 
 
 def test_weights_of_another_scheme_must_have_the_shape(make, tmp_path):

@@ -13,8 +13,8 @@ from nanope.evaluation.same_text import same_text
 from nanope.evaluation.statistics import FEW, few_documents, paired_difference
 from schemes import label
 
-# Fields of a run in which two seeds of one experiment may differ
-NOT_THE_EXPERIMENT = {*NEUTRAL, "seed", "data_seed"} - {"data_dir", "compile"}
+# Fields of a run in which two seeds of one experiment may differ, and eot, which is the data's
+NOT_THE_EXPERIMENT = {*NEUTRAL, "seed", "data_seed", "eot"} - {"data_dir", "compile"}
 # Of a report, in the JSON of a comparison
 CONDITIONS = ("run", "step", "checkpoint_sha256", "data_hash", "targets_sha256", "stride", "split", "stream", "dtype")
 CONDITIONS += ("device", "torch", "data_dir", "other_data", "text_sha256")

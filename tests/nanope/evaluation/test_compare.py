@@ -17,6 +17,8 @@ def test_runs_that_differ_in_seeds_are_one_experiment():
     # More than the scheme differs, so the names tell which fields do
     configs = [config(), config(n_layer=2), config(pos="none")]
     assert arms_of(configs) == ["n_layer=1 rope", "n_layer=2 rope", "n_layer=1 none"]
+    masked = config(document_mask=True, eot=256)
+    assert arms_of([config(), masked]) == ["document_mask=False", "document_mask=True"]
     combined, patterned = {"pos": "rope+alibi", "n_layer": 2}, {"pos": ["rope", "none"], "n_layer": 2}
     patterns = [config(**patterned), config(**combined), config(**patterned, seed=2)]
     assert arms_of(patterns) == ["rope, none", "rope+alibi", "rope, none"]
