@@ -4,13 +4,14 @@ With n buckets and e = n/2, buckets 0 … e-1 are the distances 0 … e-1. Of th
 e (longest/e)^(j/(n-e)), so they are as wide as their distance is large. The last one serves every distance beyond it.
 """
 
-import bisect
 import functools
 
 import torch
 import torch.nn as nn
 
 from schemes.base import Scheme
+
+LIMIT = 2**20  # of the distances that a table of their buckets holds
 
 
 @functools.cache
@@ -56,16 +57,18 @@ class T5(Scheme):
         super().__init__(config, layer)
         if buckets < 2 or buckets % 2:
             raise ValueError(f"t5's buckets must be an even number of at least 2, not {buckets}")
-        if longest <= buckets // 2:
-            raise ValueError(f"t5's longest must exceed half of its {buckets} buckets, which is not so for {longest}")
+        if not buckets // 2 < longest <= LIMIT:
+            raise ValueError(
+                f"t5's longest must exceed half of its {buckets} buckets and not {LIMIT}, which is not so for {longest}"
+            )
         if std < 0:
             raise ValueError(f"t5's std must not be negative, but is {std}")
         self.std = std
         self.shared = ("table",) if share_layers else ()
         self.table = nn.Parameter(torch.empty(buckets, config.n_head))
-        firsts = first_distances(buckets, longest)
-        bucket = [bisect.bisect_right(firsts, d) for d in range(firsts[-1] + 1)]  # the last one is of bucket n-1
-        self.register_buffer("bucket", torch.tensor(bucket), persistent=False)
+        firsts = first_distances(buckets, longest)  # the last one is of bucket n-1
+        bucket = torch.bucketize(torch.arange(firsts[-1] + 1), torch.tensor(firsts), right=True)
+        self.register_buffer("bucket", bucket, persistent=False)
 
     @classmethod
     def complete_options(cls, options, config):

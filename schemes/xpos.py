@@ -19,7 +19,8 @@ class XPos(RoPE):
     e_i ≈ c·l_i is for a position c amid the queries of each pass. With a cache c moves along, and cached keys are then
     multiplied by powers of 2, which is exact. Keys far behind come to 0, as their decay says.
     What is left is the length of one pass: 66,000 tokens in float32 and bfloat16 at scale 512, in proportion to scale.
-    A longer one is a ValueError; in pieces any length will do. float16 ends at about 8,000.
+    A longer one is a ValueError, and so is a block_size beyond it; in pieces any length will do. float16 ends at about
+    8,000.
 
     Parameters: none.
     Beyond block_size: yes, by construction: phases that training has not seen are at faded pairs.
@@ -34,6 +35,16 @@ class XPos(RoPE):
         if scale <= 0:
             raise ValueError(f"xpos's scale must be positive, not {scale}")
         self.decay_scale = scale
+        if config.block_size > (longest := self.longest_pass(torch.float32)):
+            raise ValueError(
+                f"xpos's factors overflow in a pass of more than {longest} tokens at scale {scale}, and block_size is "
+                f"{config.block_size}: take a larger scale"
+            )
+
+    def longest_pass(self, dtype: torch.dtype) -> int:
+        """How many tokens one pass may have, so that no factor leaves a dtype."""
+        bits = -math.log2(torch.finfo(dtype).smallest_normal) - 6  # 120 of 126: some are for q and k themselves
+        return max(0, int(2 * self.decay_scale * (bits / -math.log2(GAMMA / (1 + GAMMA)) - 1)))
 
     def decays(self, device="cpu") -> torch.Tensor:
         """l (D/2,) float64: log2 of what a pair is multiplied by for each token of distance."""
@@ -44,9 +55,7 @@ class XPos(RoPE):
     def prepare(cls, layers, ctx):
         """cos and sin times the factors, (T or B, T, 2, 1, D/2) of queries and keys, and the exponents e (D/2,)."""
         pos, step = layers[0], 2 * layers[0].decay_scale
-        bits = -math.log2(torch.finfo(ctx.dtype).smallest_normal) - 6  # 120 of 126: some are for q and k themselves
-        longest = int(2 * bits * pos.decay_scale / -math.log2(GAMMA / (1 + GAMMA)) - step)
-        if ctx.length > longest:
+        if ctx.length > (longest := pos.longest_pass(ctx.dtype)):
             raise ValueError(
                 f"xpos's factors overflow in a pass of more than {longest} tokens at scale {pos.decay_scale}, and this "
                 f"one has {ctx.length}: give them in pieces with a cache, or take a larger scale"

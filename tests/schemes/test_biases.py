@@ -18,6 +18,7 @@ FAR = 65536
 REFUSED = [
     ("t5", {"buckets": 7}, "even"),
     ("t5", {"buckets": 32, "longest": 16}, "half of its 32"),
+    ("t5", {"longest": 2**20 + 1}, "and not 1048576"),
     ("t5", {"std": -1.0}, "std"),
     ("fire", {"c": 0.0}, "positive"),
     ("fire", {"L": -5.0}, "positive"),

@@ -160,6 +160,7 @@ def test_xpos_refuses_a_pass_that_overflows():
     model = GPT(config("xpos", {"scale": 2.0}, n_layer=1))
     with pytest.raises(ValueError, match="xpos.* more than 261 tokens at scale 2.0, and this one has 300"):
         model(tokens(300))
+    refused({"pos": "xpos", "pos_options": {"scale": 0.01}}, ["more than 1 tokens at scale 0.01, and block_size is 12"])
 
 
 # ---- pope
