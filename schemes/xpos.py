@@ -53,7 +53,7 @@ class XPos(RoPE):
 
     @classmethod
     def prepare(cls, layers, ctx):
-        """cos and sin times the factors, (T or B, T, 2, 1, D/2) of queries and keys, and the exponents e (D/2,)."""
+        """cos and sin times the factors, (T, 2, 1, D/2) of queries and keys, and the exponents e (D/2,)."""
         pos, step = layers[0], 2 * layers[0].decay_scale
         if ctx.length > (longest := pos.longest_pass(ctx.dtype)):
             raise ValueError(
@@ -61,10 +61,13 @@ class XPos(RoPE):
                 f"one has {ctx.length}: give them in pieces with a cache, or take a larger scale"
             )
         device = double_device(ctx.device)
-        m, decays = ctx.positions[..., None, None, None], pos.decays(device)
+        positions, decays = ctx.positions, pos.decays(device)
+        if ctx.documents is not None:  # positions that restart would make keys of earlier documents overflow
+            positions = torch.arange(ctx.start, ctx.start + ctx.length, dtype=torch.float64, device=device)
+        m = positions[..., None, None, None]
         middle = ((m.amin() + m.amax()) / 2 / step).round() * step  # seldom another one in decoding
         exponents = (middle * decays).round()
-        log2 = m * decays - exponents  # (T or B, T, 1, 1, D/2)
+        log2 = m * decays - exponents  # (T, 1, 1, D/2)
         factors = torch.cat((log2, -log2), -3).exp2().to(ctx.device, ctx.dtype)
         cos, sin = ctx.cos_sin(m * rope_frequencies(pos.head_width, pos.base, device))
         return [(cos * factors, sin * factors, exponents)] * len(layers)
