@@ -11,7 +11,6 @@ import torch.nn as nn
 
 from schemes.base import Scheme
 
-
 LIMIT = 2**20  # of the distances that a table of their buckets holds
 
 
@@ -67,8 +66,8 @@ class T5(Scheme):
         self.std = std
         self.shared = ("table",) if share_layers else ()
         self.table = nn.Parameter(torch.empty(buckets, config.n_head))
-        firsts = torch.tensor(first_distances(buckets, longest))
-        bucket = torch.bucketize(torch.arange(int(firsts[-1]) + 1), firsts, right=True)  # the last one is of bucket n-1
+        firsts = first_distances(buckets, longest)  # the last one is of bucket n-1
+        bucket = torch.bucketize(torch.arange(firsts[-1] + 1), torch.tensor(firsts), right=True)
         self.register_buffer("bucket", bucket, persistent=False)
 
     @classmethod

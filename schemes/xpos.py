@@ -19,7 +19,8 @@ class XPos(RoPE):
     e_i ≈ c·l_i is for a position c amid the queries of each pass. With a cache c moves along, and cached keys are then
     multiplied by powers of 2, which is exact. Keys far behind come to 0, as their decay says.
     What is left is the length of one pass: 66,000 tokens in float32 and bfloat16 at scale 512, in proportion to scale.
-    A longer one is a ValueError, and so is a block_size beyond it; in pieces any length will do. float16 ends at about 8,000.
+    A longer one is a ValueError, and so is a block_size beyond it; in pieces any length will do. float16 ends at about
+    8,000.
 
     Parameters: none.
     Beyond block_size: yes, by construction: phases that training has not seen are at faded pairs.
@@ -52,7 +53,7 @@ class XPos(RoPE):
 
     @classmethod
     def prepare(cls, layers, ctx):
-        """cos and sin times the factors, (T or B, T, 2, 1, D/2) of queries and keys, and the exponents e (D/2,)."""
+        """cos and sin times the factors, (T, 2, 1, D/2) of queries and keys, and the exponents e (D/2,)."""
         pos, step = layers[0], 2 * layers[0].decay_scale
         if ctx.length > (longest := pos.longest_pass(ctx.dtype)):
             raise ValueError(
@@ -60,10 +61,13 @@ class XPos(RoPE):
                 f"one has {ctx.length}: give them in pieces with a cache, or take a larger scale"
             )
         device = double_device(ctx.device)
-        m, decays = ctx.positions[..., None, None, None], pos.decays(device)
+        positions, decays = ctx.positions, pos.decays(device)
+        if ctx.documents is not None:  # positions that restart would make keys of earlier documents overflow
+            positions = torch.arange(ctx.start, ctx.start + ctx.length, dtype=torch.float64, device=device)
+        m = positions[..., None, None, None]
         middle = ((m.amin() + m.amax()) / 2 / step).round() * step  # seldom another one in decoding
         exponents = (middle * decays).round()
-        log2 = m * decays - exponents  # (T or B, T, 1, 1, D/2)
+        log2 = m * decays - exponents  # (T, 1, 1, D/2)
         factors = torch.cat((log2, -log2), -3).exp2().to(ctx.device, ctx.dtype)
         cos, sin = ctx.cos_sin(m * rope_frequencies(pos.head_width, pos.base, device))
         return [(cos * factors, sin * factors, exponents)] * len(layers)

@@ -145,6 +145,19 @@ def test_xpos_refuses_a_pass_that_overflows():
     refused({"pos": "xpos", "pos_options": {"scale": 0.01}}, ["more than 1 tokens at scale 0.01, and block_size is 12"])
 
 
+def test_xpos_in_documents_overflows_no_earlier():
+    """Hidden keys of an earlier document are far ahead by their own positions, and inf where hidden would be nan."""
+    fields = dict(n_layer=1, n_head=2, n_embd=8, document_mask=True, eot=7)
+    model, idx = GPT(config("xpos", {"scale": 2.0}, **fields)).eval(), tokens(250, B=1)
+    idx[idx == 7], idx[0, 235] = 8, 7
+    with torch.no_grad():
+        whole, caches = model.hidden(idx), [{}]
+        alone = torch.cat([model.hidden(part) for part in idx.split([236, 14], 1)], 1)
+        cached = torch.cat([model.hidden(part, caches) for part in idx.split([230] + [1] * 20, 1)], 1)
+    close(whole, alone, atol=1e-5)
+    close(cached, alone, atol=1e-5)
+
+
 # ---- pope
 
 
