@@ -8,6 +8,7 @@ read. The picture is of attention at the start of training, where no content dis
 import inspect
 import io
 import re
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,7 +103,8 @@ HEAD = """# Schemes
 
 Every scheme is one file of `schemes/`, and its name is a value of `pos`. They combine (`rope+fox`) and vary by layer
 (`[rope, rope, none]`). Parameters and FLOPs of matrix products are those of GPT-2 small (124M, length 1,024), against
-rope's. Speed and peak memory are of a training step on a CPU, relative to rope in the same run ({machine}).
+rope's; below 1 are dense schemes, which leave out keys that no query of a chunk sees. Speed and peak memory are of a
+training step on a CPU, relative to rope in the same run. {machine}
 
 The small pictures show attention at the start of training, without content: all tokens are the same one, and keys have
 the weights of queries, in a layer of 12 heads × 64 over 1,024 tokens. Each grey line is a head's attention of the last
@@ -114,16 +116,16 @@ def card_text(card: Card, speed: dict | None) -> str:
     """The section of one scheme."""
     lines = [f"## {card.name}", "", f"![Attention by distance of {card.name} at the start](schemes/{card.name}.png)"]
     lines += ["", card.about, ""]
-    if card.options:
-        lines.append(f"- Options: {', '.join(card.options)}.")
-    lines += [f"- {label}: {text}" for label, text in card.facts.items()]
-    cost = f"- Against rope at 124M: {card.own:+,} parameters, {card.flops:.3f} of the FLOPs of matrix products"
+    items = [f"Options: {', '.join(card.options)}."] if card.options else []
+    items += [f"{label}: {text}" for label, text in card.facts.items()]
+    cost = f"Against rope at 124M: {card.own:+,} parameters, {card.flops:.3f} of the FLOPs of matrix products"
     cost += f", {card.elementwise:,.0f} elementwise operations a token beyond `none`."
     if speed:
         low, high = speed["low"], speed["high"]
         cost += f" Training on a CPU: {speed['speed']:.2f} of rope's speed ({low:.2f} … {high:.2f})"
         cost += f", {speed['memory']:.2f} of its memory."
-    return "\n".join([*lines, cost, ""])
+    wrap = textwrap.TextWrapper(120, "- ", "  ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join([*lines, *map(wrap.fill, [*items, cost]), ""])
 
 
 # ---- the picture

@@ -80,6 +80,11 @@ class RoPE(Scheme):
     0.59, where carope stands with W = 0 and no bias: 4,562 for 32 channels, 2.1e7 for 64. explicit: the frequencies are
     a buffer `freqs` (H, D/2), float64 radians per token, saved with the weights (to_rope() makes it). qkv: the Q/K/V
     projection, `dense`, or one with crope's number of parameters that is real: `grouped` or `low-rank`.
+
+    Parameters: none.
+    Beyond block_size: yes, by construction; slow pairs come to phases that training has not seen.
+    Cache: nothing of its own.
+    Cost: 6·C FLOPs a token to turn q and k; a table of cos and sin (T, D/2), once a pass for all layers.
     """
 
     def __init__(
