@@ -79,11 +79,10 @@ def test_compiled_evaluation_equals_eager():
 
 @pytest.mark.slow
 def test_carope_of_many_lengths():
-    """Phases are summed by chunks of 32 tokens. Lengths that are dynamic need no graph each: one of lengths within a
-    chunk, and two beyond, of whole chunks and of others."""
+    """Phases are summed by chunks of 32 tokens. Lengths that are dynamic need no graph each, beyond a chunk."""
     draw = torch.Generator().manual_seed(0)
     run = torch.compile(PathRotation.apply, fullgraph=True, dynamic=True, backend="aot_eager")
-    for T in (40, 75, 20):
+    for T in (40, 75):
         qk = torch.randn(2, T, 2, 3, 8, generator=draw).requires_grad_()
         log_f = (-torch.rand(2, T, 3, generator=draw)).requires_grad_()
         g, results = torch.randn(qk.shape, generator=draw), []
@@ -92,7 +91,7 @@ def test_carope_of_many_lengths():
             results.append((y, *torch.autograd.grad(y, (qk, log_f), g)))
         for eager, compiled in zip(*results):
             assert relative_error(compiled, eager) < 1e-5
-    assert counters["stats"]["unique_graphs"] <= 3
+    assert counters["stats"]["unique_graphs"] <= 2
 
 
 # ------------------------------------------------------------------------------------------------

@@ -195,7 +195,7 @@ def test_a_folder_is_its_text(folder, tmp_path, monkeypatch, streaming):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("streaming", [[], ["--streaming"]])
+@pytest.mark.parametrize("streaming", [["--streaming"]])
 def test_killed_it_continues_and_workers_make_the_same_bytes(folder, tmp_path, drawn_figures, capsys, streaming):
     """With processes, beside what this one makes of it."""
     options, command = ["--dataset", str(folder), "--split", "train", *streaming], {"corpus": "hub", "val_tokens": None}

@@ -261,7 +261,6 @@ def test_a_reader_that_has_seen_enough_is_no_error():
                 "train.py --plan",
                 "scripts/sweep.py quickstart --plan",
                 "scripts/report.py --csv - results/quickstart",
-                "scripts/check_scheme.py none",
                 "eval.py --help",
             )
         ),

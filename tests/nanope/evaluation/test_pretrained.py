@@ -41,12 +41,7 @@ def figures(path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "pos, options",
-    [
-        ("rope", {"fraction": 0.5, "base": 500.0}),
-        pytest.param("learned", {}, marks=pytest.mark.slow),
-        pytest.param("crope", {}, marks=pytest.mark.slow),
-    ],
+    "pos, options", [("rope", {"fraction": 0.5, "base": 500.0}), pytest.param("learned", {}, marks=pytest.mark.slow)]
 )
 def test_an_exported_run_has_the_runs_figures(any_data, tmp_path, pos, options):  # noqa: F811
     run, _ = save(tmp_path, any_data, pos, **options)
