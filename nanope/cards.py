@@ -86,7 +86,10 @@ def cards(names: list[str] | None = None) -> list[Card]:
 
 def page(cards: list[Card], speeds: dict[str, dict], machine: str) -> str:
     """docs/schemes.md. speeds: {scheme: {"speed", "low", "high", "memory"}}, ratios to rope; machine: where."""
-    lines = [HEAD.format(machine=machine), "| scheme | parameters | FLOPs | speed | memory | beyond training length |"]
+    lines = [
+        HEAD.format(machine=textwrap.fill(machine, 120)),
+        "| scheme | parameters | FLOPs | speed | memory | beyond training length |",
+    ]
     lines.append("|---|--:|--:|--:|--:|---|")
     for card in cards:
         s = speeds.get(card.name)
@@ -104,7 +107,9 @@ HEAD = """# Schemes
 Every scheme is one file of `schemes/`, and its name is a value of `pos`. They combine (`rope+fox`) and vary by layer
 (`[rope, rope, none]`). Parameters and FLOPs of matrix products are those of GPT-2 small (124M, length 1,024), against
 rope's; below 1 are dense schemes, which leave out keys that no query of a chunk sees. Speed and peak memory are of a
-training step on a CPU, relative to rope in the same run. {machine}
+training step on a CPU, relative to rope in the same run.
+
+{machine}
 
 The small pictures show attention at the start of training, without content: all tokens are the same one, and keys have
 the weights of queries, in a layer of 12 heads × 64 over 1,024 tokens. Each grey line is a head's attention of the last

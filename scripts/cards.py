@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"{record['n_layer']} × {record['n_embd']}, vocabulary {record['vocab_size']:,}, length {record['block_size']}"
     )
     machine = (
-        f"Measured on {record['device']}, {record['threads']} thread, {shape}; medians of {record['rounds']}\nrounds."
+        f"Measured on {record['device']}, {record['threads']} thread, {shape}; medians of {record['rounds']} rounds."
     )
     for path in cards.write(REPO / "docs", relative(record), machine):
         print(path.relative_to(REPO))
