@@ -170,7 +170,6 @@ CASES = [
     "t5",
     "gape",
     "cope",
-    "path",
     "seqpe",
     *MIXED,
     "learned with dropout",
