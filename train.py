@@ -25,11 +25,12 @@ import torch.distributed as dist
 
 from data.shards import as_path, open_data, output
 from nanope import checkpoint, schedule
-from nanope.checkpoint import Keeper, Progress, build_model, describe_tokens, initial_model
+from nanope.checkpoint import Keeper, Progress, build_model
 from nanope.config import RunConfig, check, parse, with_vocabulary, write_yaml
 from nanope.diff import differences
 from nanope.distributed import Ranks, autocast, compiler_works, data_parallel, pick_dtype, pinned, ranks_of, to_host
 from nanope.feed import Feed, Sampler, Validation, check_splits, diverged
+from nanope.initial import describe_tokens, initial_model
 from nanope.log import Log, check_wandb, environment, title
 from nanope.optim import (
     largest_micro_batch,

@@ -15,6 +15,7 @@ What a scheme asks for decides the way:
 Shapes: B batch, H heads, T queries of this pass, S = start + T keys, D width of a head's values.
 """
 
+import contextlib
 import functools
 import math
 
@@ -53,38 +54,34 @@ def attend(scheme, q, k, v, x, ctx, window: int = 0, dropout: float = 0.0, chunk
 def weights_of(scheme, q, k, x, ctx, window: int = 0, chunk: int = CHUNK) -> torch.Tensor:
     """The weights that `attend` gives to the values, (B, H, T, S) in q's dtype: `weights @ v` is what it returns.
 
-    Call it in the place of `attend` (GPT.attend), not beside it: both go on with the cache, and a scheme may drop what
-    it prepared. The kernel is the same: it sees the identity for values, 256 columns at a time.
+    Call it in the place of `attend` (`attending`), not beside it: both go on with the cache, and a scheme may drop what
+    it prepared.
     """
-    S = k.size(2)
-    window = 0 if window >= S else window
-    if scheme.dense:
-        return attend_densely(scheme, q, k, None, x, ctx, window, 0.0, chunk).to(q.dtype)
-    bias, found = scheme.bias(x, q, k, ctx), []
-    width = max(q.size(-1), min(S, 256))  # kernels want equal widths, and a bias is asked anew each time
-    q, k = (F.pad(t, (0, width - t.size(-1))) for t in (q, k))
-    for n in range(0, S, width):
-        one = torch.eye(S, width, dtype=q.dtype, device=q.device).roll(n, 0)  # row n + j has its 1 in column j
-        one = one.expand(*k.shape[:2], -1, -1)
-        found.append(attend_fused(q, k, one, bias, ctx, window, 0.0, chunk, scheme.head_width**-0.5))
-    return torch.cat(found, -1)[..., :S]
+    return attend_densely(scheme, q, k, None, x, ctx, window, 0.0, chunk).to(q.dtype)
+
+
+@contextlib.contextmanager
+def attending(model, attend):
+    """Within it the attention of a GPT's layers is `attend(scheme, q, k, v, x, ctx, window, dropout)`."""
+    before, model.attend = model.attend, attend
+    try:
+        yield
+    finally:
+        model.attend = before
 
 
 @torch.no_grad()
 def weights_by_layer(model, idx, caches: list[dict] | None = None) -> list[torch.Tensor]:
     """The attention weights of each layer of a GPT, (B, H, T, S), for tokens idx (B, T) that follow those in
     `caches`."""
-    found, before = [], model.attend
+    found = []
 
     def attend(scheme, q, k, v, x, ctx, window, dropout):
         found.append(weights_of(scheme, q, k, x, ctx, window))
         return found[-1].to(v.dtype) @ v
 
-    model.attend = attend
-    try:
+    with attending(model, attend):
         model.hidden(idx, caches)
-    finally:
-        model.attend = before
     return found
 
 
@@ -116,15 +113,12 @@ def attend_fused(
     again = trained or share * heads * T * (min(S, 2 * max(window, 128)) if window else S) > chunk
 
     def part(q, k, v, i: int):
-        start, end = ctx.start + i, ctx.start + min(i + rows, T)
-        low = max(0, start - window + 1) if window else 0
-        batch, heads, m, n = indices(B, H, start, end, low, q.device)
-        mask = visible(m, n, window, documents, batch)
-        parts = q[:, :, i : i + rows], k[:, :, low:end], v[:, :, low:end]
+        keys, pairs, mask = pairs_of(ctx, B, H, i, min(i + rows, T), window)
+        parts = q[:, :, i : i + rows], k[:, :, keys], v[:, :, keys]
         if bias is not None:
             # All four dimensions, so that a CPU's fused kernel takes it. Without autocast, which would round the bias,
             # large at a distance, to bfloat16
-            mask = bias(batch, heads, m, n).to(ctx.dtype).masked_fill(~mask, -math.inf).expand(B, H, -1, -1)
+            mask = bias(*pairs).to(ctx.dtype).masked_fill(~mask, -math.inf).expand(B, H, -1, -1)
             parts = [t.to(mask.dtype) for t in parts]
         with no_autocast(q.device):
             y = F.scaled_dot_product_attention(*parts, attn_mask=mask, dropout_p=dropout, scale=scale)
@@ -218,11 +212,9 @@ def attend_trained(q, k, v, bias, ctx, window: int, chunk: int, scale: float | N
     def part(q, k, v, i: int):
         blocks, biases, last = [], [], min(i + rows, T)
         for first in range(i, last, BLOCK):
-            start, end = ctx.start + first, ctx.start + min(first + BLOCK, last)
-            low = max(0, start - window + 1) if window else 0
-            batch, heads, m, n = indices(B, H, start, end, low, q.device)
-            blocks.append((low, visible(m, n, window, ctx.documents, batch)))
-            biases.append(bias(batch, heads, m, n).to(ctx.dtype))
+            keys, pairs, mask = pairs_of(ctx, B, H, first, min(first + BLOCK, last), window)
+            blocks.append((keys.start, mask))
+            biases.append(bias(*pairs).to(ctx.dtype))
         parts = (t.to(ctx.dtype) for t in (q[:, :, i:last], k, v))
         with no_autocast(q.device):
             return BiasedAttention.apply(*parts, scale, blocks, *biases).to(v.dtype)
@@ -274,6 +266,15 @@ def indices(B: int, H: int, start: int, end: int, low: int, device: torch.device
     heads = torch.arange(H, device=device).view(-1, 1, 1)
     m, n = torch.arange(start, end, device=device), torch.arange(low, end, device=device)
     return batch, heads, m.view(-1, 1), n.view(1, -1)
+
+
+def pairs_of(ctx, B: int, H: int, first: int, last: int, window: int) -> tuple[slice, tuple, torch.Tensor]:
+    """Of the queries first … last-1 of this pass: the keys that they may see, the index tensors of these pairs, and the
+    mask of those that are visible."""
+    start, end = ctx.start + first, ctx.start + last
+    low = max(0, start - window + 1) if window else 0
+    batch, heads, m, n = pairs = indices(B, H, start, end, low, ctx.device)
+    return slice(low, end), pairs, visible(m, n, window, ctx.documents, batch)
 
 
 def visible(m, n, window: int, documents=None, batch=0):

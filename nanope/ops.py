@@ -116,6 +116,11 @@ class Linear(nn.Linear):
     def forward(self, x):
         return linear(x, self.weight, self.bias)
 
+    def in_dtype(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The same computed in a dtype, also under autocast: for gates and distances, whose sums over tokens grow."""
+        with no_autocast(x.device):
+            return F.linear(x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+
 
 # ------------------------------------------------------------------------------------------------
 # The loss: linear head and cross-entropy in one, without (tokens × V) logits
@@ -321,11 +326,17 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return turned if turned.dtype == x.dtype else turned.to(x.dtype)
 
 
+def phase_gradient(y: torch.Tensor, g: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """dL/dφ = Im(conj(y) g) of y = x e^{iφ} and g = dL/dy, (..., D) each: (..., D/2)."""
+    (y0, y1), (g0, g1) = (z.to(dtype).unflatten(-1, (-1, 2)).unbind(-1) for z in (y, g))
+    return g1 * y0 - g0 * y1
+
+
 class Turned(torch.autograd.Function):
     """Turn qk (B, T, 2, H, D) by phases that have a gradient, which broadcast to (B, T, 2, H, D/2); cos, sin: theirs.
 
-    The phases' gradient comes from the turned q and k, which attention keeps anyway: with y = x e^{iφ} and g = dL/dy,
-    dL/dφ = Im(conj(y) g). Autograd would keep q and k once more.
+    The phases' gradient comes from the turned q and k, which attention keeps anyway. Autograd would keep q and k once
+    more.
     """
 
     @staticmethod
@@ -340,6 +351,5 @@ class Turned(torch.autograd.Function):
     def backward(ctx, g):
         y, cos, sin = ctx.saved_tensors
         shape, dtype, device = ctx.phases
-        (y0, y1), (g0, g1) = (z.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1) for z in (y, g))
-        grad_phases = (g1 * y0 - g0 * y1).sum_to_size(shape)
+        grad_phases = phase_gradient(y, g, cos.dtype).sum_to_size(shape)
         return rotate(g, cos, -sin), grad_phases.to(device, dtype), None, None

@@ -23,6 +23,7 @@ from schemes.base import Context, Scheme
 
 LONGEST = 1024  # block_size of the tiny models, so that tables reach every position below
 TIMES = 16  # training lengths, at which trained runs are asked
+EULER = 0.5772156649015329  # γ
 LAST = 64  # queries of a long text that are averaged over
 HOOKS = ("embedding", "projection", "project", "encode", "bias", "scores", "weights")
 
@@ -50,11 +51,8 @@ def layers_of(model: GPT, idx: torch.Tensor, offset: int = 0) -> list[Seen]:
         found.append(Seen(scheme, q, k, x, ctx))
         return before(scheme, q, k, v, x, ctx, window, dropout)
 
-    model.attend = attend
-    try:
+    with attention.attending(model, attend):
         model.hidden(idx, offset=offset)
-    finally:
-        model.attend = before
     return found
 
 
@@ -198,7 +196,7 @@ def rope_decay(width: int = 128, base: float = 10000.0, longest: int = 4096) -> 
     """The mean of cos(d θ_i) over rope's frequencies against 1 - (ln d + γ)/ln base, where it is to be."""
     d = torch.arange(1, longest + 1, dtype=torch.float64)
     exact = (d.unsqueeze(1) * rope_frequencies(width, base)).cos().mean(1)
-    gap = exact - (1 - (d.log() + 0.5772156649015329) / math.log(base))
+    gap = exact - (1 - (d.log() + EULER) / math.log(base))
     return {
         "width": width,
         "values": {str(n): float(exact[n - 1]) for n in (1, 16, 256, 4096)},

@@ -2,17 +2,17 @@
 
 import math
 import re
+import textwrap
 from pathlib import Path
 
 from nanope.study.drawing import GREY, Curve, Lines
 from nanope.study.figures import compose, save, style
 from nanope.study.markup import Table
 from nanope.study.panels import looks_of
-from nanope.theory import LAST, TIMES, octaves, share_deviation
+from nanope.theory import EULER, LAST, TIMES, octaves, share_deviation
 
 MARK = re.compile(r"(<!-- made by scripts/theory.py: (\w+) -->\n).*?(<!-- end -->)", re.S)
 ZERO = 1e-9
-EULER = 0.5772156649015329
 
 
 def page_with(page: str, numbers: dict) -> str:
@@ -50,10 +50,7 @@ def runs_of(numbers: dict) -> str:
 
 
 def wrapped(text: str) -> str:
-    lines = [""]
-    for word in text.split():
-        lines[-1:] = [f"{lines[-1]} {word}".strip()] if len(lines[-1]) + len(word) < 119 else [lines[-1], word]
-    return "\n".join(lines)
+    return textwrap.fill(text, 119, break_long_words=False, break_on_hyphens=False)
 
 
 # ---- parts of the page

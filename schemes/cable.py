@@ -3,7 +3,7 @@ S_m = Σ_{t ≤ m} relu(w_c·x_t)_h. Tokens are as far apart as what is between 
 
 import torch.nn.functional as F
 
-from nanope.ops import Linear, no_autocast
+from nanope.ops import Linear
 from schemes.base import Scheme
 
 
@@ -27,9 +27,8 @@ class CABLE(Scheme):
         return normal(0.02)
 
     def bias(self, x, q, k, ctx):
-        with no_autocast(x.device):
-            step, slope = (F.linear(x.to(ctx.dtype), p.weight.to(ctx.dtype)) for p in (self.distance, self.slope))
-            step, slope = F.relu(step), F.softplus(slope)  # (B, T, H) each
+        step = F.relu(self.distance.in_dtype(x, ctx.dtype))  # (B, T, H)
+        slope = F.softplus(self.slope.in_dtype(x, ctx.dtype))  # (B, T, H)
         total = ctx.joined("total", ctx.accumulated("sum", step))  # (B, S, H)
         slope = ctx.joined("slope", slope)  # of the queries, by their index among all S
         return lambda batch, head, m, n: slope[batch, m, head] * (total[batch, n, head] - total[batch, m, head])

@@ -4,7 +4,7 @@ n of head h. What is between them makes n forgotten, by a gate a token and head.
 import torch
 import torch.nn.functional as F
 
-from nanope.ops import Linear, no_autocast
+from nanope.ops import Linear
 from schemes.base import Scheme
 
 
@@ -31,9 +31,7 @@ class FoX(Scheme):
         return normal(0.02) if name == "gate.weight" else torch.full(shape, self.start)
 
     def bias(self, x, q, k, ctx):
-        with no_autocast(x.device):
-            weight, bias = self.gate.weight.to(ctx.dtype), self.gate.bias.to(ctx.dtype)
-            log_f = F.logsigmoid(F.linear(x.to(ctx.dtype), weight, bias))  # (B, T, H)
+        log_f = F.logsigmoid(self.gate.in_dtype(x, ctx.dtype))  # (B, T, H)
         total = ctx.joined("total", ctx.accumulated("sum", log_f))  # (B, S, H)
         minus = -total  # a sum has a cheaper gradient than a difference
         return lambda batch, head, m, n: total[batch, m, head] + minus[batch, n, head]

@@ -38,8 +38,8 @@ class GRAPE(Scheme):
     Parameters: c_p.weight (H·width, C), N(0, 0.02²). Not decayed: none.
     Beyond block_size: yes, by construction.
     Cache: p̃ turned, H·width numbers a token in float32, as further channels of k.
-    Cost: 2·C·H·width FLOPs a token; dense scores, T·(C + H·width) multiplications for q k and p p̃; about 12 elementwise
-        passes over H·T² scores more than softmax; memory of a chunk of queries.
+    Cost: 2·C·H·width FLOPs a token; dense scores, T·(C + H·width) multiplications for q k and p p̃; about 12
+        elementwise passes over H·T² scores more than softmax; memory of a chunk of queries.
     """
 
     wider = "bias"
@@ -63,7 +63,7 @@ class GRAPE(Scheme):
     def encode(self, qk, x, ctx):
         _, cos, sin = ctx.prepared
         with no_autocast(x.device):
-            p = F.linear(x.to(ctx.dtype), self.c_p.weight.to(ctx.dtype)).unflatten(-1, (self.n_head, -1))
+            p = self.c_p.in_dtype(x, ctx.dtype).unflatten(-1, (self.n_head, -1))
             turned = rotate(F.rms_norm(p, (self.width,)), cos, sin)  # (B, T, H, width)
         return torch.cat((qk.to(ctx.dtype), torch.stack((p, turned), 2)), -1)  # (B, T, 2, H, D + width)
 

@@ -74,13 +74,10 @@ class PaTH(Scheme):
 
     def encode(self, qk, x, ctx):
         with no_autocast(x.device):
-            down, up, conv, gate, bias = (
-                p.to(ctx.dtype) for p in (self.down.weight, self.up.weight, self.conv, self.gate.weight, self.gate.bias)
-            )
-            x = x.to(ctx.dtype)
-            w = F.silu(ctx.convolved("conv", F.linear(F.linear(x, down), up), conv))  # (B, T, C)
+            mapped = self.up.in_dtype(self.down.in_dtype(x, ctx.dtype), ctx.dtype)
+            w = F.silu(ctx.convolved("conv", mapped, self.conv.to(ctx.dtype)))  # (B, T, C)
             w = F.normalize(w.unflatten(2, (self.n_head, -1)), dim=-1, eps=1e-6).transpose(1, 2)  # (B, H, T, D)
-            beta = 2 * torch.sigmoid(F.linear(x, gate, bias)).mT.unsqueeze(-1)  # (B, H, T, 1)
+            beta = 2 * torch.sigmoid(self.gate.in_dtype(x, ctx.dtype)).mT.unsqueeze(-1)  # (B, H, T, 1)
             made = blocks(w, beta, qk[:, :, 1].transpose(1, 2).to(ctx.dtype))
             ctx.prepared[:] = made
             if ctx.cache is None:

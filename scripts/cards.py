@@ -1,6 +1,6 @@
 """Write docs/schemes.md and the pictures in docs/schemes/: a card per positional scheme.
 
-python scripts/bench.py train --schemes all --json results/scheme-speed/speed.json   # first, on an idle machine
+python scripts/bench.py train --schemes all --no_peer --json results/scheme-speed/speed.json   # first, when idle
 python scripts/cards.py
 """
 

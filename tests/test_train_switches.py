@@ -14,7 +14,7 @@ from training import at_step, folders, kill, last, make, metrics, one_thread, sa
 import eval as evaluation
 from data.shards import batch, open_data
 from model import GPT
-from nanope import checkpoint
+from nanope import checkpoint, initial
 from nanope.config import parse
 from train import train
 
@@ -88,7 +88,7 @@ def test_weights_of_an_earlier_checkpoint_of_the_same_scheme(make):
     state = last(make("comrope").out_dir)
     names = [name for name in state["model"] if ".attn.pos." in name]
     old = {name.replace(".attn.pos.", ".attn."): value for name, value in state["model"].items()}
-    model, said = checkpoint.with_weights(GPT(make(pos="comrope", vocab_size=320).model_config()), {"model": old}, "it")
+    model, said = initial.with_weights(GPT(make(pos="comrope", vocab_size=320).model_config()), {"model": old}, "it")
     assert names and said.endswith("left behind: none; new: none")
     assert all(torch.equal(model.state_dict()[name], state["model"][name]) for name in names)
 

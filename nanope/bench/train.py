@@ -32,7 +32,7 @@ import torch
 from data.shards import as_path, output
 from model import GPT, SCHEMES, Block, GPTConfig, resolve
 from nanope import coordinates
-from nanope.bench.turns import Worker, command_line, heading, ratios, row, spread, take_turns, workers
+from nanope.bench.turns import Worker, command_line, heading, ratios, rope_ratios, row, spread, take_turns, workers
 from nanope.config import SWITCHES
 from nanope.distributed import autocast, peak_memory, pick_device, pick_dtype
 from nanope.log import device_name
@@ -243,9 +243,8 @@ def table_of(found: dict) -> str:
     targets, most = TARGETS.get(name, {}), MEMORY_TARGETS.get(name, {})
     lines = [heading(1, "scheme", "speed / rope's (min … max)", "target", "peak memory, MB", "/ rope's", "limit")]
     for variant in sorted(found["seconds"].keys() - {BASELINE, *PEERS}):
-        base = found.get("rope_seconds", {}).get(variant, found["seconds"][BASELINE])
         cells = [
-            spread(ratios(base, found["seconds"][variant]), 2),
+            spread(rope_ratios(found, variant), 2),
             f"≥ {targets[variant]}" if variant in targets else "",
             f"{found['memory'][variant] / 1e6:,.0f}",
             f"{found['memory'][variant] / found['memory'][BASELINE]:.2f}",
@@ -260,15 +259,9 @@ def relative(found: dict) -> dict[str, dict]:
     rope's, and of its peak memory."""
     result = {}
     for variant in found["seconds"]:
-        base = found.get("rope_seconds", {}).get(variant, found["seconds"][BASELINE])
-        speeds = ratios(base, found["seconds"][variant])
-        memory = found["memory"][variant] / found["memory"][BASELINE]
-        result[variant] = {
-            "speed": statistics.median(speeds),
-            "low": min(speeds),
-            "high": max(speeds),
-            "memory": memory,
-        }
+        speeds = rope_ratios(found, variant)
+        result[variant] = {"speed": statistics.median(speeds), "low": min(speeds), "high": max(speeds)}
+        result[variant]["memory"] = found["memory"][variant] / found["memory"][BASELINE]
     return result
 
 

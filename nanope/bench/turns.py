@@ -97,6 +97,13 @@ def ratios(above: list[float], below: list[float]) -> list[float]:
     return [a / b for a, b in zip(above, below)]
 
 
+def rope_ratios(record: dict, variant: str) -> list[float]:
+    """Of each round: the speed of a variant over that of rope in the same round; record: what `bench.py train --json`
+    writes, where rope_seconds are those of a variant's own group."""
+    rope = record.get("rope_seconds", {}).get(variant, record["seconds"]["rope"])
+    return ratios(rope, record["seconds"][variant])
+
+
 def spread(values: list[float], digits: int, unit: str = "", over: str = "") -> str:
     """Median, unit, minimum and maximum: "1.02 × (0.98 … 1.07)". over: what stands after the maximum."""
     middle, low, high = (f"{value:.{digits}f}" for value in (statistics.median(values), min(values), max(values)))

@@ -12,6 +12,7 @@ import torch
 from data.shards import Data
 from data.tokenizer import Tokenizer
 from model import GPT
+from nanope.attention import attending
 from nanope.distributed import autocast
 from nanope.evaluation.models import Model
 from nanope.evaluation.options import Options
@@ -80,11 +81,8 @@ def queries_and_keys(model: GPT, offset: int) -> list[torch.Tensor]:
         found.extend((q, k))
         return before(scheme, q, k, *rest)
 
-    model.attend = attend
-    try:
+    with attending(model, attend):
         model.hidden(torch.zeros(1, 4, dtype=torch.int64, device=model.lm_head.weight.device), offset=offset)
-    finally:
-        model.attend = before
     return found
 
 
