@@ -2,6 +2,7 @@
 
     python eval.py --run runs/NAME --lengths 1x 2x 4x 8x          # of the training length, or in tokens: 256 512
     python eval.py --run runs/NAME --lengths 2048 --protocol same-targets per-position --scaling none yarn --factor 8
+    python eval.py --run runs/NAME --protocol task                 # of a run on a task of data/prepare.py
     python eval.py --run runs/NAME --protocol shift --offsets 0 256 4096
     python eval.py --compare runs/rope-seed1 runs/rope-seed2 runs/crope-seed1 runs/crope-seed2 --lengths 1024
     python eval.py --model gpt2 --data data/novels-gpt2 --lengths 512 1024
@@ -37,6 +38,7 @@ from nanope.evaluation.report import log_to_wandb, table
 from nanope.evaluation.scoring import Compute, score
 from nanope.evaluation.shift import evaluate_shift, shift_figures
 from nanope.evaluation.statistics import FIGURES, METHOD, position_curve, row_figures
+from nanope.evaluation.tasks import evaluate_task, training_length
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -78,12 +80,13 @@ def compare_runs(args: argparse.Namespace, options: Options, compute: Compute) -
     opened = [(s.about, s.data) for s in (open_run(run, args.checkpoint, args.data) for run in args.compare)]
     configs, datas = [about["config"] for about, _ in opened], [data for _, data in opened]
     arms_of(configs)
-    asked, sizes = tokens_for_all(args.lengths, configs)
+    trained = [training_length(data, config["block_size"], options.protocol) for data, config in zip(datas, configs)]
+    asked, sizes = tokens_for_all(options.asked, trained)
     options = dataclasses.replace(options, lengths=[*asked, *sizes])
     targets, text = choose_text(datas, options.resolved(max(asked)))
     outputs = []
-    for run, config, (about, data) in zip(args.compare, configs, opened):
-        more = sorted(sizes - {config["block_size"]})  # lengths that --run would not add
+    for run, length, (about, data) in zip(args.compare, trained, opened):
+        more = sorted(sizes - {length})  # lengths that --run would not add
         own = dataclasses.replace(options, lengths=[*asked, *more])
         outputs.append(output_of(run, about, data, args, own, text))
     comparison = Path(args.json) if args.json else None
@@ -104,7 +107,8 @@ def output_of(
     run: str, about: dict, data: Data, args: argparse.Namespace, options: Options, text: str | None = None
 ) -> Path | None:
     """Where the report of a run goes: into its folder. None for a run that is given by its checkpoint file."""
-    lengths = lengths_in_tokens(options.lengths or [], about["config"]["block_size"])
+    trained = training_length(data, about["config"]["block_size"], options.protocol)
+    lengths = lengths_in_tokens(options.lengths or [], trained)
     name = report_name(args, make_parser().get_default, lengths, about["step"], data, text)
     return Path(run) / "eval" / name if Path(run).is_dir() else None
 
@@ -143,9 +147,9 @@ def evaluate(
     stride beyond the shortest, or lengths beyond any document.
     """
     compute, parts, block_size = compute or Compute(), parts or Parts(), model.config.block_size
-    options = options.resolved(block_size)
+    options = options.resolved(training_length(data, block_size, options.protocol))
     tokenizer = checked_tokenizer(data, model.lm_head.weight.size(0))
-    by_windows = [protocol for protocol in options.protocol if protocol != "shift"]
+    by_windows = [protocol for protocol in options.protocol if protocol not in ("shift", "task")]
     longest = options.lengths[-1] if by_windows else 0
     tokens, documents, spans = spans_of(data, options.split, options.stream, longest)
     variants = scaled_models(model, options.scaling, options.factor)
@@ -173,6 +177,10 @@ def evaluate(
     report |= {"max_targets": options.max_targets, "seed": options.seed, "interval": METHOD}
     report |= {"block_size": block_size, "data_hash": data.hash, "tokenizer": data.manifest["tokenizer"]}
     report |= compute.conditions(model)
+    if "task" in options.protocol:
+        asked = [variant for variant in variants if variant.asked]
+        results += [row for v in asked for row in evaluate_task(v, data, block_size, options, compute, parts)]
+        report |= {"task": data.manifest["task"], "interval": "95 % Wilson interval over examples"}
     if "shift" in options.protocol:
         shifts = evaluate_shift(model, data, tokenizer, options, compute)
         results += shifts

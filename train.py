@@ -74,7 +74,7 @@ class Outcome:
     rate: float  # its learning rate
     read: Callable[[], list[float]]  # waits for them: gradient norm, mean losses, with several ranks Stop.flags summed
     names: list[str]  # of the mean losses
-    losses: list[torch.Tensor]  # of this rank's micro-steps
+    losses: list[torch.Tensor]  # of this rank's micro-steps, each with its weight
 
 
 def due(step: int, interval: int) -> bool:
@@ -137,7 +137,7 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
         observe("ready", progress.step, model)
 
         if progress.step == 0:
-            log.say(title(config, model, ranks, share, len(feed.split), device, dtype))
+            log.say(title(config, model, ranks, share, data.epoch_tokens("train", config.block_size), device, dtype))
             if taken:
                 log.say(taken)
         elif progress.step >= config.max_steps:
@@ -178,17 +178,17 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
             seed_generators(step_seed(config, progress.step, ranks.rank))  # for dropout, and what else may be drawn
 
             # Forward and backward, a micro-batch at a time
-            losses, auxiliaries, weight = [], [], micro / share
+            losses, auxiliaries = [], []
             with model.parameters_fixed(step_seed(config, progress.step, "positions")):
-                for i, (x, y) in enumerate(feed.batches(progress.step)):  # (micro, T) int64 each
+                for i, (x, y, weight) in enumerate(feed.batches(progress.step)):  # (micro, T) int64 each
                     last = i == share // micro - 1  # gradients are reduced over ranks once a step
                     with contextlib.nullcontext() if last or ranks.world == 1 else parallel.no_sync():
                         with autocast(device, dtype):
                             _, loss = parallel(x, y)
                             auxiliary = model.auxiliary()  # a loss of the scheme's own, or None
-                        losses.append(loss.detach())
+                        losses.append(loss.detach() * weight)
                         if auxiliary is not None:
-                            auxiliaries.append(auxiliary.detach())
+                            auxiliaries.append(auxiliary.detach() * weight)
                             loss = loss + auxiliary
                         scaler.scale(loss * weight).backward()
 
@@ -198,7 +198,7 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
 
             # Step. One whose loss or gradient is not finite is skipped, by all ranks and on the device itself
             by_name = {"train/loss": losses} | ({"train/auxiliary": auxiliaries} if auxiliaries else {})
-            means = torch.stack([sum(part * weight for part in parts) for parts in by_name.values()]) / ranks.world
+            means = torch.stack([sum(parts) for parts in by_name.values()]) / ranks.world
             if ranks.world > 1:
                 flags = pinned(torch.tensor(stop.flags()), device).to(device, non_blocking=True)
                 means = ranks.sum(torch.cat((means, flags)))

@@ -27,6 +27,7 @@ from data.plan import RECORD, Request, make_plan, unfinished_plan
 from data.progress import Progress
 from data.publish import join_units, publish, resolved
 from data.shards import Data, DataError, open_data, output, write_json
+from data.tasks import Examples
 from data.tokenizer import Tokenizer
 from data.units import SIZES, Sizes, Unit, UnitId, cut_group, finished_units, group_files, record_of
 from data.workers import do_in_processes, in_background
@@ -56,13 +57,14 @@ def prepare(
     separator: str | None = None,
     val_bytes: int | None = None,
     wanted: Wanted | None = None,
+    examples: Examples | None = None,
     sizes: Sizes = SIZES,
 ) -> Data | None:
     """Make the data folder `out`, continue it, or verify it where it is already there with these options.
 
     field, separator: instead of the corpus's own, as --field and --separator; they are in the plan where they differ.
     val_tokens, val_bytes: at most one; bytes of text give every tokenizer the same validation documents.
-    wanted: of the corpus `hub`, which data set.
+    wanted: of the corpus `hub`, which data set. examples: of the corpus `task`, what it is to hold.
     part: (i, n) does only the i-th of n parts, and returns None. merge: only joins what the parts made.
     verify: as for open_data, of a folder that is complete.
     DataError for what the user can put right. Then `out` was not touched, and `out`.partial keeps what is finished.
@@ -75,10 +77,12 @@ def prepare(
         raise DataError("--keep_downloads does not apply: the library `datasets` keeps what it loads in its own cache")
     options = {"shard_tokens": shard_tokens, "val_tokens": val_tokens, "long_tokens": long_tokens, "skip_bad": skip_bad}
     options["val_bytes"] = val_bytes
-    request = Request.checked(corpus_name, subset, source, tokenizer_name, options, field, separator, wanted)
+    request = Request.checked(
+        corpus_name, subset, source, tokenizer_name, options, field, separator, wanted, examples
+    )
     corpus = request.corpus
-    name = Path(wanted.name).name if wanted else corpus_name
-    out, folder = resolved(out or Path(__file__).parent / f"{name}-{request.tokenizer.name}")
+    name = f"{Path(wanted.name).name if wanted else corpus_name}-{request.tokenizer.name}"
+    out, folder = resolved(out or Path(__file__).parent / (f"task-{examples.name}" if examples else name))
 
     finished = open_data(out, verify) if (out / "COMPLETE").exists() else None
     plan = finished.manifest if finished else unfinished_plan(folder)
@@ -264,7 +268,7 @@ def _discard_if_empty(folder: Path) -> None:
     if shards or downloads or finished_units(folder):
         return
     for path in folder.iterdir():
-        if RECORD.fullmatch(path.name) or path.suffix == ".bin":
+        if RECORD.fullmatch(path.name) or path.suffix in (".bin", ".mask"):
             path.unlink()
     with contextlib.suppress(OSError):  # what is not ours stays
         for path in folder.glob("downloads*"):

@@ -5,10 +5,13 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from data.documents import king_james, novels
 from data.files import File
 from data.readers import Documents
 from data.shards import DataError, unknown
+from data.tasks import TASKS, Examples
 
 SPLITS = ("train", "val", "test")
 
@@ -45,6 +48,7 @@ class Corpus:
     sha256: str | None = None  # of the sha256s of that revision's documents
     archive: str | None = None  # URL of the repository at its revision
     local: bool = False  # needs --source
+    scored: Callable[[str], np.ndarray] | None = None  # of a task, the tokens of a text that are targets; else all are
 
     @property
     def own_splits(self) -> bool:
@@ -52,8 +56,11 @@ class Corpus:
         return any("val" in subset.files for subset in self.subsets.values())
 
 
-def named(name: str, field: str | None = None, separator: str | None = None) -> Corpus:
-    """The corpus of CORPORA called `name`, read with that --field and --separator where they are given.
+def named(
+    name: str, field: str | None = None, separator: str | None = None, examples: Examples | None = None
+) -> Corpus:
+    """The corpus of CORPORA called `name`, read with that --field and --separator where they are given, or made of
+    `examples` of a task.
 
     DataError for an unknown name, and for options that do not apply.
     """
@@ -63,16 +70,19 @@ def named(name: str, field: str | None = None, separator: str | None = None) -> 
     for key, value in given.items():
         if not value:
             raise DataError(f"--{key} is empty")
-        if CORPORA[name].reader:
+        if CORPORA[name].reader or name == "task":
             raise DataError(
                 f"--{key} does not apply: corpus {name} is not read from rows with fields or separated text"
             )
+    if examples:
+        given |= {"reader": examples.documents, "scored": examples.task.scored}
     return dataclasses.replace(CORPORA[name], **given)
 
 
 def planned(plan: dict) -> Corpus:
     """The corpus of a plan or manifest, as it is read there."""
-    return named(plan["dataset"], plan.get("field"), plan.get("separator"))
+    examples = Examples(**plan["task"]) if "task" in plan else None
+    return named(plan["dataset"], plan.get("field"), plan.get("separator"), examples)
 
 
 def subset_of(corpus: Corpus, name: str | None) -> tuple[str | None, Subset | None]:
@@ -161,6 +171,11 @@ CORPORA = {
             "Trollope_Warden_1855",
             "Woolf_Lighthouse_1927",
         ),
+    ),
+    "task": Corpus(
+        f"a task to train on from scratch, made from a seed: {', '.join(TASKS)}",
+        "made by data/tasks.py",
+        tokenizer="characters",
     ),
     "files": Corpus(
         "text of your own; --source: a .txt, .jsonl, .json or .parquet file, or a folder of them",

@@ -62,7 +62,7 @@ def encode_unit(unit: Unit, folder: Path, plan: dict, report: Report, threads: i
                 refused[split] += 1
             else:
                 n_bytes = len(text) if text.isascii() else len(text.encode())
-                writers[split].add(tokens, n_bytes)
+                writers[split].add(tokens, n_bytes, corpus.scored and corpus.scored(text))
                 counts += 1, len(tokens), n_bytes
             writers[split].state = {"consumed": number, "refused": refused[split]}
         report(*counts.tolist())

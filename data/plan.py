@@ -1,5 +1,6 @@
 """The plan of a data folder: what is to be made, as plan.json and then the manifest record it."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -15,10 +16,11 @@ from data.readers import estimated_bytes
 from data.shards import DataError, cores
 from data.sources import check_reading, identity_of, source_files
 from data.split import validation_rule
+from data.tasks import Examples
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.units import Sizes, group_files
 
-GIVEN = ("field", "separator", "val_bytes", "hub")  # plans hold these only where they were given
+GIVEN = ("field", "separator", "val_bytes", "hub", "task")  # plans hold these only where they were given
 GPT2_BYTES = 4.3  # bytes of text per GPT-2 token, for the counts in the table of corpora
 # Files of DIR.partial that the published folder does not keep
 RECORD = re.compile(r"\d{5}-\d{5}-of-\d{5}(\.unit|\.[a-z]+_\d{5})\.json|plan\.json|.*\.tmp|lock.*")
@@ -36,6 +38,7 @@ class Request:
     tokenizer: Tokenizer
     options: dict  # shard_tokens, val_tokens, val_bytes, long_tokens, skip_bad: with these the bytes change
     wanted: Wanted | None = None  # of the corpus `hub`
+    examples: Examples | None = None  # of the corpus `task`
 
     @classmethod
     def checked(
@@ -48,9 +51,10 @@ class Request:
         field: str | None = None,
         separator: str | None = None,
         wanted: Wanted | None = None,
+        examples: Examples | None = None,
     ) -> "Request":
         """The request, its names looked up. DataError for what cannot be."""
-        corpus = named(name, field, separator)
+        corpus = named(name, field, separator, examples)
         for option, value in options.items():
             if value is not None and value < 1 and option != "skip_bad":
                 raise DataError(f"--{option} must be at least 1, not {value}")
@@ -58,7 +62,7 @@ class Request:
             raise DataError(f"corpus {name} needs --source PATH: {corpus.description}")
         if options.get("val_tokens") is not None and options.get("val_bytes") is not None:
             raise DataError("--val_tokens and --val_bytes both say how much validation to aim at; give one")
-        if name in ("builtin", "hub") and source is not None:
+        if name in ("builtin", "hub", "task") and source is not None:
             raise DataError(f"corpus {name} takes no --source; for your own text take the corpus `files`")
         if name == "hub" and not (wanted and wanted.dataset):
             raise DataError("corpus hub needs --dataset NAME, a name on the hub or a folder")
@@ -67,8 +71,10 @@ class Request:
         if name != "hub" and wanted:
             given = ", ".join(f"--{option}" for option, value in vars(wanted).items() if value)
             raise DataError(f"{given}: only for the corpus hub, not for {name}")
+        if name == "task" and tokenizer not in (None, corpus.tokenizer):
+            raise DataError(f"--tokenizer {tokenizer}: tasks have tokenizer {corpus.tokenizer}, a token a character")
         tokenizer = load_tokenizer(tokenizer or corpus.tokenizer)
-        return cls(name, corpus, *subset_of(corpus, subset), source, tokenizer, options, wanted)
+        return cls(name, corpus, *subset_of(corpus, subset), source, tokenizer, options, wanted, examples)
 
     def given(self) -> dict:
         """The options of GIVEN that were given.
@@ -79,7 +85,8 @@ class Request:
         given = {key: now[key] for key in GIVEN[:2] if now[key] != own[key]}
         if self.options.get("val_bytes") is not None:
             given["val_bytes"] = self.options["val_bytes"]
-        return given | ({"hub": dict(vars(self.wanted))} if self.wanted else {})
+        given |= {"hub": dict(vars(self.wanted))} if self.wanted else {}
+        return given | ({"task": dataclasses.asdict(self.examples)} if self.examples else {})
 
     def val_bytes(self) -> int | None:
         """Bytes of text to aim at for validation, if any number was given."""
@@ -89,13 +96,15 @@ class Request:
 
     @property
     def is_here(self) -> bool:
-        """Whether what is to be read is on this machine: a --source, or a folder as --dataset."""
-        return self.source is not None or bool(self.wanted and self.wanted.is_folder)
+        """Whether what is to be read is on this machine: a --source, a folder as --dataset, or made here."""
+        return self.source is not None or bool(self.examples or (self.wanted and self.wanted.is_folder))
 
     def files(self, revision: str | None) -> tuple[str | None, list[File]]:
         """Revision and files of what is to be read: those of the hub at `revision`."""
         if self.wanted:
             return loaded_files(self.wanted, revision, self.corpus.field)
+        if self.examples:
+            return None, [self.examples.file()]
         return source_files(self.corpus, self.subset, self.source, revision)
 
     def check(self, plan: dict, folder: Path, read_source: bool) -> list[File] | None:
@@ -185,9 +194,10 @@ def estimate(
     field: str | None = None,
     separator: str | None = None,
     wanted: Wanted | None = None,
+    examples: Examples | None = None,
 ) -> str:
     """Tokens, disk space and minutes on this machine for a corpus, in a sentence. Nothing is downloaded or written."""
-    request = Request.checked(name, subset_name, source, tokenizer_name, {}, field, separator, wanted)
+    request = Request.checked(name, subset_name, source, tokenizer_name, {}, field, separator, wanted, examples)
     corpus, subset, tokenizer = request.corpus, request.subset, request.tokenizer
     if source is None and (subset or corpus.archive):
         text_bytes, megabytes = (subset.tokens * GPT2_BYTES, subset.megabytes) if subset else (76e6, 30)

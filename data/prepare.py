@@ -1,4 +1,5 @@
 """Make a data folder of token shards from a corpus: python data/prepare.py CORPUS --out DIR [--source PATH] …
+or from examples of a task: python data/prepare.py task copy
 
 Interrupted, the same command continues. How that works: data/build.py.
 """
@@ -17,6 +18,7 @@ from data.plan import estimate
 from data.shards import DataError, cores, given_path, output, unknown
 from data.split import VAL_FRACTION
 from data.summary import summary
+from data.tasks import TASKS, Examples
 from data.tokenizer import TOKENIZERS
 from data.units import SIZES, Sizes
 
@@ -33,11 +35,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("corpus", nargs="?", metavar="CORPUS", help=f"one of {', '.join(CORPORA)}; see below")
+    add("task", nargs="?", metavar="TASK", help=f"of the corpus task: one of {', '.join(TASKS)}")
     add(
         "--out",
         metavar="DIR",
         type=given_path,
-        help="folder to make (default: data/CORPUS-TOKENIZER in this repository)",
+        help="folder to make (default: data/CORPUS-TOKENIZER or data/task-TASK in this repository)",
     )
     add(
         "--source",
@@ -74,7 +77,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     hub("--revision", metavar="R", help="commit, branch or tag (default: the newest; the manifest has the commit)")
     hub("--streaming", action="store_true", help="read over the network as it goes, and keep nothing of it")
-    bytewise = ", ".join(name for name, corpus in CORPORA.items() if corpus.tokenizer != "gpt2")
+    bytewise = ", ".join(name for name, corpus in CORPORA.items() if corpus.tokenizer == "byte")
+    task = parser.add_argument_group("only for the corpus task").add_argument
+    defaults = ", ".join(f"{name} {of.length} {of.unit}" for name, of in TASKS.items())
+    task("--length", metavar="L", type=int, help=f"examples have up to this length (default: {defaults})")
+    task("--examples", metavar="N", type=int, help="how many, validation among them (default: 100,000)")
+    task("--seed", metavar="S", type=int, help="another seed makes other examples (default: 0)")
     add("--tokenizer", metavar="NAME", help=f"{', '.join(TOKENIZERS)} (default: gpt2; byte for {bytewise})")
     add(
         "--shard_tokens",
@@ -134,6 +142,18 @@ def unescaped(separator: str) -> str:
     return re.sub(r"(\\(?:[\\ntrfv0]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}))|\\", character, separator)
 
 
+def examples_of(args: argparse.Namespace) -> Examples | None:
+    """What the corpus `task` is to hold. DataError for what it cannot, and for its options with another corpus."""
+    if args.corpus == "task":
+        if args.task is None:
+            raise DataError(f"which task? One of {', '.join(TASKS)}: python data/prepare.py task copy")
+        return Examples.checked(args.task, args.length, args.examples, args.seed or 0)
+    for name in ("task", "length", "examples", "seed"):
+        if (value := getattr(args, name)) is not None:
+            raise DataError(f"{value if name == 'task' else f'--{name}'}: only for the corpus task, not {args.corpus}")
+    return None
+
+
 def run(args: argparse.Namespace, sizes: Sizes) -> None:
     """Do what the arguments ask for. DataError for what the user can put right."""
     if args.list:
@@ -144,8 +164,9 @@ def run(args: argparse.Namespace, sizes: Sizes) -> None:
     separator = None if args.separator is None else unescaped(args.separator)
     hub = {name: getattr(args, name) for name in ("dataset", "config", "split", "revision", "streaming")}
     wanted = Wanted(**hub) if any(hub.values()) else None
+    examples = examples_of(args)
     if args.dry_run:
-        rows = {"field": args.field, "separator": separator, "wanted": wanted}
+        rows = {"field": args.field, "separator": separator, "wanted": wanted, "examples": examples}
         output(estimate(args.corpus, args.source, args.tokenizer, args.workers, args.subset, **rows))
         return
     part = None
@@ -174,6 +195,7 @@ def run(args: argparse.Namespace, sizes: Sizes) -> None:
         separator=separator,
         val_bytes=args.val_bytes,
         wanted=wanted,
+        examples=examples,
         sizes=sizes,
     )
     if data:

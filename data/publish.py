@@ -13,7 +13,7 @@ from data.encode import END_OF_TEXT
 from data.plan import RECORD
 from data.progress import note
 from data.shard_writer import OCTAVE
-from data.shards import DataError, Split, open_data, write_atomically, write_manifest
+from data.shards import DataError, Split, mask_path, open_data, write_atomically, write_manifest
 from data.summary import lengths_figure
 from data.units import finished_units, record_of
 
@@ -153,9 +153,12 @@ def _rename_shards(folder: Path, shards: list[tuple[str, dict]]) -> tuple[dict[s
     splits, lengths = {split: [] for split in SPLITS}, {}
     for split, record in shards:
         name = f"{split}_{len(splits[split]):05d}.bin"
-        if (folder / record["file"]).exists():
-            os.replace(folder / record["file"], folder / name)
+        there, final = folder / record["file"], folder / name
+        for old, new in ((there, final), (mask_path(there), mask_path(final))):
+            if old.exists():
+                os.replace(old, new)
         kept = {key: record[key] for key in ("tokens", "documents", "bytes", "sha256", "fingerprint")}
+        kept |= {key: record[key] for key in ("mask",) if key in record}
         splits[split].append({"file": name} | kept)
         histogram = lengths.setdefault(split, collections.Counter())
         histogram.update({int(b): count for b, count in record["lengths"].items()})
@@ -174,10 +177,11 @@ def _revision(plan: dict, corpus: Corpus, documents: int, sha256: str) -> str | 
 
 
 def _long_documents(folder: Path, plan: dict, val: list[dict]) -> tuple[int, list[dict]]:
-    """The validation documents of at least --long_tokens, which is halved until there is one. Returns it, and them."""
+    """The validation documents of at least --long_tokens, which is halved until there is one; a task has none. Returns
+    it, and them."""
     documents = Split(folder, val, plan["dtype"], plan["vocab_size"], plan["tokenizer"]["eot"]).documents()
     long = plan["long_tokens"]
-    while long > documents[:, 1].max():
+    while long > documents[:, 1].max() and "task" not in plan:
         long //= 2
     if long < plan["long_tokens"]:
         note(f"no validation document has {plan['long_tokens']:,} tokens; val_long lists those of at least {long:,}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.shards import DataError, fingerprint, write_json
+from data.shards import DataError, file_sha256, fingerprint, mask_path, write_atomically, write_json
 
 OCTAVE = 16  # bins per doubling in the histogram of document lengths
 
@@ -22,7 +22,8 @@ class ShardWriter:
 
     A document longer than `shard_tokens` makes a longer shard of its own. A shard has a temporary name until it is
     complete. Then NAME.json beside it holds its record: file, tokens, documents, bytes, sha256, fingerprint, `lengths`
-    as {bin: documents}, and `state`, which is whatever the caller had in `self.state`.
+    as {bin: documents}, and `state`, which is whatever the caller had in `self.state`. Where documents have masks, the
+    shard has a file of its own for them, NAME.mask, a byte a token, and the record its sha256 and fingerprint.
     `records` lists the finished shards. A writer that finds some in the folder continues after them.
     """
 
@@ -37,8 +38,9 @@ class ShardWriter:
     def _path(self, number: int) -> Path:
         return self.folder / f"{self.name}_{number:05d}.bin"
 
-    def add(self, tokens: np.ndarray, n_bytes: int) -> None:
-        """Append one document: `tokens` (n,) integers, end-of-text last, made from `n_bytes` of UTF-8 text."""
+    def add(self, tokens: np.ndarray, n_bytes: int, mask: np.ndarray | None = None) -> None:
+        """Append one document: `tokens` (n,) integers, end-of-text last, made from `n_bytes` of UTF-8 text; `mask`,
+        bool (n,), says which of them are targets, in all documents or in none."""
         if tokens.dtype != self.dtype and len(tokens) and int(tokens.max()) > np.iinfo(self.dtype).max:
             raise DataError(f"token id {int(tokens.max())} does not fit the shards' {self.dtype.name}")
         if self._file and self._record["tokens"] + len(tokens) > self.shard_tokens:
@@ -47,12 +49,15 @@ class ShardWriter:
             path = self._path(len(self.records))
             # The process id keeps others away from this file: a worker of a killed run may live on for a moment.
             self._temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-            self._file, self._sha256, self._lengths = open(self._temporary, "wb"), hashlib.sha256(), []
+            self._file, self._sha256 = open(self._temporary, "wb"), hashlib.sha256()
+            self._lengths, self._masks = [], []
             self._record = {"file": path.name, "tokens": 0, "documents": 0, "bytes": 0}
         content = np.ascontiguousarray(tokens, self.dtype).data.cast("B")
         self._file.write(content)
         self._sha256.update(content)
         self._lengths.append(len(tokens) - 1)
+        if mask is not None:
+            self._masks.append(mask.astype(np.uint8))
         for key, more in (("tokens", len(tokens)), ("documents", 1), ("bytes", n_bytes)):
             self._record[key] += more
 
@@ -70,6 +75,9 @@ class ShardWriter:
                 "lengths": dict(zip(map(str, bins.tolist()), counts.tolist())),
                 "state": dict(self.state),
             }
+            if self._masks:
+                write_atomically(mask_path(path), np.concatenate(self._masks).tobytes())
+                record["mask"] = {"sha256": file_sha256(mask_path(path)), "fingerprint": fingerprint(mask_path(path))}
             os.replace(self._temporary, path)
             write_json(path.with_suffix(".json"), record)  # after the shard: the record says that the shard is there
             self.records.append(record)

@@ -2,6 +2,7 @@
 
 A data folder holds
     train_00000.bin, val_00000.bin, …   token ids, flat and little-endian: numpy.memmap(file, dtype) reads one
+    train_00000.mask, …                 of tasks: a byte for each token, 1 where it is a target of training, else 0
     lengths.png                         a histogram of the documents' lengths
     manifest.json                       what the shards are: corpus, tokenizer, counts, sha256 of each
     COMPLETE                            sha256 of manifest.json; written last: a folder without it is not finished
@@ -120,6 +121,11 @@ def file_sha256(path: Path | str) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def mask_path(shard: Path) -> Path:
+    """Where the mask of a shard lies, in a folder of a task."""
+    return shard.with_suffix(".mask")
+
+
 def json_sha256(value: object) -> str:
     """Hex sha256 of a value as JSON."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
@@ -129,10 +135,12 @@ def json_sha256(value: object) -> str:
 
 
 class Split:
-    """The tokens of one split as one stream, shard after shard. len() is the number of tokens."""
+    """The tokens of one split as one stream, shard after shard. len() is the number of tokens. masked: whether it says
+    which of them are targets."""
 
     def __init__(self, folder: Path | str, records: list[dict], dtype: np.dtype | str, vocab_size: int, eot: int):
         self.files = [Path(folder) / record["file"] for record in records]
+        self.masked = any("mask" in record for record in records)
         self.dtype, self.vocab_size, self.eot = np.dtype(dtype).newbyteorder("<"), vocab_size, eot
         self._edges = np.cumsum([0] + [r["tokens"] for r in records])  # shard i holds tokens _edges[i] … _edges[i+1]-1
 
@@ -146,24 +154,34 @@ class Split:
         """
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"tokens {start} … {stop} of a split with {len(self)}")
-        tokens, done = np.empty(stop - start, np.int64), 0
-        shard = int(np.searchsorted(self._edges, start, side="right")) - 1
-        while done < len(tokens):
+        return self._read(self.files, self.dtype, start, stop, np.empty(stop - start, np.int64))
+
+    def read_mask(self, start: int, stop: int) -> np.ndarray:
+        """Which of the tokens start … stop-1 are targets: (stop - start,) bool; all of them where there is no mask.
+        DataError, naming the file, where one is short."""
+        if not self.masked:
+            return np.ones(stop - start, bool)
+        return self._read([*map(mask_path, self.files)], np.dtype(np.uint8), start, stop, np.empty(stop - start, bool))
+
+    def _read(self, files: list[Path], dtype: np.dtype, start: int, stop: int, found: np.ndarray) -> np.ndarray:
+        """Fill `found` with entries start … stop-1 of the shards' `files`."""
+        done, shard = 0, int(np.searchsorted(self._edges, start, side="right")) - 1
+        while done < len(found):
             offset = start + done - int(self._edges[shard])
-            count = min(len(tokens) - done, int(self._edges[shard + 1]) - start - done)
+            count = min(len(found) - done, int(self._edges[shard + 1]) - start - done)
             # A plain read is as fast as a memmap from the page cache, and the process does not grow with what it reads.
-            part = np.fromfile(self.files[shard], self.dtype, count, offset=offset * self.dtype.itemsize)
+            part = np.fromfile(files[shard], dtype, count, offset=offset * dtype.itemsize)
             if len(part) < count:
-                raise DataError(f"{self.files[shard]} is truncated: no token {offset + len(part)}")
+                raise DataError(f"{files[shard]} is truncated: no token {offset + len(part)}")
             if count and int(part.max()) >= self.vocab_size:
                 at = int(np.argmax(part >= self.vocab_size))
                 raise DataError(
-                    f"{self.files[shard]} holds token id {part[at]} at offset {offset + at}; "
+                    f"{files[shard]} holds token id {part[at]} at offset {offset + at}; "
                     f"ids must be below vocab_size {self.vocab_size}"
                 )
-            tokens[done : done + count] = part
+            found[done : done + count] = part
             done, shard = done + count, shard + 1
-        return tokens
+        return found
 
     def locate(self, position: int) -> tuple[Path, int]:
         """Where token `position` of the stream lies: the path of its shard, and its offset there in tokens."""
@@ -200,6 +218,11 @@ class Data:
             raise unknown(f"split in {self.folder}:", split, [name for name, shards in splits.items() if shards])
         return splits[split]
 
+    def epoch_tokens(self, split: str, block_size: int) -> int:
+        """Inputs that an epoch of a split goes through: its tokens, or of a task a row of block_size each example."""
+        records = self.records(split)
+        return sum(r["documents"] * block_size if "mask" in r else r["tokens"] for r in records)
+
     def stream(self, records: list[dict]) -> Split:
         """Some of the folder's shards as one stream."""
         return Split(self.folder, records, self.manifest["dtype"], self.vocab_size, self.eot)
@@ -222,19 +245,24 @@ def open_data(folder: Path | str, verify: bool | None = None) -> Data:
         f"delete {folder} and run: python data/prepare.py {manifest['dataset']} --out {folder} --tokenizer "
         f"{manifest['tokenizer']['name']} (with the --source, --field and so on that it was made with)"
     )
-    shards = [record for records in manifest["splits"].values() for record in records]
-    width = np.dtype(manifest["dtype"]).itemsize
-    for record in shards:
-        path, expected = folder / record["file"], record["tokens"] * width
+    if "task" in manifest:
+        task = manifest["task"]
+        options = " ".join(f"--{name} {task[name]}" for name in ("length", "examples", "seed"))
+        again = f"delete {folder} and run: python data/prepare.py task {task['name']} --out {folder} {options}"
+    width, files = np.dtype(manifest["dtype"]).itemsize, []  # path, bytes, fingerprint and sha256 of each
+    for record in (record for records in manifest["splits"].values() for record in records):
+        path = folder / record["file"]
+        files.append((path, record["tokens"] * width, record))
+        files += [(mask_path(path), record["tokens"], record["mask"])] if "mask" in record else []
+    for path, expected, record in files:
         size = path.stat().st_size if path.is_file() else None
         if size != expected:
             problem = "is missing" if size is None else f"has {size:,} bytes instead of {expected:,}"
             raise DataError(f"{path} {problem}; {again}")
         if fingerprint(path) != record["fingerprint"]:
             raise DataError(f"{path} was altered: it is not what the manifest describes; {again}")
-    if verify or (verify is None and sum(r["tokens"] for r in shards) * width <= VERIFY_LIMIT):
-        for record in shards:
-            path = folder / record["file"]
+    if verify or (verify is None and sum(size for _, size, _ in files) <= VERIFY_LIMIT):
+        for path, _, record in files:
             if (found := file_sha256(path)) != record["sha256"]:
                 raise DataError(
                     f"{path} was altered: its sha256 is {found}, the manifest says {record['sha256']}; {again}"
@@ -318,3 +346,15 @@ def batch(split: Split, starts: np.ndarray, block_size: int) -> tuple[np.ndarray
     """Inputs and next-token targets of the windows that begin at `starts` (n,): x and y, each (n, block_size) int64."""
     tokens = np.stack([split.read(int(s), int(s) + block_size + 1) for s in starts])  # (n, T + 1)
     return np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:])
+
+
+def example_batch(split: Split, documents: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and targets of whole documents (n, 2), start and length, one a row: x and y, each (n, block_size) int64.
+    Behind a document x has end-of-text. y is -1 there, and where the mask says that the token is no target."""
+    x = np.full((len(documents), block_size), split.eot)
+    y = np.full_like(x, -1)
+    for row, (start, length) in enumerate(documents.tolist()):  # end-of-text is at start + length
+        tokens = split.read(start, start + length + 1)
+        x[row, :length] = tokens[:-1]
+        y[row, :length] = np.where(split.read_mask(start + 1, start + length + 1), tokens[1:], -1)
+    return x, y

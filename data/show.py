@@ -48,7 +48,7 @@ def window(data: Data, split: str, number: int, block_size: int) -> np.ndarray:
 def table(data: Data) -> str:
     """The manifest for people."""
     manifest, tokenizer = data.manifest, data.manifest["tokenizer"]
-    name = " / ".join(filter(None, (manifest["dataset"], manifest["subset"])))
+    name = " / ".join(filter(None, (manifest["dataset"], manifest["subset"], manifest.get("task", {}).get("name"))))
     lines = [
         f"{name} at {manifest['revision'] or 'no published revision'}; licence: {manifest['licence']}",
         f"tokenizer {tokenizer['name']} ({tokenizer['version'] or 'built in'}, {data.vocab_size:,} ids, "

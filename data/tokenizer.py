@@ -97,6 +97,9 @@ def pieces(text: str, size: int = PIECE) -> list[str]:
         start = cut.start()
     return [*parts, text[start:]]
 
+# The alphabet of the tokenizer `characters`: printable ASCII, then letters of the Latin script. 511 of them
+CHARACTERS = "".join(map(chr, [*range(0x21, 0x7F), *range(0xC0, 0xD7), *range(0xD8, 0xF7), *range(0xF8, 0x263)]))
+
 
 class Tokenizer:
     """A vocabulary and its encoder.
@@ -158,6 +161,21 @@ def byte_tokenizer() -> Tokenizer:
     """A token is a byte of UTF-8. End-of-text is 256."""
     tokens = [bytes([b]) for b in range(256)]
     return Tokenizer("byte", tokens, lambda text: np.frombuffer(text.encode(), np.uint8), "", 1.0)
+
+
+def characters_tokenizer() -> Tokenizer:
+    """A token is a character of CHARACTERS, for the tasks of data/tasks.py. End-of-text is 511."""
+    ids = np.full(ord(CHARACTERS[-1]) + 1, -1)
+    ids[[*map(ord, CHARACTERS)]] = np.arange(len(CHARACTERS))
+
+    def to_ids(text: str) -> np.ndarray:
+        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        found = ids[np.minimum(codes, len(ids) - 1)]
+        if (strange := (codes >= len(ids)) | (found < 0)).any():
+            raise ValueError(f"{chr(codes[np.argmax(strange)])!r} is not in its alphabet")
+        return found
+
+    return Tokenizer("characters", [character.encode() for character in CHARACTERS], to_ids, "", 1.5)
 
 
 def gpt2_tokenizer(vocabulary: Path = VOCABULARY) -> Tokenizer:
@@ -222,7 +240,7 @@ def _byte_pair_tokenizer(
     return Tokenizer(name, tokens, to_ids, pattern, bytes_per_token, version, eot, n_vocab)
 
 
-TOKENIZERS = {"byte": byte_tokenizer, "gpt2": gpt2_tokenizer} | {
+TOKENIZERS = {"byte": byte_tokenizer, "gpt2": gpt2_tokenizer, "characters": characters_tokenizer} | {
     name: functools.partial(published_tokenizer, name) for name in PUBLISHED
 }
 

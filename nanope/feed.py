@@ -1,4 +1,8 @@
-"""What data becomes for the model: batches to train on, windows to validate on, and samples of text back from it."""
+"""What data becomes for the model: batches to train on, rows to validate on, and samples of text back from it.
+
+A row is block_size inputs with their targets. Of text it is a window of the split's stream, and every token is a
+target. Of a task it is an example, padded, and its answer alone is: other targets are -1.
+"""
 
 import contextlib
 import math
@@ -8,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from data.shards import Data, Split, WindowOrder, batch
+from data.shards import Data, DataError, Split, WindowOrder, batch, example_batch
 from data.tokenizer import load_tokenizer
 from model import GPT
 from nanope.config import RunConfig
@@ -16,43 +20,115 @@ from nanope.distributed import Ranks, autocast, pinned, to_device
 from nanope.run_folder import Stop
 
 
+class Windows:
+    """Rows of text."""
+
+    def __init__(self, split: Split, config: RunConfig):
+        self.split, self.block_size = split, config.block_size
+        self.order = WindowOrder(len(split), config.block_size, config.data_seed)
+        self.total = (len(split) - 1) // config.block_size  # windows that do not overlap
+
+    def starts(self, first: int, count: int) -> np.ndarray:
+        """First tokens of items first … first+count-1 of the training order: (count,) int64."""
+        return self.order.starts(first, count)
+
+    def spread(self, count: int) -> np.ndarray:
+        """First tokens of `count` rows, spread evenly over the split."""
+        return self.block_size * (np.arange(count) * self.total // count)
+
+    def read(self, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return batch(self.split, starts, self.block_size)
+
+    def targets(self, starts: np.ndarray) -> np.ndarray:
+        """How many targets each row has: (n,) int64."""
+        return np.full(len(starts), self.block_size)
+
+
+class Examples:
+    """Rows of a task. DataError for an example that is longer than a row, or without an answer."""
+
+    def __init__(self, split: Split, config: RunConfig):
+        self.split, self.block_size, self.documents = split, config.block_size, split.documents()
+        start, length = self.documents.T
+        self.total, self.order = len(length), WindowOrder(len(length) + 1, 1, config.data_seed)  # of numbers of rows
+        self.answers = np.add.reduceat(split.read_mask(0, len(split)), start, dtype=np.int64)
+        if length.max() > self.block_size:
+            raise DataError(
+                f"block_size {self.block_size} is shorter than the longest example of {config.data_dir}, which has "
+                f"{length.max()} tokens: take block_size {length.max()} or more"
+            )
+        if not self.answers.all():
+            which = int(np.argmin(self.answers))
+            raise DataError(f"{config.data_dir}: example {which} has no answer: its mask has no target; prepare it again")
+
+    def starts(self, first: int, count: int) -> np.ndarray:
+        return self.documents[self.order.starts(first, count), 0]
+
+    def spread(self, count: int) -> np.ndarray:
+        return self.documents[np.arange(count) * self.total // count, 0]
+
+    def read(self, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return example_batch(self.split, self.documents[self.numbers(starts)], self.block_size)
+
+    def targets(self, starts: np.ndarray) -> np.ndarray:
+        return self.answers[self.numbers(starts)]
+
+    def numbers(self, starts: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self.documents[:, 0], starts)
+
+
+def rows_of(split: Split, config: RunConfig) -> Windows | Examples:
+    """The rows of a split. DataError where it has too little text for one."""
+    return (Examples if split.masked else Windows)(split, config)
+
+
 def check_splits(data: Data, config: RunConfig) -> None:
-    """ValueError where the train split has too little text for a window, or where a split is missing."""
-    WindowOrder(len(data.split("train")), config.block_size, config.data_seed)
+    """ValueError where a split is missing, or cannot be cut into rows."""
+    rows_of(data.split("train"), config)
     data.split("val")
 
 
 class Feed:
     """The batches of this rank in their order. A thread reads each one while the one before is in use.
 
-    A step has share · world windows: those of rank r are the r-th part, `share` long, in micro-batches of `micro`.
+    A step has share · world rows: those of rank r are the r-th part, `share` long, in micro-batches of `micro`.
     """
 
     def __init__(self, split: Split, config: RunConfig, share: int, micro: int, ranks: Ranks, device: torch.device):
-        self.split, self.block_size, self.ranks, self.device = split, config.block_size, ranks, device
+        self.split, self.ranks, self.device = split, ranks, device
         self.share, self.micro = share, micro
-        self.order = WindowOrder(len(split), config.block_size, config.data_seed)
+        self.rows = rows_of(split, config)
         on_device = (torch.cuda.set_device, (device,)) if device.type == "cuda" else ()
         self.thread = ThreadPoolExecutor(1, "batches", *on_device)
         self.number, self.ahead = None, None  # of the micro-batch that is being read, counted from the run's first
 
     def starts(self, number: int) -> np.ndarray:
-        """First tokens of the windows of a micro-batch: (micro,) int64."""
+        """First tokens of the rows of a micro-batch: (micro,) int64."""
         step, i = divmod(number, self.share // self.micro)
-        return self.order.starts((step * self.ranks.world + self.ranks.rank) * self.share + i * self.micro, self.micro)
+        return self.rows.starts((step * self.ranks.world + self.ranks.rank) * self.share + i * self.micro, self.micro)
 
-    def read(self, number: int) -> list[torch.Tensor]:
-        arrays = batch(self.split, self.starts(number), self.block_size)
-        return [pinned(torch.from_numpy(a), self.device) for a in arrays]
+    def weight(self, number: int, starts: np.ndarray) -> float:
+        """The part of the step's loss that is a micro-batch's, times the ranks, over which gradients are averaged: the
+        loss of a step is the mean over all of its targets, however they lie in micro-batches and ranks."""
+        if isinstance(self.rows, Windows):
+            return self.micro / self.share
+        whole = self.share * self.ranks.world
+        step = self.rows.starts(number // (self.share // self.micro) * whole, whole)
+        return float(self.rows.targets(starts).sum() * self.ranks.world / self.rows.targets(step).sum())
 
-    def batches(self, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """x and y, (micro, T) int64 each on the device, of the micro-steps of a step. DataError where a shard is
-        damaged."""
+    def read(self, number: int) -> tuple[list[torch.Tensor], float]:
+        starts = self.starts(number)
+        arrays = self.rows.read(starts)
+        return [pinned(torch.from_numpy(a), self.device) for a in arrays], self.weight(number, starts)
+
+    def batches(self, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
+        """x and y, (micro, T) int64 each on the device, and the weight of their mean loss, of the micro-steps of a step.
+        DataError where a shard is damaged."""
         count = self.share // self.micro
         for number in range(step * count, (step + 1) * count):
-            tensors = self.ahead.result() if number == self.number else self.read(number)
+            tensors, weight = self.ahead.result() if number == self.number else self.read(number)
             self.number, self.ahead = number + 1, self.thread.submit(self.read, number + 1)
-            yield tuple(t.to(self.device, non_blocking=True) for t in tensors)
+            yield *(t.to(self.device, non_blocking=True) for t in tensors), weight
 
     def describe(self, step: int, parts: list[int]) -> str:
         """Where the windows of some micro-steps of a step lie: shard, and offset in tokens."""
@@ -82,19 +158,18 @@ def diverged(step: int, rate: float, losses: list[torch.Tensor], bad_steps: int,
 
 
 class Validation:
-    """Mean loss on fixed windows of the validation split, divided among ranks and summed in float64. Draws nothing."""
+    """Mean loss on fixed rows of the validation split, divided among ranks and summed in float64. Draws nothing."""
 
-    def __init__(self, split: Split, config: RunConfig, rows: int, ranks: Ranks, device: torch.device):
-        windows = (len(split) - 1) // config.block_size
-        if windows < 1:
+    def __init__(self, split: Split, config: RunConfig, at_a_time: int, ranks: Ranks, device: torch.device):
+        if len(split) <= config.block_size and not split.masked:
             raise ValueError(
                 f"the val split of {config.data_dir} has {len(split)} tokens, "
                 f"fewer than one window of {config.block_size} + 1"
             )
-        count = max(1, min(windows, config.eval_tokens // config.block_size))
-        starts = [config.block_size * (i * windows // count) for i in range(count)]  # evenly spread
-        self.starts = starts[ranks.rank :: ranks.world]
-        self.split, self.rows, self.block_size, self.ranks, self.device = split, rows, config.block_size, ranks, device
+        self.rows = rows_of(split, config)
+        count = max(1, min(self.rows.total, config.eval_tokens // config.block_size))
+        self.starts = self.rows.spread(count)[ranks.rank :: ranks.world]
+        self.at_a_time, self.ranks, self.device = at_a_time, ranks, device
 
     @torch.no_grad()
     def loss(self, model: GPT, dtype: torch.dtype, stop: Stop | None = None) -> float | None:
@@ -102,13 +177,15 @@ class Validation:
         longer than a scheduler waits. stop.agreed then holds the signal, on every rank."""
         model.eval()
         total = torch.zeros(2, dtype=torch.float64)
-        for i in range(0, len(self.starts), self.rows):
+        for i in range(0, len(self.starts), self.at_a_time):
             if stop and stop.received:
                 break
-            x, y = to_device(batch(self.split, self.starts[i : i + self.rows], self.block_size), self.device)
+            starts = self.starts[i : i + self.at_a_time]
+            x, y = to_device(self.rows.read(starts), self.device)
             with autocast(self.device, dtype):
                 _, nll = model(x, y, reduction="none")
-            total += torch.tensor([nll.cpu().double().sum(), nll.numel()], dtype=torch.float64)
+            count = int(self.rows.targets(starts).sum())
+            total += torch.tensor([nll.cpu().double().sum(), count], dtype=torch.float64)
         model.train()
         total = torch.cat((total, torch.tensor(stop.flags() if stop else [], dtype=torch.float64)))
         nll, count, *flags = self.ranks.sum(total.to(self.device) if self.device.type == "cuda" else total).tolist()

@@ -101,7 +101,7 @@ def plan(
         model = Unfilled(config.model_config())
         groups = make_optimizer(model, config).param_groups
     tokens, per_token = config.max_steps * config.batch_tokens, model.flops_per_token()
-    data_tokens = len(data.split("train")) if data else None
+    data_tokens = data.epoch_tokens("train", config.block_size) if data else None
     weights = [*model.parameters(), *model.buffers()]
     p = Plan(
         config=config,
@@ -161,7 +161,7 @@ def validation_tokens(config: RunConfig, data: Data | None) -> int:
     times = 2 + (config.max_steps - 1) // config.eval_interval if config.eval_interval else 2
     windows = config.eval_tokens // config.block_size
     if data:
-        windows = min(windows, (len(data.split("val")) - 1) // config.block_size)
+        windows = min(windows, data.epoch_tokens("val", config.block_size) // config.block_size)
     return times * config.block_size * max(1, windows)
 
 

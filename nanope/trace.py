@@ -14,11 +14,12 @@ import torch
 import torch.nn as nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from data.shards import batch, open_data
+from data.shards import open_data
 from model import GPT
 from nanope import coordinates
 from nanope.config import RunConfig, with_vocabulary
 from nanope.distributed import Ranks, autocast, pick_device, pick_dtype
+from nanope.feed import rows_of
 from nanope.optim import make_optimizer, resolve_batch
 
 FORWARD = (
@@ -118,7 +119,8 @@ def batches(config: RunConfig, device: torch.device) -> tuple[RunConfig, list]:
     pairs = []
     for i in range(0, share, micro):
         if has_data:
-            x, y = (torch.from_numpy(a) for a in batch(data.split("train"), [T * j for j in range(i, i + micro)], T))
+            rows = rows_of(data.split("train"), config)
+            x, y = (torch.from_numpy(a) for a in rows.read(rows.starts(i, micro)))
         else:
             tokens = torch.randint(vocab_size, (micro, T + 1), generator=generator)
             x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

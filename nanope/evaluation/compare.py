@@ -10,7 +10,7 @@ from nanope.config import NEUTRAL, completed, config_of
 from nanope.evaluation.options import Options, lengths_in_tokens
 from nanope.evaluation.protocols import Targets, split_of
 from nanope.evaluation.same_text import same_text
-from nanope.evaluation.statistics import FEW, few_documents, paired_difference
+from nanope.evaluation.statistics import FEW, exact_matches, few_documents, paired_difference
 from schemes import label
 
 # Fields of a run in which two seeds of one experiment may differ, and eot, which is the data's
@@ -53,10 +53,10 @@ def whole(config: dict) -> dict:
     return completed(vars(ours) | config, ours)
 
 
-def tokens_for_all(lengths: list[int | str], configs: list[dict]) -> tuple[list[int], set[int]]:
+def tokens_for_all(lengths: list[int | str], trained: list[int]) -> tuple[list[int], set[int]]:
     """Lengths in tokens, and those training lengths of the runs that are shorter than the longest and not among them.
     ValueError for multiples of training lengths that differ."""
-    sizes = {config["block_size"] for config in configs}
+    sizes = {*trained}
     if len(sizes) > 1 and any(isinstance(n, str) for n in lengths):
         many = ", ".join(map(str, sorted(sizes)))
         raise ValueError(f"the training lengths of the runs differ ({many}): give --lengths in tokens")
@@ -68,6 +68,11 @@ def choose_text(datas: list[Data], options: Options) -> tuple[list[Targets | Non
     """What the runs with these data are to score, so that they compare: None, what each chooses by itself, where all
     have one tokenizer; else the same text (same_text), and its hash. ValueError where there is nothing that compares.
     """
+    if "task" in options.protocol:
+        names = dict.fromkeys(data.manifest["task"]["name"] for data in datas)
+        if len(names) > 1:
+            raise ValueError(f"the runs were trained on different tasks: {', '.join(names)}")
+        return [None] * len(datas), None
     if len({data.tokenizer_hash for data in datas}) == 1:
         shards = {tuple(r["sha256"] for r in records_of(data, options.split)): data for data in datas}
         # Folders may differ in how they cut the same tokens into shards
@@ -87,13 +92,16 @@ def choose_text(datas: list[Data], options: Options) -> tuple[list[Targets | Non
 def compare(reports: list[dict]) -> list[dict]:
     """Each experiment against that of the first report, row by row: the mean difference on the same tokens in nats per
     token, or where they have different tokenizers on the same text in bits per byte (`unit`), negative where it is
-    better than the first, with interval and p-value (statistics.paired_difference). ValueError where two reports scored
-    different tokens, or different text."""
+    better than the first, with interval and p-value (statistics.paired_difference). Of a task it is the difference of
+    exact matches, positive where it is better. ValueError where two reports scored different tokens, or different
+    text."""
     arms = {}  # experiment → seeds → report
     for name, report in zip(arms_of([report["config"] for report in reports]), reports):
         arms.setdefault(name, {})[report["config"]["seed"], report["config"]["data_seed"]] = report
     text = reports[0].get("text_sha256")
     size, nats, unit = ("bytes", math.log(2), "bits/byte") if text else ("tokens", 1.0, "nats/token")
+    if reports[0].get("task"):
+        unit = "exact match"
     first, *others = arms
     rows = []
     for name in others:
@@ -101,7 +109,7 @@ def compare(reports: list[dict]) -> list[dict]:
         for key in map(key_of, ours[0]["results"]):
             row = dict(zip(("protocol", "length", "scaling"), key)) | {"first": first, "second": name, "unit": unit}
             a, b = ([row_of(report, key) for report in arm] for arm in (ours, theirs))
-            if not all(r and r["nats_per_token"] is not None for r in a + b):
+            if not all(r and r["accuracy"] is not None for r in a + b):
                 reasons = [r["reason"] for r in a + b if r and r.get("reason")]
                 rows.append(row | {"difference": None, "reason": (reasons or ["not there for every run"])[0]})
                 continue
@@ -111,8 +119,12 @@ def compare(reports: list[dict]) -> list[dict]:
                     f"the runs' evaluations by {key[0]} at length {key[1]} scored different tokens: "
                     "evaluate all on the same data"
                 )
-            sums = [np.array([r["per_document"]["nll"] for r in arm]) / nats for arm in (a, b)]
             paired = arms[name].keys() == arms[first].keys()
+            if unit == "exact match":
+                each = [np.stack([exact_matches(r) for r in arm]) for arm in (a, b)]
+                rows.append(row | paired_difference(*each, np.ones(len(each[0][0])), paired))
+                continue
+            sums = [np.array([r["per_document"]["nll"] for r in arm]) / nats for arm in (a, b)]
             rows.append(row | paired_difference(*sums, np.array(a[0]["per_document"][size]), paired))
     return rows
 

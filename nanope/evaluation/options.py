@@ -27,6 +27,7 @@ class Options:
     scaling: list[str] = ("none",)
     factor: float | None = None
     probe: int = 0
+    examples: int = 500
     offsets: list[int] = (0, 256, 4096, 65536)
     windows: int = 8
     seed: int = 0
@@ -35,11 +36,16 @@ class Options:
     def of(cls, args: argparse.Namespace) -> Self:
         return cls(**{field.name: getattr(args, field.name) for field in dataclasses.fields(cls)})
 
-    def resolved(self, block_size: int) -> Self:
+    @property
+    def asked(self) -> list[int | str]:
+        """The lengths that were given, or the default."""
+        return self.lengths or (["1x", "2x", "4x", "8x"] if "task" in self.protocol else ["1x"])
+
+    def resolved(self, trained: int) -> Self:
         """For a model of this training length: lengths in order, the training length among them where it is shorter
         than the longest, and the stride. ValueError for lengths below 1, and for a stride beyond the shortest."""
-        lengths = {*(lengths_in_tokens(self.lengths or [], block_size) or [block_size])}
-        lengths = sorted(lengths | {block_size} if block_size < max(lengths) else lengths)
+        lengths = {*lengths_in_tokens(self.asked, trained)}
+        lengths = sorted(lengths | {trained} if trained < max(lengths) else lengths)
         shortest = lengths[0]
         if shortest < 1:
             raise ValueError(f"lengths must be at least 1, not {shortest}")
@@ -98,7 +104,8 @@ def make_parser(description: str = "") -> Parser:
     add("--data", type=given_path, help="data folder (default: the run's own, which must be as it was in training)")
     add("--split", default="val", help="a split of the data, or val_long, the long documents of val (default: val)")
     add("--stream", action="store_true", help="the split as one text, documents joined by end-of-text tokens")
-    text = "context lengths in tokens, or 4x for 4 training lengths; the training length is added"
+    text = "context lengths in tokens, or 4x for 4 training lengths; the training length is added. For task: lengths of "
+    text += "examples in the task's unit (default: 1x 2x 4x 8x)"
     add("--lengths", type=length_of, nargs="+", help=text)
     add("--protocol", nargs="+", choices=PROTOCOLS, default=["same-targets"], help="see below (default: same-targets)")
     add("--stride", type=int, help="S of same-targets and sliding, see below (default: half the shortest length)")
@@ -106,11 +113,12 @@ def make_parser(description: str = "") -> Parser:
     add("--scaling", nargs="+", choices=("none", *SCALINGS), default=["none"], help="of frequencies (default: none)")
     add("--factor", type=float, help="of --scaling: new context over training length, the same for every length")
     add("--probe", type=int, default=0, metavar="TRIALS", help="of retrieval; 200 is a good number (default: 0)")
+    add("--examples", type=int, default=500, help="of task, at each length (default: 500)")
     add("--offsets", type=int, nargs="+", default=[*Options.offsets], help="of shift (default: 0 256 4096 65536)")
     add("--windows", type=int, default=8, help="of shift, of the training length, spread over the split (default: 8)")
     add("--batch_tokens", type=int, help="input tokens a forward pass (default: 4,096 on a CPU, else 65,536)")
     add("--resamples", type=int, help="has no effect any more: intervals are t intervals, without a bootstrap")
-    add("--seed", type=int, default=0, help="seed of the probe (default: 0)")
+    add("--seed", type=int, default=0, help="seed of the probe and of the examples of task (default: 0)")
     add("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of autocast (default: float32)")
     add(
@@ -125,13 +133,15 @@ def parse(arguments: list[str] | None, description: str) -> argparse.Namespace:
     """The arguments of eval.py, checked as far as can be without a run. Ends the process for those that are wrong."""
     parser = make_parser(description)
     args = parser.parse_args(arguments)
-    lowest = {"stride": 1, "max_targets": 0, "batch_tokens": 1, "resamples": 1000, "seed": 0, "probe": 0, "factor": 1}
+    lowest = {"examples": 1, "stride": 1, "max_targets": 0, "batch_tokens": 1, "resamples": 1000, "seed": 0, "probe": 0, "factor": 1}
     for name, least in {**lowest, "windows": 1, "offsets": 0}.items():
         value = min(args.offsets) if name == "offsets" else getattr(args, name)
         if value is not None and not value >= least:
             parser.error(f"--{name} must be at least {least}, not {value}")
-    shift_alone = {*args.protocol} == {"shift"}
-    if not args.lengths and not shift_alone:
+    shift_alone, task = {*args.protocol} == {"shift"}, "task" in args.protocol
+    if task and len({*args.protocol}) > 1:
+        parser.error("--protocol task is for runs on a task, the others for runs on text: give it alone")
+    if not args.lengths and not shift_alone and not task:
         parser.error("the following arguments are required: --lengths")
     if args.factor is None and args.scaling != ["none"]:
         parser.error("--scaling needs a --factor, for example 8")
@@ -145,6 +155,8 @@ def parse(arguments: list[str] | None, description: str) -> argparse.Namespace:
     for names, used, what in (
         (("offsets", "windows"), "shift" in args.protocol, "for --protocol shift"),
         (others, not shift_alone, "not for --protocol shift"),
+        (("examples",), task, "for --protocol task"),
+        (("stream", "stride", "max_targets", "split", "probe"), not task, "not for --protocol task"),
     ):
         for name in names:
             if not used and getattr(args, name) != parser.get_default(name):

@@ -18,6 +18,7 @@ PROTOCOLS = {
     "nonoverlapping": "consecutive windows of L tokens, every token scored; those at a window's start see little",
     "sliding": "windows of L tokens, one every S tokens, of which only the last S are scored (the first window whole)",
     "per-position": "consecutive windows of the longest length that the scheme can do, NLL by position in the window",
+    "task": "examples of the run's task, of each length in its own unit: how often the answer is right",
     "shift": "windows of the training length with all positions moved by --offsets: largest change of a token's NLL",
 }
 

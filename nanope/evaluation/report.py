@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from data.tasks import TASKS
 from nanope.config import config_of
 from nanope.errors import first_line
 from nanope.evaluation.statistics import FEW, few_documents
@@ -14,11 +15,13 @@ from nanope.log import start_wandb
 def table(report: dict) -> str:
     """The report's rows as Markdown tables, the reasons for what is missing, and what a reader must know."""
     reasons = []
-    shifts = [row for row in report["results"] if row["protocol"] == "shift"]
-    scored = [row for row in report["results"] if row["protocol"] != "shift"]
+    shifts, answered = ([row for row in report["results"] if row["protocol"] == p] for p in ("shift", "task"))
+    scored = [row for row in report["results"] if row["protocol"] not in ("shift", "task")]
     tables = [score_table(scored, reasons)] if scored else []
     if report.get("probe"):
         tables.append(probe_table(report["probe"], reasons))
+    if answered:
+        tables.append(task_table(answered, report["task"], reasons))
     if shifts:
         tables.append(shift_table(shifts, reasons))
     return "\n".join(["\n\n".join(tables), *reasons, *notes(report)])
@@ -27,7 +30,7 @@ def table(report: dict) -> str:
 def notes(report: dict) -> list[str]:
     """What a reader of the figures must know, a sentence or two each."""
     found = []
-    counts = [row["documents"] for row in report["results"] if row["documents"]]
+    counts = [row["documents"] for row in report["results"] if row.get("documents")]
     if counts and 1 < min(counts) < FEW:
         found.append(few_documents(min(counts)))
     if report.get("other_data"):
@@ -70,6 +73,26 @@ def probe_table(rows: list[dict], reasons: list[str]) -> str:
     return "\n".join(lines)
 
 
+def task_table(rows: list[dict], task: dict, reasons: list[str]) -> str:
+    """Accuracies by length, beside those of guessing and of the model with no more context than a row of training."""
+    lines = [
+        f"| length in {TASKS[task['name']].unit} | exact match | 95 % interval | tokens right | chance, exact | tokens "
+        "| cropped, exact | tokens | examples |",
+        "|--:|--:|:-:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for r in rows:
+        cells = ["n/a", "", ""]
+        if r["accuracy"] is None:
+            reasons.append(f"n/a at {length_of(r)}: {r['reason']}")
+        else:
+            cells = [f"{r['accuracy']:.1%}", " … ".join(f"{b:.1%}" for b in r["interval"]), f"{r['token_accuracy']:.1%}"]
+        cells += [f"{r['chance']:.1%}", f"{r['token_chance']:.1%}"]
+        cropped = r["cropped"]
+        cells += [f"{cropped['accuracy']:.1%}", f"{cropped['token_accuracy']:.1%}"] if cropped else ["", ""]
+        lines.append(f"| {length_of(r)} | {' | '.join(cells)} | {r['examples']:,} |")
+    return "\n".join(lines)
+
+
 def shift_table(rows: list[dict], reasons: list[str]) -> str:
     lines = [
         "| positions shifted by | length | nats/token | largest change of a token | tokens |",
@@ -98,7 +121,7 @@ def interval_of(row: dict, alone: str) -> str:
 
 def flat_figures(report: dict) -> dict[str, float]:
     """The report's figures by name, for wandb: eval/PROTOCOL/LENGTH[/SCALING][/OFFSET]/FIGURE."""
-    figures = ("nats_per_token", "perplexity", "bits_per_byte", "accuracy", "recall", "largest_change")
+    figures = ("nats_per_token", "perplexity", "bits_per_byte", "accuracy", "token_accuracy", "recall", "largest_change")
     found = {}
     for r in [*report["results"], *({"protocol": "probe", **p} for p in report.get("probe", ()))]:
         name = f"eval/{r['protocol']}/{r['length']}" + (f"/{r['scaling']}" if r["scaling"] != "none" else "")

@@ -85,9 +85,18 @@ def score_tokens(
 ) -> tuple[np.ndarray, np.ndarray]:
     """NLL and hits of the last `scored` (B,) tokens of each row of tokens (B, L+1), row by row: (Σ scored,) float64
     and bool."""
+    size = tokens.shape[1] - 1
+    keep = torch.arange(size) >= size - torch.from_numpy(scored)[:, None]  # (B, L)
+    return score_kept(model, tokens, keep, dtype)
+
+
+@torch.no_grad()
+def score_kept(
+    model: Model, tokens: np.ndarray, keep: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> tuple[np.ndarray, np.ndarray]:
+    """NLL and hits of the targets of tokens (B, L+1) that `keep` (B, L) names, row by row: (kept,) float64 and bool."""
     device = model.lm_head.weight.device
     tokens = torch.from_numpy(tokens)
-    keep = torch.arange(tokens.size(1) - 1) >= tokens.size(1) - 1 - torch.from_numpy(scored)[:, None]  # (B, L)
     with autocast(device, dtype):
         h = model.hidden(tokens[:, :-1].to(device))  # (B, L, C)
         nll, hits = score_head(h[keep.to(device)], model.lm_head.weight, tokens[:, 1:][keep].to(device))

@@ -75,6 +75,12 @@ def row_figures(nll: np.ndarray, hits: np.ndarray, n_bytes: np.ndarray, document
     }
 
 
+def exact_matches(row: dict) -> np.ndarray:
+    """Of a row of a task: 1 for each example whose answer was right at every place, else 0: (examples,)."""
+    each = row["per_example"]
+    return (np.array(each["right"]) == np.array(each["answers"])).astype(float)
+
+
 def position_curve(nll: np.ndarray, document: np.ndarray, length: int) -> dict:
     """NLL by position, in bins whose width grows with the position: nll (windows·length,) in nats, document the same
     shape.
