@@ -77,9 +77,7 @@ def prepare(
         raise DataError("--keep_downloads does not apply: the library `datasets` keeps what it loads in its own cache")
     options = {"shard_tokens": shard_tokens, "val_tokens": val_tokens, "long_tokens": long_tokens, "skip_bad": skip_bad}
     options["val_bytes"] = val_bytes
-    request = Request.checked(
-        corpus_name, subset, source, tokenizer_name, options, field, separator, wanted, examples
-    )
+    request = Request.checked(corpus_name, subset, source, tokenizer_name, options, field, separator, wanted, examples)
     corpus = request.corpus
     name = f"{Path(wanted.name).name if wanted else corpus_name}-{request.tokenizer.name}"
     out, folder = resolved(out or Path(__file__).parent / (f"task-{examples.name}" if examples else name))

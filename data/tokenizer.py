@@ -97,6 +97,7 @@ def pieces(text: str, size: int = PIECE) -> list[str]:
         start = cut.start()
     return [*parts, text[start:]]
 
+
 # The alphabet of the tokenizer `characters`: printable ASCII, then letters of the Latin script. 511 of them
 CHARACTERS = "".join(map(chr, [*range(0x21, 0x7F), *range(0xC0, 0xD7), *range(0xD8, 0xF7), *range(0xF8, 0x263)]))
 

@@ -59,7 +59,9 @@ class Examples:
             )
         if not self.answers.all():
             which = int(np.argmin(self.answers))
-            raise DataError(f"{config.data_dir}: example {which} has no answer: its mask has no target; prepare it again")
+            raise DataError(
+                f"{config.data_dir}: example {which} has no answer: its mask has no target; prepare it again"
+            )
 
     def starts(self, first: int, count: int) -> np.ndarray:
         return self.documents[self.order.starts(first, count), 0]

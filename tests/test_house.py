@@ -21,6 +21,7 @@ ALLOWED = {
     "nanope.hf": ("nanope.errors",),
     "nanope.bench": ("nanope", "model", "schemes", "data"),  # measures preparation too
     "nanope.study": ("nanope", "model", "schemes", "data.shards", "data.corpora"),  # a grid names a corpus
+    "nanope.evaluation": ("nanope", "model", "schemes", "data.shards", "data.tokenizer", "data.tasks"),
     "schemes": ("nanope.ops", "nanope.errors", "schemes"),
     "model": (
         "nanope.ops",

@@ -104,7 +104,9 @@ def make_parser(description: str = "") -> Parser:
     add("--data", type=given_path, help="data folder (default: the run's own, which must be as it was in training)")
     add("--split", default="val", help="a split of the data, or val_long, the long documents of val (default: val)")
     add("--stream", action="store_true", help="the split as one text, documents joined by end-of-text tokens")
-    text = "context lengths in tokens, or 4x for 4 training lengths; the training length is added. For task: lengths of "
+    text = (
+        "context lengths in tokens, or 4x for 4 training lengths; the training length is added. For task: lengths of "
+    )
     text += "examples in the task's unit (default: 1x 2x 4x 8x)"
     add("--lengths", type=length_of, nargs="+", help=text)
     add("--protocol", nargs="+", choices=PROTOCOLS, default=["same-targets"], help="see below (default: same-targets)")
@@ -133,7 +135,16 @@ def parse(arguments: list[str] | None, description: str) -> argparse.Namespace:
     """The arguments of eval.py, checked as far as can be without a run. Ends the process for those that are wrong."""
     parser = make_parser(description)
     args = parser.parse_args(arguments)
-    lowest = {"examples": 1, "stride": 1, "max_targets": 0, "batch_tokens": 1, "resamples": 1000, "seed": 0, "probe": 0, "factor": 1}
+    lowest = {
+        "examples": 1,
+        "stride": 1,
+        "max_targets": 0,
+        "batch_tokens": 1,
+        "resamples": 1000,
+        "seed": 0,
+        "probe": 0,
+        "factor": 1,
+    }
     for name, least in {**lowest, "windows": 1, "offsets": 0}.items():
         value = min(args.offsets) if name == "offsets" else getattr(args, name)
         if value is not None and not value >= least:

@@ -17,7 +17,12 @@ from nanope.files import check_writable, write_atomically
 NAMED = ("stride", "data", "split", "stream", "max_targets", "probe", "examples", "offsets", "windows", "seed", "dtype")
 # Keys of an earlier report, and of a comparison: other programs have "results" too
 REPORT, COMPARISON = {"results", "targets_sha256"}, {"comparison", "runs"}
-TABLES = (b"| protocol |", b"| probe length |", b"| positions shifted by |", b"| length in ")  # how tables of either begin
+TABLES = (
+    b"| protocol |",
+    b"| probe length |",
+    b"| positions shifted by |",
+    b"| length in ",
+)  # how tables of either begin
 LONGEST = 240  # bytes of a name: file systems take 255, of which a temporary file needs some
 
 

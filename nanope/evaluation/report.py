@@ -85,7 +85,11 @@ def task_table(rows: list[dict], task: dict, reasons: list[str]) -> str:
         if r["accuracy"] is None:
             reasons.append(f"n/a at {length_of(r)}: {r['reason']}")
         else:
-            cells = [f"{r['accuracy']:.1%}", " … ".join(f"{b:.1%}" for b in r["interval"]), f"{r['token_accuracy']:.1%}"]
+            cells = [
+                f"{r['accuracy']:.1%}",
+                " … ".join(f"{b:.1%}" for b in r["interval"]),
+                f"{r['token_accuracy']:.1%}",
+            ]
         cells += [f"{r['chance']:.1%}", f"{r['token_chance']:.1%}"]
         cropped = r["cropped"]
         cells += [f"{cropped['accuracy']:.1%}", f"{cropped['token_accuracy']:.1%}"] if cropped else ["", ""]
@@ -121,7 +125,15 @@ def interval_of(row: dict, alone: str) -> str:
 
 def flat_figures(report: dict) -> dict[str, float]:
     """The report's figures by name, for wandb: eval/PROTOCOL/LENGTH[/SCALING][/OFFSET]/FIGURE."""
-    figures = ("nats_per_token", "perplexity", "bits_per_byte", "accuracy", "token_accuracy", "recall", "largest_change")
+    figures = (
+        "nats_per_token",
+        "perplexity",
+        "bits_per_byte",
+        "accuracy",
+        "token_accuracy",
+        "recall",
+        "largest_change",
+    )
     found = {}
     for r in [*report["results"], *({"protocol": "probe", **p} for p in report.get("probe", ()))]:
         name = f"eval/{r['protocol']}/{r['length']}" + (f"/{r['scaling']}" if r["scaling"] != "none" else "")
