@@ -127,12 +127,12 @@ class Task:
 
 
 TASKS = {
-    "copy": Task(copy, behind_equals, "symbols", 30, len(SYMBOLS)),
-    "reverse": Task(reverse, behind_equals, "symbols", 30, len(SYMBOLS)),
-    "sort": Task(sort, behind_equals, "symbols", 30, len(SYMBOLS)),
-    "addition": Task(addition, behind_equals, "digits", 12, len(DIGITS)),
-    "recall": Task(recall, values_asked, "pairs", 16, len(SYMBOLS), longest=len(KEYS)),
-    "flipflop": Task(flipflop, bits_read, "instructions", 32, 2, shortest=2),
+    "copy": Task(copy, behind_equals, "symbols", 20, len(SYMBOLS)),
+    "reverse": Task(reverse, behind_equals, "symbols", 20, len(SYMBOLS)),
+    "sort": Task(sort, behind_equals, "symbols", 20, len(SYMBOLS)),
+    "addition": Task(addition, behind_equals, "digits", 10, len(DIGITS)),
+    "recall": Task(recall, values_asked, "pairs", 12, len(SYMBOLS), longest=len(KEYS)),
+    "flipflop": Task(flipflop, bits_read, "instructions", 24, 2, shortest=2),
 }
 
 

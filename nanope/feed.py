@@ -124,8 +124,8 @@ class Feed:
         return [pinned(torch.from_numpy(a), self.device) for a in arrays], self.weight(number, starts)
 
     def batches(self, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
-        """x and y, (micro, T) int64 each on the device, and the weight of their mean loss, of the micro-steps of a step.
-        DataError where a shard is damaged."""
+        """x and y, (micro, T) int64 each on the device, and the weight of their mean loss, of the micro-steps of a
+        step. DataError where a shard is damaged."""
         count = self.share // self.micro
         for number in range(step * count, (step + 1) * count):
             tensors, weight = self.ahead.result() if number == self.number else self.read(number)

@@ -7,6 +7,7 @@
 length      perplexity or nats against context length, the same targets where the grid asked for them
 difference  paired differences from the baseline, with their 95 % intervals
 loss        validation loss against tokens
+accuracy    exact matches against the length of a task's examples, a panel a setting
 position    nats by position in the window
 parameters  final validation loss against the number of parameters
 speed       final validation loss against the speed of training relative to rope's, where the grid has `throughput`

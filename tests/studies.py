@@ -72,7 +72,7 @@ def finish(run, loss: float | None, rows=(), vocab_size: int = 320, **environmen
         {"step": 3, "tokens": 192, "train/loss": 5.0, "tokens_per_s": 9.0},
         {"step": run.max_steps, "tokens": 1, "val/loss": loss},
     ], vocab_size)  # fmt: skip
-    about = {"tokenizer": {"name": "gpt2"}, "split": "val", "stream": True, "documents": 2, "stride": 8}
+    about = {"pos": run.config.pos, "data_hash": "d", "tokenizer": {"name": "gpt2"}, "split": "val", "stream": True, "documents": 2, "stride": 8}
     rows = rows if isinstance(rows, dict) else [*rows]
     for name in run.evaluations:
         run.report_path(name).parent.mkdir(exist_ok=True)
@@ -80,6 +80,8 @@ def finish(run, loss: float | None, rows=(), vocab_size: int = 320, **environmen
         report = {"results": results, "dtype": "float32", **about}
         if shifted := [row for row in results if row["protocol"] == "shift"]:
             report["shift"] = [row for row in shifted if "reason" not in row]
+        if any(row["protocol"] == "task" for row in results):
+            report["task"] = {"name": "copy", "length": 8}
         run.report_path(name).write_text(json.dumps(report))
 
 
@@ -98,6 +100,18 @@ def report_row(nll, length: int = 16, targets: str = "t", protocol: str = "same-
     nll = np.array(nll, float)
     documents = {"nll": nll.tolist(), "tokens": [10, 20]}
     return row | {"nats_per_token": nll.sum() / 30, "targets_sha256": targets, "per_document": documents}
+
+
+def task_row(right, length: int = 8, examples: str = "t") -> dict:
+    """A row of a report on a task: of each example how many of its 4 tokens are right; None: out of reach."""
+    row = {"protocol": "task", "length": length, "scaling": "none", "factor": 1.0, "examples": 5, "chance": 0.0625}
+    row |= {"token_chance": 0.5, "targets_sha256": examples}
+    row["cropped"] = {"accuracy": 0.0, "interval": [0.0, 0.4], "token_accuracy": 0.5}
+    if right is None:
+        return row | {"accuracy": None, "token_accuracy": None, "per_example": None, "reason": "too long"}
+    exact = np.mean(np.array(right) == 4)
+    row |= {"accuracy": float(exact), "interval": [0.1, 0.9], "token_interval": [0.2, 0.8]}
+    return row | {"token_accuracy": float(np.mean(right) / 4), "per_example": {"right": right, "answers": [4] * 5}}
 
 
 def study_of(folder: Path, path: Path, losses: dict, scale=None, rows=None, **changes) -> Study:

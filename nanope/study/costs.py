@@ -54,7 +54,9 @@ def run_plan(run: Run, ranks: int, root: Path) -> Plan:
     """The Plan of a run. Where the data are not there yet, the vocabulary is its tokenizer's. ValueError for what could
     not be run, such as a batch that does not divide over the ranks."""
     config = dataclasses.replace(run.config, data_dir=local(run.config.data_dir, root))
-    return plan_of_run(config, gpus=ranks, vocab_size=257 if config.data_dir.endswith("-byte") else None, details=False)
+    name = Path(config.data_dir).name
+    vocab_size = 257 if name.endswith("-byte") else 512 if name.startswith("task-") else None
+    return plan_of_run(config, gpus=ranks, vocab_size=vocab_size, details=False)
 
 
 def bench_cost(grid: Grid) -> tuple[int, float]:

@@ -53,6 +53,7 @@ class Lines:
     trained: tuple[float, ...] = ()  # dotted lines at x, labelled as the training length
     bars: bool = False  # intervals are bars, not bands
     points: bool = True  # each point matters: one outside the axis is marked at its edge
+    limits: tuple[float, float] | None = None  # of y; where None, what the curves need
 
 
 @dataclass
@@ -140,7 +141,7 @@ def heading(axes, title: str, note: str = "", left: float = 0) -> None:
 
 def draw_lines(axes, panel: Lines, title: str) -> Labels:
     labels, curves = Labels(axes), panel.curves
-    low, high = y_limits(panel)
+    low, high = panel.limits or y_limits(panel)
     log_y = panel.log_y and high > 2 * low
     axes.set_yscale("log" if log_y else "linear")
     axes.set_ylim(low, high)

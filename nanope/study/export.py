@@ -10,8 +10,8 @@ from nanope.study.files import open_runs
 from schemes import label
 
 FIGURES = (
-    "nats_per_token", "perplexity", "bits_per_byte", "accuracy", "recall", "tokens", "documents", "trials", "low",
-    "high", "targets_sha256", "reason",
+    "nats_per_token", "perplexity", "bits_per_byte", "accuracy", "token_accuracy", "chance", "recall", "tokens",
+    "documents", "trials", "examples", "low", "high", "targets_sha256", "reason",
 )  # fmt: skip
 
 

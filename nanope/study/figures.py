@@ -75,6 +75,10 @@ def figure_of(study, panels: list[str] | None = None) -> Figure | None:
     shows its training curves instead."""
     looks = looks_of({arm: label(fields.get("pos", "rope")) for arm, fields in study.grid.arms.items()})
     rows = []
+    if panels in (None, ["accuracy"]):  # of tasks: small multiples, one a setting
+        of_tasks = (PANELS["accuracy"](study, setting, looks) for setting in study.grid.settings)
+        if found := [panel for panel in of_tasks if panel]:
+            return compose([("", found)])
     for setting in study.grid.settings:
         if any(study.runs[setting, arm] for arm in study.grid.arms):
             make = lambda name, setting=setting: PANELS[name](study, setting, looks)  # noqa: E731

@@ -1,7 +1,8 @@
 """A grid file: what is compared (arms), where (settings), with which seeds, and how it is evaluated.
 
     base: ../quickstart.yaml                    # a config to start from, relative to the grid file
-    data: {corpus: novels, tokenizer: byte}     # data/prepare.py makes data/novels-byte; or give data_dir in fields
+    data: {corpus: novels, tokenizer: byte}     # data/prepare.py makes data/novels-byte; or give data_dir in fields.
+                                                # {corpus: task, task: copy} is data/task-copy
     fields: {max_steps: 1000}                   # fields of train.py for every run, over the base
     arms:                                       # what is compared; a list of schemes will do
       rope: {pos: rope}
@@ -12,7 +13,8 @@
     baseline: rope                              # default: the first arm
     tune: {learning_rate: [5.0e-4, 1.0e-3], seeds: [0], fields: {max_steps: 300}}
                                                 # optional: per arm, on validation, before the rest
-    eval: {far: {lengths: [1x, 4x], max_targets: 16384}}       # name → arguments of eval.py; 4x is 4 times block_size
+    eval: {far: {lengths: [1x, 4x], max_targets: 16384}}       # name → arguments of eval.py; 4x is 4 times block_size.
+                                                # {answers: {protocol: task}} for tasks
     throughput: {schemes: [rope, carope], rounds: 7}           # optional: arguments of scripts/bench.py
     figure: nats                                # or perplexity: what tables show (statistics are in nats)
     published: {…}                              # a paper's figures, to print beside; see configs/sweeps/crope-2.yaml
@@ -34,6 +36,7 @@ import yaml
 
 from data.corpora import CORPORA
 from data.shards import given_path, unknown
+from data.tasks import task_named
 from nanope.config import SWITCHES, RunConfig, as_field, carried, check
 from nanope.errors import nearest
 from nanope.evaluation.options import lengths_in_tokens
@@ -155,11 +158,13 @@ class Grid:
                 raise ValueError(
                     f"the report {name!r} of eval has a program: scripts/shift.py is now `protocol: shift`"
                 )
-            if "lengths" not in report and as_list(report.get("protocol")) != ["shift"]:
+            if "lengths" not in report and as_list(report.get("protocol")) not in (["shift"], ["task"]):
                 raise ValueError(f"the report {name!r} of eval lacks lengths")
         for data in map(self.data_of, self.settings):
             if data and data.get("corpus") not in CORPORA:
                 raise unknown("corpus", data.get("corpus"), list(CORPORA))
+            if data and data["corpus"] == "task":
+                task_named(data.get("task"))
         for setting, arm in itertools.product(self.settings, self.arms):
             try:
                 check(RunConfig(**self.fields_of(setting, arm)))
@@ -187,7 +192,9 @@ class Grid:
         if "data_dir" in own or ("data_dir" in self.fields and "data" not in own and not self.data):
             return None
         data = {**(self.data or {}), **own.get("data", {})}
-        return {"tokenizer": "gpt2", **data} if data else None
+        if not data:
+            return None
+        return data if data.get("corpus") == "task" else {"tokenizer": "gpt2", **data}
 
     def fields_of(self, setting: str, arm: str) -> dict:
         """Fields of train.py for a setting and an arm, without seeds. Paths are relative to the repository."""
@@ -202,7 +209,7 @@ class Grid:
             if name not in RunConfig.__dataclass_fields__:
                 raise ValueError(f"{name}: no field of train.py{nearest(name, RunConfig.__dataclass_fields__)}")
         if data := self.data_of(setting):
-            fields["data_dir"] = f"data/{data['corpus']}-{data['tokenizer']}"
+            fields["data_dir"] = folder_of(data)
         floats = {k for k, v in vars(RunConfig()).items() if isinstance(v, float)}
         fields = {k: as_field(k, v) for k, v in fields.items()}
         return {k: float(v) if k in floats and v is not None else v for k, v in fields.items()}
@@ -280,12 +287,18 @@ def config_of(path: Path, base: str | None) -> dict:
     return {k: v for k, v in there.items() if k not in PER_RUN}
 
 
+def folder_of(data: dict) -> str:
+    """The data folder that data/prepare.py makes with these arguments, relative to the repository."""
+    return f"data/task-{data['task']}" if data["corpus"] == "task" else f"data/{data['corpus']}-{data['tokenizer']}"
+
+
 def settings_of(given, product: dict[str, list], path: Path) -> dict[str, dict]:
     """Every setting with every combination of the fields in `product`, by label."""
     found = {}
     values = [*itertools.product(*map(as_list, product.values()))]
     for (name, own), chosen in itertools.product((as_mapping(given, "settings") or {"": {}}).items(), values):
-        fields = config_of(path, own.get("base")) | {k: v for k, v in own.items() if k != "base"}
+        base = {k: v for k, v in config_of(path, own.get("base")).items() if k != "data_dir" or "data" not in own}
+        fields = base | {k: v for k, v in own.items() if k != "base"}
         label = ", ".join([*filter(None, [name]), *(f"{k} {v}" for k, v in zip(product, chosen))])
         found[label] = fields | dict(zip(product, chosen))
     return found
@@ -325,7 +338,9 @@ def at_rate(fields: dict, rate: float | None) -> dict:
 
 
 def in_tokens(report: dict, block_size: int) -> dict:
-    """Arguments of eval.py whose lengths are in tokens: 4x is four times block_size."""
+    """Arguments of eval.py whose lengths are in tokens: 4x is four times block_size. A task's are left as they are."""
+    if "task" in as_list(report.get("protocol")):
+        return report
     lengths = [n if str(n).endswith("x") else int(n) for n in as_list(report.get("lengths"))]
     return {**report, **({"lengths": lengths_in_tokens(lengths, block_size)} if lengths else {})}
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from nanope.study.seed_statistics import seed_interval
 
-NOISE, WORSE = "≈", "↑"
+NOISE, WORSE, LOWER = "≈", "↑", "↓"
 
 
 @dataclass
@@ -43,7 +43,8 @@ class Table:
 LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "×": r"$\times$", "±": r"$\pm$", "≈": r"$\approx$",
-    "↑": r"$\uparrow$", "…": r"\dots{}", "γ": r"$\gamma$", "σ": r"$\sigma$", "–": "--", "−": "$-$", "²": "$^2$",
+    "↑": r"$\uparrow$", "↓": r"$\downarrow$",
+    "…": r"\dots{}", "γ": r"$\gamma$", "σ": r"$\sigma$", "–": "--", "−": "$-$", "²": "$^2$",
     "<": "$<$", ">": "$>$",
 }  # fmt: skip
 
@@ -75,17 +76,26 @@ def row_cell(rows: dict[int, dict], figure: str) -> str:
     return mean_cell(values, interval, math.exp, 2) if figure == "perplexity" else mean_cell(values, interval)
 
 
-def difference_cell(found: dict | None) -> str:
+def difference_cell(found: dict | None, digits: int = 4, better: int = -1) -> str:
     """A paired difference with its interval: ≈ where that contains 0; where it is over seeds, not over documents
-    alone, bold if it lies below 0, and ↑ if it lies above."""
+    alone, bold if it is better, and a mark if it is worse: ↑ of a loss, which is better below 0 (`better` -1), ↓ of an
+    accuracy, which is better above (1)."""
     if found is None:
         return "n/a"
-    text, interval = f"{found['difference']:+.4f}", found["interval"]
+    text, interval = f"{found['difference']:+.{digits}f}", found["interval"]
     if interval is None:
         return text
-    text += f" [{interval[0]:+.4f}, {interval[1]:+.4f}]"
+    text += f" [{interval[0]:+.{digits}f}, {interval[1]:+.{digits}f}]"
     if interval[0] <= 0 <= interval[1]:
         return f"{text} {NOISE}"
     if found["seeds"] < 2:
         return text
-    return f"**{text}**" if interval[1] < 0 else f"{text} {WORSE}"
+    return f"**{text}**" if interval[0] * better > 0 else f"{text} {WORSE if better < 0 else LOWER}"
+
+
+def accuracy_cell(values: list[float | None], interval: list[float] | None) -> str:
+    """A mean accuracy in per cent with its interval, within 0 and 100."""
+    if not values or None in values:
+        return "n/a"
+    text = f"{np.mean(values):.1%}"
+    return text if interval is None else f"{text} [{max(interval[0], 0):.1%}, {min(interval[1], 1):.1%}]"

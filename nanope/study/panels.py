@@ -180,6 +180,52 @@ def three_of(lengths: list[int], wanted: list[int]) -> list[int]:
     return sorted({lengths[0], lengths[len(lengths) // 2], lengths[-1]})
 
 
+# ---- tasks
+
+
+def accuracy(study: Study, setting: str, looks: dict) -> Lines | None:
+    """Exact matches against the length of a task's examples, with chance. None where no evaluation is of a task."""
+    for name in study.grid.eval or {}:
+        if rows := study.rows(setting, name, task=True):
+            break
+    else:
+        return None
+    known = {arm: by_length for (_, arm, scaling), by_length in rows.items() if scaling == "none"}
+    curves = [answers_curve(arm, by_length, looks[arm]) for arm, by_length in known.items()]
+    reports = [report for arm in known for report in study.reports(setting, arm, name).values()]
+    note = note_of(study, setting, [])
+    return task_panel(setting or reports[0]["task"]["name"], note, reports, [c for c in curves if c.x])
+
+
+def answers_curve(name: str, by_length: dict, look: dict) -> Curve:
+    """Mean exact matches over seeds with intervals over seeds, or over examples where there is one seed."""
+    found = Curve(name, look, [], [], [])
+    for length in sorted(by_length):
+        values = [row["accuracy"] for row in by_length[length].values()]
+        if None in values:
+            found.ends = True
+            continue
+        found.x.append(length)
+        found.y.append(float(np.mean(values)))
+        found.intervals.append(seed_interval(values) or next(iter(by_length[length].values()))["interval"])
+    return found
+
+
+def task_panel(title: str, note: str, reports: list[dict], curves: list[Curve]) -> Lines:
+    task, chance = reports[0]["task"], {}
+    for report in reports:
+        chance |= {row["length"]: row["chance"] for row in report["results"] if row["protocol"] == "task"}
+    lengths = sorted(chance)
+    guess = Curve("chance", {"color": "#999999", "linestyle": ":"}, lengths, [chance[n] for n in lengths], [])
+    guess.intervals = [None] * len(lengths)
+    visible = [guess] if max(guess.y) > 0.02 else []
+    ticks = {n: f"{n:,}" for n in lengths}
+    return Lines(
+        title, note, f"length; trained up to {task['length']}", "exact match", [*curves, *visible], ticks=ticks,
+        log_x=True, trained=(task["length"],), points=False, limits=(-0.03, 1.03),
+    )  # fmt: skip
+
+
 # ---- the other panels
 
 
@@ -295,6 +341,7 @@ PANELS = {
     "length": length,
     "difference": difference,
     "loss": loss,
+    "accuracy": accuracy,
     "position": position,
     "parameters": parameters,
     "speed": speed,
@@ -311,18 +358,22 @@ def of_reports(reports: list[dict], protocol: str) -> list[Lines]:
     alone = len(set(schemes)) == len(schemes)
     names = schemes if alone else [str(r.get("run") or r["model"]).rstrip("/").rpartition("/")[2] for r in reports]
     looks = looks_of({i: scheme for i, scheme in enumerate(schemes)})
-    by_length, by_position, lengths = [], [], set()
+    by_length, by_position, lengths, answered = [], [], set(), {}
     for i, (name, report) in enumerate(zip(names, reports)):
         for scaling in dict.fromkeys(row["scaling"] for row in report["results"]):
             rows = [row for row in report["results"] if row["scaling"] == scaling]
             title = name + (f", {scaling} ×{rows[0]['factor']:g}" if scaling != "none" else "")
             look = {"color": looks[i]["color"], "linestyle": SCALINGS[scaling]}
+            if answers := {row["length"]: {0: row} for row in rows if row["protocol"] == "task"}:
+                answered.setdefault(report["task"]["name"], []).append((report, answers_curve(title, answers, look)))
+                continue
             mine = {row["length"]: {0: row} for row in rows if row["protocol"] == protocol}
             if (curve := curve_of(title, mine, math.exp, look)).x:
                 by_length.append(curve)
                 lengths |= mine.keys()
             by_position += [position_curve(title, [row["curve"]], look) for row in rows if row.get("curve")]
-    if not by_length and not by_position:
+    tasks = [task_panel(task, "one run each", *map(list, zip(*pairs))) for task, pairs in answered.items()]
+    if not by_length and not by_position and not tasks:
         raise ValueError(f"the reports have no figures by {protocol}, and no per-position curve")
     for curve in by_length + by_position[:BANDS]:
         curve.band = any(curve.intervals)
@@ -336,4 +387,4 @@ def of_reports(reports: list[dict], protocol: str) -> list[Lines]:
         "By position in the window", note, f"position: {unit}s of context", f"nats per {unit}",
         by_position, log_x=True, trained=trained, points=False,
     )  # fmt: skip
-    return [panel for panel in (left, right) if panel.curves]
+    return [panel for panel in (left, right, *tasks) if panel.curves]

@@ -5,8 +5,8 @@ from pathlib import Path
 from nanope.config import RunConfig
 from nanope.study.figures import write_figures
 from nanope.study.grid import Grid, as_list
-from nanope.study.markup import NOISE, WORSE
-from nanope.study.results import Study, scored_rows, throughput
+from nanope.study.markup import LOWER, NOISE, WORSE
+from nanope.study.results import Study, scored_rows, task_rows, throughput
 from nanope.study.tables import tables
 
 BEGIN, END = "<!-- made by scripts/report.py: begin -->", "<!-- end -->"
@@ -166,6 +166,8 @@ def evaluation_notes(study: Study, name: str) -> list[str]:
     reports = study.all_reports(name)
     reasons = [row["reason"] for report in reports for row in report.get("results", ()) if row.get("reason")]
     found = [f"n/a: {reason}." for reason in dict.fromkeys(reasons)]
+    if answered := [(report["task"], row) for report in reports for row in task_rows(report)]:
+        found.append(task_note(study, name, answered))
     scored = [row for report in reports for row in scored_rows(report) if row["tokens"]]
     if not scored:
         return found
@@ -181,3 +183,16 @@ def evaluation_notes(study: Study, name: str) -> list[str]:
     if any(report.get("other_data") for report in reports):
         what += " It is on other data than that of the runs' training."
     return [what, *found]
+
+
+def task_note(study: Study, name: str, answered: list[tuple[dict, dict]]) -> str:
+    """What the figures of a task are. answered: (the data's task, row) of every row."""
+    trained = "; ".join(dict.fromkeys(f"{task['name']} up to {task['length']}" for task, _ in answered))
+    counts = " … ".join(dict.fromkeys(f"{row['examples']:,}" for _, row in answered))
+    over = "examples (Wilson for exact matches)" if len(study.grid.seeds) == 1 else "seeds"
+    return (
+        f"Report {name}: {counts} examples of each length, the same for all arms and seeds; trained on {trained}. An "
+        "exact match is a greedy answer that is right at every place. Chance guesses evenly among the symbols of an "
+        f"answer. Brackets are over {over}, of differences over seeds and examples. More is better: bold is better "
+        f"than the baseline, {LOWER} worse."
+    )

@@ -83,13 +83,13 @@ class Study:
         """The reports of an evaluation of the grid, of all settings, arms and seeds."""
         return [report for key in self.runs for report in self.reports(*key, name).values()]
 
-    def rows(self, setting: str, name: str) -> dict:
+    def rows(self, setting: str, name: str, task: bool = False) -> dict:
         """The rows of an evaluation: (protocol, arm, scaling) → length → seed → row, arms in the grid's order. Those of
-        shifted positions are in the reports' "shift"."""
+        shifted positions are in the reports' "shift". With `task` those of a task, which have other figures."""
         found = {}
         for arm in self.grid.arms:
             for seed, report in self.reports(setting, arm, name).items():
-                for row in scored_rows(report):
+                for row in task_rows(report) if task else scored_rows(report):
                     by_length = found.setdefault((row["protocol"], arm, row["scaling"]), {})
                     by_length.setdefault(row["length"], {})[seed] = row
         return found
@@ -97,15 +97,20 @@ class Study:
     @property
     def unit(self) -> str:
         """What one target is: a byte, or a token."""
-        names = {made["tokenizer"] for made in map(self.grid.data_of, self.grid.settings) if made}
+        names = {made.get("tokenizer") for made in map(self.grid.data_of, self.grid.settings) if made}
         reports = [report for name in self.grid.eval for report in self.all_reports(name)]
         names |= {report["tokenizer"]["name"] for report in reports if "tokenizer" in report}
         return "byte" if names == {"byte"} else "token"
 
 
 def scored_rows(report: dict) -> list[dict]:
-    """The rows of a report by context length: all but those of shifted positions."""
-    return [row for row in report.get("results", ()) if row["protocol"] != "shift"]
+    """The rows of a report by context length: all but those of shifted positions and of tasks."""
+    return [row for row in report.get("results", ()) if row["protocol"] not in ("shift", "task")]
+
+
+def task_rows(report: dict) -> list[dict]:
+    """The rows of a report on a task, by length."""
+    return [row for row in report.get("results", ()) if row["protocol"] == "task"]
 
 
 def bench_file(grid: Grid) -> str:

@@ -19,7 +19,7 @@ import yaml
 from data.shards import output
 from nanope import REPO
 from nanope.study.files import RunFolders, local
-from nanope.study.grid import Grid, as_list, bench_variants
+from nanope.study.grid import Grid, as_list, bench_variants, folder_of
 from nanope.study.locks import alone, held, take
 from nanope.study.results import bench_file
 from nanope.study.run import Run
@@ -44,7 +44,7 @@ def prepare(grid: Grid, sources: list[str] | None, root: Path = REPO) -> None:
     wanted = {}
     for setting in grid.settings if grid.arms else ():
         if data := grid.data_of(setting):
-            wanted[f"data/{data['corpus']}-{data['tokenizer']}"] = data
+            wanted[folder_of(data)] = data
     named = dict(s.split("=", 1) if "=" in s else (None, s) for s in sources or ())
     if None in named and len({data["corpus"] for data in wanted.values()}) > 1:
         each = " ".join(f"{data['corpus']}=PATH" for data in wanted.values())
@@ -54,10 +54,11 @@ def prepare(grid: Grid, sources: list[str] | None, root: Path = REPO) -> None:
         manifest = Path(folder) / "manifest.json"
         if manifest.is_file():
             continue
-        options = {k: v for k, v in data.items() if k != "corpus"}
+        what = [data["corpus"], *([data["task"]] if data["corpus"] == "task" else [])]
+        options = {k: v for k, v in data.items() if k not in ("corpus", "task")}
         if source := named.get(data["corpus"], named.get(None)):
             options["source"] = source
-        command = [sys.executable, str(REPO / "data" / "prepare.py"), data["corpus"], "--out", folder, *flags(options)]
+        command = [sys.executable, str(REPO / "data" / "prepare.py"), *what, "--out", folder, *flags(options)]
         with alone(Path(f"{folder}.lock"), f"preparing {folder}") as lock:
             if not manifest.is_file() and subprocess.run(command, pass_fds=[lock.fileno()]).returncode:
                 raise ValueError(f"the data were not made: {shlex.join(command[1:])}")

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import scipy.stats
 
-from nanope.evaluation.statistics import paired_difference
+from nanope.evaluation.statistics import exact_matches, paired_difference
 
 
 def seed_interval(values) -> list[float] | None:
@@ -37,6 +37,19 @@ def difference_of_rows(ours: dict[int, dict], base: dict[int, dict]) -> dict | N
         raise ValueError("two runs' evaluations scored different tokens: they are of different data")
     a, b = (np.array([r[s]["per_document"]["nll"] for s in seeds]) for r in (base, ours))
     found = paired_difference(a, b, np.array(ours[seeds[0]]["per_document"]["tokens"]), True)
+    return {"difference": found["difference"], "interval": found["interval"], "seeds": len(seeds)}
+
+
+def difference_of_answers(ours: dict[int, dict], base: dict[int, dict]) -> dict | None:
+    """Mean paired difference of two rows on a task by seed, of exact matches, with an interval over seeds and examples;
+    None where one cannot reach the length. ValueError where they answered different examples."""
+    seeds = [s for s in sorted(ours.keys() & base.keys()) if None not in (ours[s]["accuracy"], base[s]["accuracy"])]
+    if not seeds:
+        return None
+    if len({r[s]["targets_sha256"] for r in (ours, base) for s in seeds}) > 1:
+        raise ValueError("two runs' evaluations answered different examples: they are of different data")
+    a, b = (np.stack([exact_matches(r[s]) for s in seeds]) for r in (base, ours))
+    found = paired_difference(a, b, np.ones(a.shape[1]), True)
     return {"difference": found["difference"], "interval": found["interval"], "seeds": len(seeds)}
 
 

@@ -8,9 +8,10 @@ import numpy as np
 
 from nanope.study.costs import model_cost
 from nanope.study.grid import as_list, bench_variants
-from nanope.study.markup import Table, difference_cell, mean_cell, row_cell
+from nanope.study.markup import Table, accuracy_cell, difference_cell, mean_cell, row_cell
 from nanope.study.results import Study, throughput
 from nanope.study.seed_statistics import (
+    difference_of_answers,
     difference_of_losses,
     difference_of_rows,
     direction,
@@ -67,6 +68,8 @@ def report_tables(study: Study, setting: str, name: str) -> list[Table]:
         rows = {(arm, scaling): by_length for (p, arm, scaling), by_length in everything.items() if p == protocol}
         rows = {key: by_length for key, by_length in rows.items() if key[1] == "none" or has_figure(by_length)}
         found += protocol_tables(study, setting, name, protocol, rows)
+    if answers := study.rows(setting, name, task=True):
+        found += task_tables(study, setting, name, answers)
     if any("shift" in report for arm in study.grid.arms for report in study.reports(setting, arm, name).values()):
         found.append(shift_table(study, setting, name))
     return found
@@ -104,6 +107,49 @@ def protocol_tables(study: Study, setting: str, name: str, protocol: str, rows: 
         from_own = ("" if n == itself else difference_cell(difference_of_rows(at[n], own)) for n in lengths)
         growth.rows.append([title, *from_own])
     return [mean] + [less] * bool(less.rows) + [growth] * (protocol == "same-targets" and len(lengths) > 1)
+
+
+def task_tables(study: Study, setting: str, name: str, rows: dict) -> list[Table]:
+    """Of a task by length: exact matches beside chance, their differences from the baseline, single tokens, and the
+    same models with no more context than a row of training. rows: (protocol, arm, scaling) → length → seed → row."""
+    lengths = sorted({n for by_length in rows.values() for n in by_length})
+    rows = {
+        arm if scaling == "none" else f"{arm}, {scaling}": by_length for (_, arm, scaling), by_length in rows.items()
+    }
+    baseline, any_row = study.grid.baseline, {}
+    for by_length in rows.values():
+        any_row |= {n: next(iter(by_seed.values())) for n, by_seed in by_length.items()}
+    head = ["arm", *(f"{n}" for n in lengths)]
+    exact, less, tokens, cropped = (
+        Table(titled(setting, f"{what} by length ({name})"), head)
+        for what in (
+            "exact match",
+            f"exact match less {baseline}",
+            "tokens of the answer that are right",
+            "exact match with the context cropped to a row of training",
+        )
+    )
+    for arm, by_length in rows.items():
+        at = [by_length.get(n, {}) for n in lengths]
+        exact.rows.append([arm, *(answers_cell(by_seed, "accuracy", "interval") for by_seed in at)])
+        tokens.rows.append([arm, *(answers_cell(by_seed, "token_accuracy", "token_interval") for by_seed in at)])
+        if arm != baseline:
+            base = rows.get(baseline, {})
+            found = (difference_of_answers(by_length.get(n, {}), base.get(n, {})) for n in lengths)
+            less.rows.append([arm, *(difference_cell(d, digits=3, better=1) for d in found)])
+        crops = [{seed: row["cropped"] for seed, row in by_seed.items() if row["cropped"]} for by_seed in at]
+        if any(crops):
+            cropped.rows.append([arm, *(answers_cell(by_seed, "accuracy", "interval") for by_seed in crops)])
+    exact.rows.append(["chance", *(f"{any_row[n]['chance']:.1%}" for n in lengths)])
+    tokens.rows.append(["chance", *(f"{any_row[n]['token_chance']:.1%}" for n in lengths)])
+    return [table for table in (exact, less, tokens, cropped) if table.rows]
+
+
+def answers_cell(by_seed: dict[int, dict], figure: str, interval: str) -> str:
+    """Mean over seeds with its interval: over seeds, or for one seed over examples."""
+    values = [row[figure] for row in by_seed.values()]
+    known = bool(values) and None not in values
+    return accuracy_cell(values, known and (seed_interval(values) or next(iter(by_seed.values()))[interval]) or None)
 
 
 def shift_table(study: Study, setting: str, name: str) -> Table:

@@ -1,0 +1,127 @@
+"""Grids of tasks: their data, tables, figures and CSV."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import yaml
+from studies import FIELDS, command, study_of, task_row, write_grid
+
+from nanope.evaluation.statistics import paired_difference
+from nanope.study.export import write_csv
+from nanope.study.figures import draw, draw_reports
+from nanope.study.grid import Grid, in_tokens
+from nanope.study.panels import accuracy, looks_of
+from nanope.study.report import latex_text, markdown
+from nanope.study.results import Study
+
+ANSWERS = {"answers": {"protocol": "task"}}
+# Arm → seed → of five examples how many tokens are right, at 8 and 16
+RIGHT = {
+    "rope": {1: ([4, 4, 4, 4, 3], [4, 1, 0, 0, 2]), 2: ([4, 4, 4, 3, 3], [0, 1, 0, 0, 2])},
+    "alibi": {1: ([4, 4, 4, 4, 4], [4, 4, 4, 4, 2]), 2: ([4, 4, 4, 4, 3], [4, 4, 4, 3, 4])},
+    "learned": {1: ([4, 4, 4, 4, 3], None), 2: ([4, 4, 0, 0, 0], None)},
+}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    grid = write_grid(folder / "g.yaml", arms=[*RIGHT], eval=ANSWERS, data={"corpus": "task", "task": "copy"})
+    made = yaml.safe_load(grid.read_text())
+    del made["fields"]["data_dir"]
+    grid.write_text(yaml.safe_dump(made))
+
+    def rows(run):
+        return [task_row(right, 8 * (i + 1)) for i, right in enumerate(RIGHT[run.arm][run.seed])]
+
+    return study_of(folder / "runs", grid, dict.fromkeys(RIGHT, [1.0, 1.1]), rows=rows)
+
+
+def test_tables_have_accuracies_chance_and_paired_differences(study):
+    text = markdown(study)
+    assert "**exact match by length (answers)**" in text and "| arm | 8 | 16 |" in text
+    line = next(line for line in text.splitlines() if line.startswith("| rope |") and "70.0%" in line)
+    assert "70.0% [0.0%, 100.0%]" in line and "10.0% [0.0%, 100.0%]" in line  # 0.8 and 0.6, 0.2 and 0.0
+    assert "| learned | 60.0% [0.0%, 100.0%] | n/a |" in text and "| chance | 6.2% | 6.2% |" in text
+    a, b = (np.array([[r == 4 for r in RIGHT[arm][seed][1]] for seed in (1, 2)], float) for arm in ("rope", "alibi"))
+    found = paired_difference(a, b, np.ones(5), True)
+    low, high = found["interval"]
+    assert found["difference"] == pytest.approx(0.7) and low > 0
+    assert f"**+0.700 [{low:+.3f}, {high:+.3f}]**" in text
+    assert "exact match with the context cropped to a row of training" in text
+    assert "5 examples of each length, the same for all arms and seeds; trained on copy up to 8" in text
+    assert "n/a: too long." in text and "$+0.700$" in latex_text(study)
+
+
+def test_worse_is_marked_with_an_arrow_down(tmp_path):
+    grid = write_grid(tmp_path / "g.yaml", arms=["alibi", "rope"], eval=ANSWERS)
+    study = study_of(
+        tmp_path / "runs", grid, {"alibi": [1.0, 1.0], "rope": [1.0, 1.0]},
+        rows=lambda run: [task_row(RIGHT[run.arm][run.seed][1])],
+    )  # fmt: skip
+    assert "-0.700" in markdown(study) and "↓" in markdown(study)
+
+
+def test_other_examples_do_not_compare(tmp_path):
+    grid = write_grid(tmp_path / "g.yaml", arms=["alibi", "rope"], eval=ANSWERS)
+    study = study_of(
+        tmp_path / "runs", grid, {"alibi": [1.0], "rope": [1.0]}, rows=lambda run: [task_row([4] * 5, 8, run.arm)]
+    )
+    with pytest.raises(ValueError, match="answered different examples"):
+        markdown(study)
+
+
+def test_figure_and_csv(study, tmp_path):
+    panel = accuracy(study, "", looks_of({arm: arm for arm in RIGHT}))
+    by_name = {curve.name: curve for curve in panel.curves}
+    assert by_name["alibi"].y == pytest.approx([0.9, 0.8]) and by_name["learned"].x == [8] and by_name["learned"].ends
+    assert by_name["chance"].y == [0.0625, 0.0625] and panel.trained == (8,) and panel.title == "copy"
+    draw(study, tmp_path / "f.png")
+    assert (tmp_path / "f.png").stat().st_size > 10_000
+    file = io.StringIO()
+    write_csv([study.folder], file)
+    head, *lines = file.getvalue().splitlines()
+    assert len(lines) == 12 and {"token_accuracy", "chance", "examples"} <= {*head.split(",")}
+    reports = [json.loads(path.read_text()) for path in sorted(study.folder.glob("*seed1*/eval/*.json"))]
+    for report, run in zip(reports, ("alibi", "learned", "rope")):
+        report |= {"pos": run, "run": run, "block_size": 16}
+    draw_reports(reports, tmp_path / "r.png")
+    assert (tmp_path / "r.png").stat().st_size > 10_000
+
+
+def test_a_grid_names_the_data_of_a_task(tmp_path):
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump({**FIELDS, "data_dir": "data/elsewhere"}))
+    settings = {name: {"base": "base.yaml", "data": {"corpus": "task", "task": name}} for name in ("copy", "sort")}
+    content = {"arms": ["rope"], "settings": settings, "eval": ANSWERS}
+    (tmp_path / "g.yaml").write_text(yaml.safe_dump(content))
+    grid = Grid.read(tmp_path / "g.yaml")
+    assert grid.fields_of("sort", "rope")["data_dir"] == "data/task-sort"
+    assert grid.data_of("copy") == {"corpus": "task", "task": "copy"}
+    report = {"protocol": "task", "lengths": ["1x", "2x"]}
+    assert in_tokens(report, 64) == report  # of the task's lengths, not of block_size
+    settings["copy"]["data"]["task"] = "cpoy"
+    (tmp_path / "g.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match="unknown task 'cpoy'; did you mean 'copy'"):
+        Grid.read(tmp_path / "g.yaml")
+
+
+@pytest.mark.slow
+def test_a_sweep_over_tasks(tmp_path):
+    """Data, runs, evaluations, tables and figure, by the command."""
+    small = {"corpus": "task", "length": 4, "examples": 300}
+    settings = {name: {"data": {**small, "task": name}} for name in ("copy", "flipflop")}
+    content = {"fields": {**FIELDS, "max_steps": 4}, "arms": ["none", "rope"], "settings": settings}
+    content |= {"eval": {"answers": {"protocol": "task", "examples": 20}}}
+    (tmp_path / "g.yaml").write_text(yaml.safe_dump(content))
+    driver = "from pathlib import Path; from nanope.study.sweep import main; main('s', '', root=Path({!r}))"
+    done = command("-c", driver.format(str(tmp_path)), str(tmp_path / "g.yaml"), "--out", str(tmp_path / "runs"))
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "runs" / "table.md").read_text()
+    assert (
+        "copy: exact match by length" in text
+        and "| arm | 4 | 8 | 16 | 32 |" in text
+        and (tmp_path / "runs/figure.pdf").is_file()
+    )
+    assert len(Study.read(tmp_path / "runs").all_reports("answers")) == 4
