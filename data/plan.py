@@ -206,7 +206,9 @@ def estimate(
         text_bytes, where = expected_bytes(wanted), "; that is of all columns and splits, and loading takes its time"
     else:
         text_bytes, where = estimated_bytes(request.files(None)[1], corpus.field), ""
-    tokens, rate = text_bytes / tokenizer.bytes_per_token, _bytes_per_second(tokenizer, workers)
+    documents = request.examples.documents() if examples else CORPORA["builtin"].reader(king_james_file())
+    sample = "".join(text for _, text in itertools.islice(documents, 10_000 if examples else 12))
+    tokens, rate = text_bytes / tokenizer.bytes_per_token, _bytes_per_second(tokenizer, workers, sample)
     return (
         f"{name}: about {tokens:,.0f} tokens ({text_bytes / 1e6:,.0f} MB of text), "
         f"{tokens * tokenizer.dtype.itemsize / 1e9:,.2f} GB on disk, {text_bytes / rate / 60:,.1f} minutes "
@@ -214,10 +216,8 @@ def estimate(
     )
 
 
-def _bytes_per_second(tokenizer: Tokenizer, workers: int) -> float:
-    """How many bytes of text this machine tokenizes in a second, measured for a second."""
-    books = CORPORA["builtin"].reader(king_james_file())
-    sample = "".join(text for _, text in itertools.islice(books, 12))
+def _bytes_per_second(tokenizer: Tokenizer, workers: int, sample: str) -> float:
+    """How many bytes of text like `sample` this machine tokenizes in a second, measured for a second."""
     started, done = time.perf_counter(), 0
     while time.perf_counter() - started < 1:
         for i in range(0, len(sample), 4096):

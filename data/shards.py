@@ -273,7 +273,8 @@ def open_data(folder: Path | str, verify: bool | None = None) -> Data:
 def _read_manifest(folder: Path) -> tuple[dict, str]:
     """The manifest of a finished data folder and its sha256. DataError where it is not there, altered, or too new."""
     if not folder.is_dir():
-        raise DataError(f"no data folder {folder}; make it, for example: python data/prepare.py builtin --out {folder}")
+        what = f"task {folder.name.removeprefix('task-')}" if folder.name.startswith("task-") else "builtin"
+        raise DataError(f"no data folder {folder}; make it, for example: python data/prepare.py {what} --out {folder}")
     path, complete = folder / "manifest.json", folder / "COMPLETE"
     if not complete.is_file() or not path.is_file():
         raise DataError(

@@ -72,7 +72,15 @@ def finish(run, loss: float | None, rows=(), vocab_size: int = 320, **environmen
         {"step": 3, "tokens": 192, "train/loss": 5.0, "tokens_per_s": 9.0},
         {"step": run.max_steps, "tokens": 1, "val/loss": loss},
     ], vocab_size)  # fmt: skip
-    about = {"pos": run.config.pos, "data_hash": "d", "tokenizer": {"name": "gpt2"}, "split": "val", "stream": True, "documents": 2, "stride": 8}
+    about = {
+        "pos": run.config.pos,
+        "data_hash": "d",
+        "tokenizer": {"name": "gpt2"},
+        "split": "val",
+        "stream": True,
+        "documents": 2,
+        "stride": 8,
+    }
     rows = rows if isinstance(rows, dict) else [*rows]
     for name in run.evaluations:
         run.report_path(name).parent.mkdir(exist_ok=True)

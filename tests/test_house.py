@@ -20,7 +20,7 @@ ALLOWED = {
     "nanope.convert": ("nanope.ops", "nanope.errors"),
     "nanope.hf": ("nanope.errors",),
     "nanope.bench": ("nanope", "model", "schemes", "data"),  # measures preparation too
-    "nanope.study": ("nanope", "model", "schemes", "data.shards", "data.corpora"),  # a grid names a corpus
+    "nanope.study": ("nanope", "model", "schemes", "data.shards", "data.corpora", "data.tasks"),  # a grid names these
     "nanope.evaluation": ("nanope", "model", "schemes", "data.shards", "data.tokenizer", "data.tasks"),
     "schemes": ("nanope.ops", "nanope.errors", "schemes"),
     "model": (

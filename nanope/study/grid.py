@@ -104,7 +104,9 @@ class Grid:
         made = {
             "name": given.get("name", path.stem),
             "fields": config_of(path, given.pop("base", None)) | (given.get("fields") or {}),
-            "settings": settings_of(given.get("settings"), given.pop("grid", None) or {}, path),
+            "settings": settings_of(
+                given.get("settings"), given.pop("grid", None) or {}, path, given.get("fields") or {}
+            ),
             "arms": arms,
             "seeds": list(range(1, seeds + 1)) if isinstance(seeds, int) else list(seeds),
             "baseline": baseline,
@@ -292,15 +294,16 @@ def folder_of(data: dict) -> str:
     return f"data/task-{data['task']}" if data["corpus"] == "task" else f"data/{data['corpus']}-{data['tokenizer']}"
 
 
-def settings_of(given, product: dict[str, list], path: Path) -> dict[str, dict]:
-    """Every setting with every combination of the fields in `product`, by label."""
+def settings_of(given, product: dict[str, list], path: Path, fields: dict) -> dict[str, dict]:
+    """Every setting with every combination of the fields in `product`, by label. A base has no field of `fields`, those
+    of the grid for every run."""
     found = {}
     values = [*itertools.product(*map(as_list, product.values()))]
     for (name, own), chosen in itertools.product((as_mapping(given, "settings") or {"": {}}).items(), values):
-        base = {k: v for k, v in config_of(path, own.get("base")).items() if k != "data_dir" or "data" not in own}
-        fields = base | {k: v for k, v in own.items() if k != "base"}
+        base, over = config_of(path, own.get("base")), {*fields, *(["data_dir"] if "data" in own else [])}
+        made = {k: v for k, v in base.items() if k not in over} | {k: v for k, v in own.items() if k != "base"}
         label = ", ".join([*filter(None, [name]), *(f"{k} {v}" for k, v in zip(product, chosen))])
-        found[label] = fields | dict(zip(product, chosen))
+        found[label] = made | dict(zip(product, chosen))
     return found
 
 

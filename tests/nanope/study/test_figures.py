@@ -63,14 +63,18 @@ class Made:
     def losses(self, setting, arm):
         return {seed: self.levels[arm][0] + 0.01 * seed for seed in self.runs[setting, arm]}
 
-    def rows(self, setting, name):
-        return {
-            ("same-targets", arm, "none"): {
-                n: {seed: self.row(arm, n, value, seed) for seed in self.seeds}
-                for n, value in zip(self.lengths, values)
+    def rows(self, setting, name, task=False):
+        return (
+            {}
+            if task
+            else {
+                ("same-targets", arm, "none"): {
+                    n: {seed: self.row(arm, n, value, seed) for seed in self.seeds}
+                    for n, value in zip(self.lengths, values)
+                }
+                for arm, values in self.levels.items()
             }
-            for arm, values in self.levels.items()
-        }
+        )
 
     def row(self, arm, n, value, seed):
         if value is None:

@@ -99,6 +99,10 @@ def test_a_grid_names_the_data_of_a_task(tmp_path):
     grid = Grid.read(tmp_path / "g.yaml")
     assert grid.fields_of("sort", "rope")["data_dir"] == "data/task-sort"
     assert grid.data_of("copy") == {"corpus": "task", "task": "copy"}
+    content["fields"] = {"max_steps": 7}  # for every run, over a setting's base too
+    (tmp_path / "g.yaml").write_text(yaml.safe_dump(content))
+    assert grid.fields_of("sort", "rope")["max_steps"] == FIELDS["max_steps"]
+    assert Grid.read(tmp_path / "g.yaml").fields_of("sort", "rope")["max_steps"] == 7
     report = {"protocol": "task", "lengths": ["1x", "2x"]}
     assert in_tokens(report, 64) == report  # of the task's lengths, not of block_size
     settings["copy"]["data"]["task"] = "cpoy"
