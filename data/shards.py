@@ -347,15 +347,3 @@ def batch(split: Split, starts: np.ndarray, block_size: int) -> tuple[np.ndarray
     """Inputs and next-token targets of the windows that begin at `starts` (n,): x and y, each (n, block_size) int64."""
     tokens = np.stack([split.read(int(s), int(s) + block_size + 1) for s in starts])  # (n, T + 1)
     return np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:])
-
-
-def example_batch(split: Split, documents: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and targets of whole documents (n, 2), start and length, one a row: x and y, each (n, block_size) int64.
-    Behind a document x has end-of-text. y is -1 there, and where the mask says that the token is no target."""
-    x = np.full((len(documents), block_size), split.eot)
-    y = np.full_like(x, -1)
-    for row, (start, length) in enumerate(documents.tolist()):  # end-of-text is at start + length
-        tokens = split.read(start, start + length + 1)
-        x[row, :length] = tokens[:-1]
-        y[row, :length] = np.where(split.read_mask(start + 1, start + length + 1), tokens[1:], -1)
-    return x, y

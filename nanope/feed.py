@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from data.shards import Data, DataError, Split, WindowOrder, batch, example_batch
+from data.shards import Data, DataError, Split, WindowOrder, batch
 from data.tokenizer import load_tokenizer
 from model import GPT
 from nanope.config import RunConfig
@@ -49,9 +49,11 @@ class Examples:
 
     def __init__(self, split: Split, config: RunConfig):
         self.split, self.block_size, self.documents = split, config.block_size, split.documents()
-        start, length = self.documents.T
+        start, length = self.documents.T  # without end-of-text, which is at start + length
         self.total, self.order = len(length), WindowOrder(len(length) + 1, 1, config.data_seed)  # of numbers of rows
-        self.answers = np.add.reduceat(split.read_mask(0, len(split)), start, dtype=np.int64)
+        # All of them, 3 bytes a token: examples are short, and to read them one by one is slow
+        self.tokens, self.mask = split.read(0, len(split)).astype(split.dtype), split.read_mask(0, len(split))
+        self.answers = np.add.reduceat(self.mask, start, dtype=np.int64)
         if length.max() > self.block_size:
             raise DataError(
                 f"block_size {self.block_size} is shorter than the longest example of {config.data_dir}, which has "
@@ -70,7 +72,11 @@ class Examples:
         return self.documents[np.arange(count) * self.total // count, 0]
 
     def read(self, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return example_batch(self.split, self.documents[self.numbers(starts)], self.block_size)
+        """Inputs x, with end-of-text behind an example, and targets y, -1 where there is none: (n, T) int64 each."""
+        length, step = self.documents[self.numbers(starts), 1:], np.arange(self.block_size)
+        inside, at = step < length, starts[:, None] + np.minimum(step, length - 1)
+        x, y = (self.tokens[places].astype(np.int64) for places in (at, at + 1))
+        return np.where(inside, x, self.split.eot), np.where(inside & self.mask[at + 1], y, -1)
 
     def targets(self, starts: np.ndarray) -> np.ndarray:
         return self.answers[self.numbers(starts)]

@@ -13,14 +13,16 @@ from scipy.stats import norm
 
 import eval as command
 from data.prepare import prepare
-from data.shards import example_batch, open_data
+from data.shards import open_data
 from data.tasks import TASKS, Examples, evaluation_examples
 from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
+from nanope.config import RunConfig
 from nanope.distributed import Ranks
 from nanope.evaluation.options import Options
 from nanope.evaluation.scoring import Compute
 from nanope.evaluation.tasks import encoded, score_answers
+from nanope.feed import Examples as TaskRows
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +35,11 @@ def task(tmp_path_factory):
 @functools.cache
 def trained(folder, pos, steps):
     """A small model that has learned some of a task: right at times."""
-    split, generator = open_data(folder).split("train"), np.random.default_rng(0)
+    rows, generator = TaskRows(open_data(folder).split("train"), RunConfig(block_size=16)), np.random.default_rng(0)
     gpt = GPT(GPTConfig(16, 512, 1, 2, 32, pos=pos), seed=3)
-    optimizer, documents = torch.optim.Adam(gpt.parameters(), 1e-2), split.documents()
+    optimizer = torch.optim.Adam(gpt.parameters(), 1e-2)
     for _ in range(steps):
-        x, y = example_batch(split, documents[generator.integers(len(documents), size=64)], 16)
+        x, y = rows.read(rows.documents[generator.integers(rows.total, size=64), 0])
         gpt(torch.from_numpy(x), torch.from_numpy(y))[1].backward()
         optimizer.step()
         optimizer.zero_grad()
