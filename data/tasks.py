@@ -31,7 +31,7 @@ from data.tokenizer import CHARACTERS
 
 DIGITS = string.digits
 SYMBOLS = string.digits + string.ascii_uppercase + string.ascii_lowercase  # 62, in the order of their ids
-KEYS = [character for character in CHARACTERS if not character.isascii()]  # of recall
+KEYS = [character for character in CHARACTERS if not character.isascii()][:128]  # of recall
 QUERIES = 8  # of recall, at most
 WRITE = READ = 0.1  # of flip-flop's instructions; the others are ignored
 
