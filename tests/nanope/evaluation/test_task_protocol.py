@@ -190,6 +190,6 @@ def test_text_has_no_task(data, tmp_path):
 def test_recall_ends_where_its_keys_end(tmp_path):
     data = prepare("task", tmp_path / "data", examples=Examples("recall", 60, 50))
     gpt = GPT(GPTConfig(16, 512, 1, 2, 16, pos="none"))
-    with pytest.raises(ValueError, match="recall at length 480 needs 480 different keys.*at most 128 pairs"):
+    with pytest.raises(ValueError, match="recall at length 240 needs 240 different keys.*at most 128 pairs"):
         evaluate(gpt, data, examples=2)
     assert TASKS["recall"].longest == 128
