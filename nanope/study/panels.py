@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from data.tasks import TASKS
 from nanope.study.costs import model_cost
 from nanope.study.drawing import Curve, Forest, Lines, Points
 from nanope.study.grid import bench_variants
@@ -199,7 +200,7 @@ def accuracy(study: Study, setting: str, looks: dict) -> Lines | None:
 
 def answers_curve(name: str, by_length: dict, look: dict) -> Curve:
     """Mean exact matches over seeds with intervals over seeds, or over examples where there is one seed."""
-    found = Curve(name, look, [], [], [])
+    found = Curve(name, look, [], [], [], band=True)
     for length in sorted(by_length):
         values = [row["accuracy"] for row in by_length[length].values()]
         if None in values:
@@ -221,8 +222,8 @@ def task_panel(title: str, note: str, reports: list[dict], curves: list[Curve]) 
     visible = [guess] if max(guess.y) > 0.02 else []
     ticks = {n: f"{n:,}" for n in lengths}
     return Lines(
-        title, note, f"length; trained up to {task['length']}", "exact match", [*curves, *visible], ticks=ticks,
-        log_x=True, trained=(task["length"],), points=False, limits=(-0.03, 1.03),
+        title, note, f"length in {TASKS[task['name']].unit}", "exact match", [*curves, *visible], ticks=ticks,
+        log_x=True, trained=(task["length"],), bars=True, limits=(-0.03, 1.03),
     )  # fmt: skip
 
 
