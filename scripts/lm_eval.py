@@ -34,13 +34,13 @@ def model_options(parser: argparse.ArgumentParser) -> None:
 def harness_arguments(given: dict, theirs: list[str], folder: str) -> list[str]:
     """The harness's command line for a run and what was given beside it. RULER measures its prompts with a tokenizer of
     transformers: where there is metadata without one, the run's is written to `folder`. ValueError, OSError where the
-    run cannot be opened."""
+    run cannot be opened: sooner than the harness says so, which first reads all its tasks."""
+    path = checkpoint.find(given["run"], given.get("checkpoint", "last"))
     metadata = [text for text in theirs if text.startswith("--metadata")]
     if metadata and not any("tokenizer" in text for text in theirs):
         from nanope.hf_tokenizer import tokenizer_of
 
-        state = checkpoint.load(checkpoint.find(given["run"], given.get("checkpoint", "last")))
-        tokenizer_of(checkpoint.run_tokenizer(state)).save_pretrained(folder)
+        tokenizer_of(checkpoint.run_tokenizer(checkpoint.load(path))).save_pretrained(folder)
         theirs = [*theirs, "--metadata", json.dumps({"tokenizer": folder})]
     return [*theirs, "--model", "nanope", "--model_args", json.dumps(given)]
 

@@ -146,6 +146,10 @@ class NanopeLM(TemplateLM):
         """Ids of a text. No token is added, and the name of a special token is text, as in training."""
         return self.tokenizer.encode(string).tolist()
 
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name
+
     def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
         raise ValueError("a run of train.py has no chat template: leave out --apply_chat_template")
 
