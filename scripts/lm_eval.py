@@ -10,6 +10,7 @@ to it (`lm_eval run --help`). Needs the package lm-eval, which is in requirement
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 
@@ -71,6 +72,8 @@ def main() -> None:
             cli_evaluate()
     except (ValueError, OSError, ImportError) as error:  # the harness has its own way with some, as of datasets
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

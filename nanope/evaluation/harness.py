@@ -94,12 +94,12 @@ class NanopeLM(TemplateLM):
             raise ValueError("model nanope needs a run: --model_args run=runs/NAME")
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-        self.batch_size, self.max_batch_size = count_of("batch_size", batch_size), max_batch_size
+        # The harness also knows auto:N
+        self.batch_size = "auto" if str(batch_size).startswith("auto") else count_of("batch_size", batch_size)
+        self.max_batch_size = max_batch_size
         self._device, self.dtype = pick_device(str(device)), getattr(torch, dtype)
         self.open(str(run), str(checkpoint), scaling, factor)
-        self.max_length = int(max_length or self.model.config.block_size)
-        if self.max_length < 1:
-            raise ValueError(f"max_length must be at least 1, not {max_length}")
+        self.max_length = count_of("max_length", self.model.config.block_size if max_length is None else max_length)
         self.model.check_length(self.max_length)
         self.about |= {"max_length": self.max_length, "model_dtype": dtype, "scaling": scaling, "factor": factor}
 
@@ -259,7 +259,7 @@ class NanopeLM(TemplateLM):
             return not going
 
         idx = torch.tensor(prompts, device=self._device)  # (B, T)
-        with autocast(self._device, self.dtype):
+        with torch.no_grad(), self.model.parameters_fixed(), autocast(self._device, self.dtype):
             out = self.model.generate(idx, wish.tokens, wish.temperature, wish.top_k, until=all_ended)
         texts = []
         for ids in out[:, start:].tolist():
@@ -268,13 +268,8 @@ class NanopeLM(TemplateLM):
         return texts
 
 
-def count_of(name: str, value: int | str) -> int | str:
-    """A number of at least 1, or "auto" (which the harness also knows as auto:N). ValueError for anything else."""
-    if str(value).partition(":")[0] == "auto":
-        return "auto"
-    try:
-        if (number := int(value)) >= 1:
-            return number
-    except ValueError:
-        pass
-    raise ValueError(f"{name} must be at least 1, or auto, not {value!r}")
+def count_of(name: str, value: int | str) -> int:
+    """A number of at least 1. ValueError for anything else."""
+    if not (str(value).isdecimal() and int(value) >= 1):
+        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+    return int(value)
