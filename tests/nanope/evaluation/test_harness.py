@@ -132,6 +132,14 @@ def test_greedy_texts_are_the_models_in_any_batch(byte_data, tmp_path, name):  #
             assert found == [text.split(stop)[0] if until else text for text in texts]
 
 
+def test_requests_of_other_options_are_apart(byte_data, tmp_path):  # noqa: F811
+    """Also where their prompts are of one length."""
+    lm, _ = writers(tmp_path, byte_data, "rope", batch_size=4)
+    asked = [("and the", {"max_gen_toks": n, "until": []}) for n in (2, 9, 5)]
+    texts = lm.generate_until(requests("generate_until", asked), disable_tqdm=True)
+    assert [len(text) for text in texts] == [2, 9, 5] and texts[1].startswith(texts[2])
+
+
 def test_generation_ends_when_every_text_of_a_batch_has_its_end(byte_data, tmp_path):  # noqa: F811
     """At a stop text of several tokens, or at an end of text; what stands in the prompt ends nothing."""
     lm, model = writers(tmp_path, byte_data, "rope", batch_size=2)
@@ -146,9 +154,10 @@ def test_generation_ends_when_every_text_of_a_batch_has_its_end(byte_data, tmp_p
         return lm.generate_until(requests("generate_until", [(p, asked) for p in prompts]), disable_tqdm=True)
 
     stops = [lm.tokenizer.decode(own[3:6]) for own in ids]
-    assert generate([*stops, "the"]) == [lm.tokenizer.decode(own).split(s)[0] for own, s in zip(ids, stops)]
+    texts = [lm.tokenizer.decode(own).split(stop)[0] for own, stop in zip(ids, stops)]
+    assert generate([*stops, "the", "never " * 4]) == texts
     assert passes == [7, 1, 1, 1, 1, 1]
-    assert generate([stops[0]])[0] == lm.tokenizer.decode(ids[0]).split(stops[0])[0] and len(passes) == 12
+    assert generate([stops[0]])[0] == texts[0] and len(passes) == 12
     lm.tokenizer = copy.copy(lm.tokenizer)
     lm.tokenizer.eot = ids[0][4]
     first = generate([stops[1]])[0]
