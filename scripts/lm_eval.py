@@ -65,7 +65,8 @@ def main() -> None:
 
         import nanope.evaluation.harness  # noqa: F401
     except ImportError as error:
-        sys.exit(f"error: this needs lm-evaluation-harness ({error}): pip install lm-eval")
+        what = "" if (error.name or "").startswith("lm_eval") else f" ({error})"
+        sys.exit(f"error: this needs lm-evaluation-harness{what}: pip install lm-eval")
     try:
         with tempfile.TemporaryDirectory() as folder:
             sys.argv = ["lm_eval", *(harness_arguments(given, theirs, folder) if given else theirs)]

@@ -175,6 +175,20 @@ def test_command_as_a_program(byte_data, tasks, tmp_path):  # noqa: F811
 
 
 @pytest.mark.slow
+def test_the_harness_own_program_finds_the_model(byte_data, tasks, tmp_path):  # noqa: F811
+    """By scripts/lm_eval.yaml among its tasks, from any folder."""
+    run, _ = save(tmp_path, byte_data, "rope")
+    line = [sys.executable, "-m", "lm_eval", "--model", "nanope", "--include_path", tasks]
+    line += ["--model_args", f"run={run},batch_size=2,device=cpu"]
+    line += ["--tasks", f"{REPO / 'scripts' / 'lm_eval.yaml'},own_last_word", "--output_path", tmp_path / "out.json"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*map(str, line)], capture_output=True, text=True, cwd=tmp_path, timeout=300, env=environment)
+    assert done.returncode == 0 and "|own_last_word|" in done.stdout, done.stderr
+    (report,) = tmp_path.glob("out*.json")
+    assert json.loads(report.read_text())["config"]["pos"] == "rope"
+
+
+@pytest.mark.slow
 def test_it_is_the_harness_own_command(byte_data, tasks, tmp_path, run_command, capsys):  # noqa: F811
     run, _ = save(tmp_path, byte_data, "rope")
     own = ["--model", "nanope", "--model_args", f"run={run},batch_size=2,device=cpu", "--tasks", "own_last_word"]
@@ -211,7 +225,7 @@ def test_arguments_that_do_not_go_together(run_command, monkeypatch, capsys):
             run_command(*arguments)
         assert message in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "nanope.evaluation.harness", None)  # as without the package
-    with pytest.raises(SystemExit, match="needs lm-evaluation-harness .*: pip install lm-eval"):
+    with pytest.raises(SystemExit, match="needs lm-evaluation-harness.*: pip install lm-eval"):
         run_command("--run", "x", "--tasks", "x")
 
 
