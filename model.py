@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -416,9 +417,11 @@ class GPT(nn.Module):
         temperature: float = 1.0,
         top_k: int | None = None,
         generator: torch.Generator | None = None,
+        until: Callable[[torch.Tensor], bool] | None = None,
     ) -> torch.Tensor:
         """Append n sampled tokens: idx (B, T) int64, T ≥ 1 → (B, T + n). Temperature 0 is greedy; top_k keeps the
-        k likeliest. Cached: each token is computed once. ValueError where the scheme cannot reach T + n - 1."""
+        k likeliest. Cached: each token is computed once. It ends sooner where `until`, called with all tokens after
+        each new one, says so. ValueError where the scheme cannot reach T + n - 1."""
         if idx.size(1) < 1 or n < 0 or not 0 <= temperature < math.inf or (top_k is not None and top_k < 1):
             raise ValueError(
                 "generate needs a prompt of ≥ 1 tokens, n ≥ 0, a finite temperature ≥ 0, top_k ≥ 1; "
@@ -439,6 +442,8 @@ class GPT(nn.Module):
                     logits = logits / min(max(temperature, 1e-30), 1e30)
                     new = torch.multinomial(torch.softmax(logits, 1), 1, generator=generator)
                 idx = torch.cat((idx, new), 1)
+                if until is not None and until(idx):
+                    break
         finally:
             self.train(training)
         return idx

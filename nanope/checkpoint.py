@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from data.shards import Data
+from data.tokenizer import Tokenizer, load_tokenizer
 from model import GPT, GPTConfig
 from nanope.config import RunConfig
 from nanope.distributed import Ranks
@@ -121,6 +122,15 @@ def build_model(state: dict, **changes) -> GPT:
     except RuntimeError as error:
         raise ValueError(f"the checkpoint is of another architecture: {error}") from error
     return model
+
+
+def run_tokenizer(state: dict) -> Tokenizer:
+    """The tokenizer that the run of a checkpoint was trained with. ValueError where the one of its name is another by
+    now, or is not at hand."""
+    tokenizer = load_tokenizer(state["tokenizer"]["name"])
+    if tokenizer.sha256 != state["tokenizer"]["sha256"]:
+        raise ValueError(f"the run's tokenizer {tokenizer.name} had another vocabulary than the one that is here")
+    return tokenizer
 
 
 # ---- files

@@ -20,7 +20,6 @@ import torch
 from safetensors import SafetensorError
 
 from data.shards import as_path, given_path, output
-from data.tokenizer import load_tokenizer
 from model import GPT
 from nanope import checkpoint
 from nanope.hf import as_transformers
@@ -51,9 +50,7 @@ def export(run: str, which: str, out: Path, tolerance: float = TOLERANCE) -> str
     partial = out / ".partial"  # of an export that was killed, if it is there
     if out.exists() and (not out.is_dir() or {*out.iterdir()} - {partial}):
         raise ValueError(f"{out} exists: choose another --out, or remove it")
-    model, tokenizer = checkpoint.build_model(state).eval(), load_tokenizer(state["tokenizer"]["name"])
-    if tokenizer.sha256 != state["tokenizer"]["sha256"]:
-        raise ValueError(f"the run's tokenizer {tokenizer.name} had another vocabulary than the one that is here")
+    model, tokenizer = checkpoint.build_model(state).eval(), checkpoint.run_tokenizer(state)
     theirs = as_transformers(model, tokenizer.eot)
     new = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:

@@ -3,9 +3,15 @@
 import json
 import os
 import signal
+import sys
 import threading
 
 import pytest
+
+from nanope import REPO
+
+# Tests import commands by their names. Behind installed packages: scripts/lm_eval.py runs one of its name
+sys.path.append(str(REPO / "scripts"))
 
 # The suite runs in two processes (pyproject.toml), and more threads than cores slow both down
 os.environ.setdefault("OMP_NUM_THREADS", "1")

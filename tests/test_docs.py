@@ -26,6 +26,9 @@ TEXTS = {str(path.relative_to(REPO)): path.read_text() for path in PAGES}
 README = TEXTS["README.md"]
 # Programs that are not ours, and flags of theirs that prose names
 THEIRS = {"--help", "--max-restarts"}
+# Options that scripts/lm_eval.py hands to the harness; tests/scripts/test_lm_eval.py asks it for them
+HARNESS = {"--tasks", "--model", "--model_args", "--metadata", "--include_path", "--output_path", "--batch_size"}
+HARNESS |= {"--gen_kwargs"}
 
 
 def blocks(language):
@@ -251,6 +254,8 @@ def sources(path):
 
 def knows(script, flag, kind=None):
     """Whether a script takes a flag, by its sources or as a field of a run. kind: of benchmark, one or any."""
+    if script == "scripts/lm_eval.py" and flag in HARNESS:
+        return True
     files = [REPO / script]
     if script == "scripts/bench.py":
         files += [REPO / "nanope" / "bench" / f"{kind}.py"] if kind else (REPO / "nanope" / "bench").glob("*.py")

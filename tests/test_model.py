@@ -148,6 +148,13 @@ def test_generate_computes_each_token_once_and_keeps_the_mode():
     assert model.training, "the mode is restored after an error too"
 
 
+def test_generate_ends_where_until_says_so():
+    gpt, idx, seen = build("rope"), tokens(5), []
+    whole = gpt.generate(idx, 6, 0)
+    until = lambda so_far: seen.append(so_far.size(1)) or so_far.size(1) == 8  # noqa: E731
+    assert torch.equal(gpt.generate(idx, 6, 0, until=until), whole[:, :8]) and seen == [6, 7, 8]
+
+
 def test_generate_with_dropout_is_the_model_without():
     model = build("rope", dropout=0.5).train()
     assert torch.equal(model.generate(tokens(4), 9, temperature=0), uncached(model.eval(), tokens(4), 9, temperature=0))
