@@ -7,6 +7,7 @@ import numpy as np
 
 from data.shards import Data
 from nanope.config import NEUTRAL, completed, config_of
+from nanope.evaluation.key_tokens import key_rows
 from nanope.evaluation.options import Options, lengths_in_tokens
 from nanope.evaluation.protocols import Targets, split_of
 from nanope.evaluation.same_text import same_text
@@ -64,10 +65,12 @@ def tokens_for_all(lengths: list[int | str], configs: list[dict]) -> tuple[list[
     return asked, {size for size in sizes if size < max(asked)} - {*asked}
 
 
-def choose_text(datas: list[Data], options: Options) -> tuple[list[Targets | None], str | None]:
+def choose_text(
+    datas: list[Data], options: Options, key_tokens: bool = False
+) -> tuple[list[Targets | None], str | None]:
     """What the runs with these data are to score, so that they compare: None, what each chooses by itself, where all
-    have one tokenizer; else the same text (same_text), and its hash. ValueError where there is nothing that compares.
-    """
+    have one tokenizer; else the same text (same_text), and its hash. `key_tokens`: they are asked for, which are of one
+    tokenizer. ValueError where there is nothing that compares."""
     if len({data.tokenizer_hash for data in datas}) == 1:
         shards = {tuple(r["sha256"] for r in records_of(data, options.split)): data for data in datas}
         # Folders may differ in how they cut the same tokens into shards
@@ -78,8 +81,8 @@ def choose_text(datas: list[Data], options: Options) -> tuple[list[Targets | Non
                 "all are to be evaluated on"
             )
         return [None] * len(datas), None
-    if options.stream or "per-position" in options.protocol:
-        what = "--stream" if options.stream else "--protocol per-position"
+    if options.stream or "per-position" in options.protocol or key_tokens:
+        what = "--stream" if options.stream else "--key_tokens" if key_tokens else "--protocol per-position"
         raise ValueError(f"{what} does not score the same text under two tokenizers: leave it out")
     return same_text(datas, options)
 
@@ -98,7 +101,7 @@ def compare(reports: list[dict]) -> list[dict]:
     rows = []
     for name in others:
         ours, theirs = ([arms[arm][seed] for seed in sorted(arms[arm])] for arm in (first, name))
-        for key in map(key_of, ours[0]["results"]):
+        for key in map(key_of, rows_of(ours[0])):
             row = dict(zip(("protocol", "length", "scaling"), key)) | {"first": first, "second": name, "unit": unit}
             a, b = ([row_of(report, key) for report in arm] for arm in (ours, theirs))
             if not all(r and r["nats_per_token"] is not None for r in a + b):
@@ -135,8 +138,13 @@ def key_of(row: dict) -> tuple:
     return row["protocol"], row["length"], row["scaling"]
 
 
+def rows_of(report: dict) -> list[dict]:
+    """All rows, those of key tokens as of a protocol of their own."""
+    return report["results"] + key_rows(report["results"])
+
+
 def row_of(report: dict, key: tuple) -> dict | None:
-    return next((row for row in report["results"] if key_of(row) == key), None)
+    return next((row for row in rows_of(report) if key_of(row) == key), None)
 
 
 def comparison_table(rows: list[dict], reports: list[dict] = ()) -> str:

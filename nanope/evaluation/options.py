@@ -27,6 +27,8 @@ class Options:
     scaling: list[str] = ("none",)
     factor: float | None = None
     probe: int = 0
+    epsilon: float = 0.01
+    attention: int = 0
     offsets: list[int] = (0, 256, 4096, 65536)
     windows: int = 8
     seed: int = 0
@@ -106,6 +108,12 @@ def make_parser(description: str = "") -> Parser:
     add("--scaling", nargs="+", choices=("none", *SCALINGS), default=["none"], help="of frequencies (default: none)")
     add("--factor", type=float, help="of --scaling: new context over training length, the same for every length")
     add("--probe", type=int, default=0, metavar="TRIALS", help="of retrieval; 200 is a good number (default: 0)")
+    text = "nats that count as none in the effective context of same-targets (default: 0.01)"
+    add("--epsilon", type=float, default=Options.epsilon, help=text)
+    text = "a fixed evaluator, a run or a transformers model, that chooses the key tokens of same-targets"
+    add("--key_tokens", type=given_path, metavar="EVALUATOR", help=text)
+    text = "windows whose attention is shown by distance, by layer and head; 8 is a good number (default: 0)"
+    add("--attention", type=int, default=0, metavar="WINDOWS", help=text)
     add("--offsets", type=int, nargs="+", default=[*Options.offsets], help="of shift (default: 0 256 4096 65536)")
     add("--windows", type=int, default=8, help="of shift, of the training length, spread over the split (default: 8)")
     add("--batch_tokens", type=int, help="input tokens a forward pass (default: 4,096 on a CPU, else 65,536)")
@@ -126,6 +134,7 @@ def parse(arguments: list[str] | None, description: str) -> argparse.Namespace:
     parser = make_parser(description)
     args = parser.parse_args(arguments)
     lowest = {"stride": 1, "max_targets": 0, "batch_tokens": 1, "resamples": 1000, "seed": 0, "probe": 0, "factor": 1}
+    lowest |= {"epsilon": 0, "attention": 0}
     for name, least in {**lowest, "windows": 1, "offsets": 0}.items():
         value = min(args.offsets) if name == "offsets" else getattr(args, name)
         if value is not None and not value >= least:
@@ -141,17 +150,18 @@ def parse(arguments: list[str] | None, description: str) -> argparse.Namespace:
         parser.error("--model needs --data, a folder prepared with the model's tokenizer")
     if args.compare and len(args.compare) < 2:
         parser.error("--compare needs two runs or more")
-    others = ("stream", "stride", "max_targets", *(() if args.probe else ("scaling",)))
+    others = ("stream", "stride", "max_targets", *(() if args.probe or args.attention else ("scaling",)))
     for names, used, what in (
         (("offsets", "windows"), "shift" in args.protocol, "for --protocol shift"),
         (others, not shift_alone, "not for --protocol shift"),
+        (("epsilon", "key_tokens"), "same-targets" in args.protocol, "for --protocol same-targets"),
     ):
         for name in names:
             if not used and getattr(args, name) != parser.get_default(name):
                 parser.error(f"--{name} is {what}")
     if args.compare and "shift" in args.protocol:
         parser.error("--compare takes every protocol but shift, whose rows are differences already")
-    for name in ("run", "model", "data", "json"):
+    for name in ("run", "model", "data", "json", "key_tokens"):
         if getattr(args, name) is not None and not getattr(args, name).strip():
             parser.error(f"--{name} needs a name, not an empty one")
     if args.json and args.json.endswith(os.sep):

@@ -49,10 +49,13 @@ def write_figures(study, folder: Path) -> list[Path]:
     return paths
 
 
-def draw_reports(reports: list[dict], out: Path, protocol: str = "same-targets") -> None:
-    """Draw one or several reports of eval.py in one image. ValueError where they have nothing to draw."""
+def draw_reports(
+    reports: list[dict], out: Path, protocol: str = "same-targets", panels: list[str] | None = None
+) -> None:
+    """Draw one or several reports of eval.py in one image. `panels`: length, position (both by default), attention,
+    needle. ValueError where they have nothing to draw."""
     with style():
-        save(compose([("", of_reports(reports, protocol))]), out)
+        save(compose([("", of_reports(reports, protocol, panels or ("length", "position")))]), out)
 
 
 @contextlib.contextmanager
@@ -79,7 +82,8 @@ def figure_of(study, panels: list[str] | None = None) -> Figure | None:
         if any(study.runs[setting, arm] for arm in study.grid.arms):
             make = lambda name, setting=setting: PANELS[name](study, setting, looks)  # noqa: E731
             found = [make(p) for p in panels] if panels else [make("length") or make("loss"), make("difference")]
-            if found := [panel for panel in found if panel]:
+            found = [panel for each in found for panel in (each if isinstance(each, list) else [each]) if panel]
+            if found:
                 rows.append((setting, found))
     return compose(rows) if rows else None
 

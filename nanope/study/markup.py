@@ -55,6 +55,10 @@ def latex(text: str) -> str:
     return escaped.replace("\0", r"\textbf{").replace("\1", "}")
 
 
+def titled(setting: str, title: str) -> str:
+    return f"{setting}: {title}" if setting else title
+
+
 # ---- cells
 
 

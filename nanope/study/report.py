@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from nanope.config import RunConfig
+from nanope.evaluation.key_tokens import key_rows
+from nanope.evaluation.probe_tables import keys_in_words
 from nanope.study.figures import write_figures
 from nanope.study.grid import Grid, as_list
 from nanope.study.markup import NOISE, WORSE
@@ -164,8 +166,10 @@ def seeds_note(n: int) -> str:
 def evaluation_notes(study: Study, name: str) -> list[str]:
     """What an evaluation scored, and why figures are missing."""
     reports = study.all_reports(name)
-    reasons = [row["reason"] for report in reports for row in report.get("results", ()) if row.get("reason")]
+    rows = [row for report in reports for kind in ("results", "probe", "attention") for row in report.get(kind, ())]
+    reasons = [row["reason"] for row in [*rows, *key_rows(rows)] if row.get("reason")]
     found = [f"n/a: {reason}." for reason in dict.fromkeys(reasons)]
+    found += dict.fromkeys(keys_in_words(report["key_tokens"]) for report in reports if "key_tokens" in report)
     scored = [row for report in reports for row in scored_rows(report) if row["tokens"]]
     if not scored:
         return found
