@@ -9,6 +9,7 @@ from data.shards import Data
 from nanope.config import NEUTRAL, completed, config_of
 from nanope.evaluation.key_tokens import key_rows
 from nanope.evaluation.options import Options, lengths_in_tokens
+from nanope.evaluation.probe_tables import key_notes
 from nanope.evaluation.protocols import Targets, split_of
 from nanope.evaluation.same_text import same_text
 from nanope.evaluation.statistics import FEW, few_documents, paired_difference
@@ -183,6 +184,7 @@ def comparison_table(rows: list[dict], reports: list[dict] = ()) -> str:
     if rows[0]["unit"] == "bits/byte":
         names = ", ".join(dict.fromkeys(report["tokenizer"]["name"] for report in reports))
         notes.append(f"Tokenizers {names}: all scored the same text. Lengths are in tokens of each.")
+    notes += key_notes(reports)
     for report in reports:
         if report.get("other_data"):
             notes.append(f"Other data than {report['run']} was trained on: {report['data_dir']}")

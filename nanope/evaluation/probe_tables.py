@@ -70,16 +70,33 @@ def attention_table(rows: list[dict], reasons: list[str]) -> str:
 def probe_notes(report: dict) -> list[str]:
     """Effective contexts, and how key tokens were chosen, a line each."""
     found = [in_words(each) for each in report.get("effective_context", ())]
-    return found + ([keys_in_words(report["key_tokens"])] if report.get("key_tokens") else [])
+    return found + key_notes([report])
+
+
+def key_notes(reports: list[dict]) -> list[str]:
+    """How the key tokens of reports were chosen, and where they say less than they seem to, a line each."""
+    found = {}
+    for report in reports:
+        if keys := report.get("key_tokens"):
+            found[keys_in_words(keys)] = None
+            if keys["weights_sha256"] in (report.get("checkpoint_sha256"), report.get("weights_sha256")):
+                found[
+                    f"{keys['evaluator']} is judged by itself: its own losses chose the tokens, which makes those at "
+                    f"{keys['lengths'][0]} too high and those at {keys['lengths'][1]} too low."
+                ] = None
+    return list(found)
 
 
 def keys_in_words(keys: dict) -> str:
-    """How key tokens were chosen, as a sentence."""
     short, long = keys["lengths"]
-    return (
+    text = (
         f"Key tokens: {keys['tokens']:,} of {keys['of']:,}, whose loss under {keys['evaluator']} falls by more than "
         f"{keys['falls_by']:g} nats from a context of {short} to {long} and ends below {keys['ends_below']:g}."
     )
+    before, after = keys["evaluator_nats"]
+    if after > before:
+        text += f" Its own mean loss rises from {before:.4f} to {after:.4f}: a poor judge of what a long context helps."
+    return text
 
 
 def in_words(e: dict) -> str:

@@ -20,9 +20,9 @@ def table(report: dict) -> str:
     tables = [score_table(scored, reasons)] if scored else []
     if report.get("probe"):
         tables.append(probe_table(report["probe"], reasons))
-    tables += tables_of(report, reasons)
     if shifts:
         tables.append(shift_table(shifts, reasons))
+    tables += tables_of(report, reasons)
     return "\n".join(["\n\n".join(tables), *reasons, *notes(report)])
 
 

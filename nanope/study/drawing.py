@@ -132,7 +132,7 @@ def plain_log_ticks(axis, low: float, high: float) -> None:
         axis.set_ticks([10.0**k for k in powers], [f"{10.0**k:g}" if powers[0] >= -4 else f"1e{k}" for k in powers])
         return
     steps = [
-        [m * 10**k for k in range(-2, 8) for m in ms]
+        [m * 10**k for k in range(-4, 8) for m in ms]
         for ms in ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 2, 3, 5, 7), (1, 2, 5), (1,))
     ]
     inside = [[t for t in ticks if low <= t <= high] for ticks in steps]
@@ -336,8 +336,8 @@ def draw_heat(axes, panel: Heat, title: str) -> Labels:
     values = np.array(panel.values, float)  # None becomes nan, which has no colour
     drawn = axes.pcolormesh(values, cmap="cividis", vmin=0, vmax=panel.top, edgecolors="white", linewidth=0.8)
     for (row, column), value in np.ndenumerate(values):
-        text = "–" if np.isnan(value) else f"{round(value, 2) + 0.0:.2f}"
-        colour = "black" if np.isnan(value) or drawn.norm(value) > 0.55 else "white"
+        text = "n/a" if np.isnan(value) else f"{round(value, 2) + 0.0:.2f}"
+        colour = GREY if np.isnan(value) else "black" if drawn.norm(value) > 0.55 else "white"
         axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=colour, fontsize=7.5)
     axes.set_xticks(np.arange(len(panel.columns)) + 0.5, panel.columns)
     axes.set_yticks(np.arange(len(panel.rows)) + 0.5, panel.rows)

@@ -344,6 +344,7 @@ def of_reports(
     made |= {"attention": attended, "needle": needle_of_reports(names, reports, unit)}
     found = [panel for name in panels for panel in made.get(name, ())]
     if not found:
-        what = {"length": f"figures by {protocol}", "position": "per-position curve"}
-        raise ValueError(f"the reports have no {', and no '.join(what.get(name, name) for name in panels)}")
+        if tuple(panels) == ("length", "position"):
+            raise ValueError(f"the reports have no figures by {protocol}, and no per-position curve")
+        raise ValueError(f"the reports have nothing to draw of {', '.join(panels)}")
     return found

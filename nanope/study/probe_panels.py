@@ -96,23 +96,26 @@ def needle_of_reports(names: list[str], reports: list[dict], unit: str) -> list[
 def heats(name: str, reports: list[dict], unit: str) -> list[Heat]:
     """A panel for each scaling: recall, mean over `reports` of several seeds. Recall, not the perplexity of the value:
     other depths and lengths have other trials or fillers, whose difficulty the control takes out."""
-    found = {}  # scaling → length → [by_depth of a seed]
-    for row in (row for report in reports for row in report.get("probe", ()) if row.get("by_depth")):
-        found.setdefault(row["scaling"], {}).setdefault(row["length"], []).append(row["by_depth"])
+    found = {}  # scaling → length → rows of seeds
+    for row in (row for report in reports for row in report.get("probe", ())):
+        found.setdefault(row["scaling"], {}).setdefault(row["length"], []).append(row)
     panels = []
     for scaling, by_length in found.items():
-        depths = [depth_of(b) for b in next(iter(by_length.values()))[0]]
-        values = [[mean_at(seeds, i) for seeds in by_length.values()] for i in range(len(depths))]
+        bins = next((row["by_depth"] for rows in by_length.values() for row in rows if row.get("by_depth")), [])
+        if not bins:
+            continue
+        values = [[mean_at(rows, i) for rows in by_length.values()] for i in range(len(bins))]
         title = f"Recall by depth, {name}" + (f", {scaling}" if scaling != "none" else "")
-        trials = sum(b["trials"] for b in next(iter(by_length.values()))[0])
-        note = f"nats per {unit} of the value; {trials} trials a length"
+        note = f"nats per {unit} of the value; {sum(b['trials'] for b in bins)} trials a length"
+        note += f", mean of {len(reports)} seeds" if len(reports) > 1 else ""
         xlabel, ylabel = f"context length ({unit}s)", "depth of the key (0: beginning)"
-        panels.append(Heat(title, note, xlabel, ylabel, [f"{n:,}" for n in by_length], depths, values))
+        panels.append(Heat(title, note, xlabel, ylabel, [f"{n:,}" for n in by_length], [*map(depth_of, bins)], values))
     return panels
 
 
-def mean_at(seeds: list[list[dict]], i: int) -> float | None:
-    values = [bins[i]["recall"] for bins in seeds if bins[i]["trials"]]
+def mean_at(rows: list[dict], i: int) -> float | None:
+    """Mean over seeds of a bin's recall; None where there is none."""
+    values = [row["by_depth"][i]["recall"] for row in rows if row.get("by_depth") and row["by_depth"][i]["trials"]]
     return float(np.mean(values)) if values else None
 
 

@@ -57,7 +57,8 @@ def cell(values: list[tuple], over_seeds: Callable) -> str:
     if not values:
         return "n/a"
     figures, (_, own, digits) = [value for value, *_ in values], values[0]
-    return mean_cell(figures, over_seeds(figures) if len(figures) > 1 else own, digits=digits)
+    interval = own if len(figures) == 1 else over_seeds(figures) if np.ptp(figures) else None
+    return mean_cell(figures, interval, lambda value: round(value, digits) + 0.0, digits)  # + 0.0: no -0.0000
 
 
 def range_of(values: list[float]) -> list[float]:
@@ -73,7 +74,7 @@ def effective(report: dict) -> Cells:
         label = "" if e["scaling"] == "none" else f"{e['scaling']} ×{e['factor']:g}"
         found[label, f"within {e['epsilon']:g} nats of the longest"] = (e["length"], e["interval"], 0)
         found[label, "longest"] = (e["longest"], None, 0)
-        found[label, "nats that it gains over the shortest"] = (e["gain"], e["gain_interval"], 4)
+        found[label, "its gain over the shortest, nats"] = (e["gain"], e["gain_interval"], 4)
     return found
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from nanope.config import RunConfig
 from nanope.evaluation.key_tokens import key_rows
-from nanope.evaluation.probe_tables import keys_in_words
+from nanope.evaluation.probe_tables import key_notes
 from nanope.study.figures import write_figures
 from nanope.study.grid import Grid, as_list
 from nanope.study.markup import NOISE, WORSE
@@ -169,7 +169,7 @@ def evaluation_notes(study: Study, name: str) -> list[str]:
     rows = [row for report in reports for kind in ("results", "probe", "attention") for row in report.get(kind, ())]
     reasons = [row["reason"] for row in [*rows, *key_rows(rows)] if row.get("reason")]
     found = [f"n/a: {reason}." for reason in dict.fromkeys(reasons)]
-    found += dict.fromkeys(keys_in_words(report["key_tokens"]) for report in reports if "key_tokens" in report)
+    found += key_notes(reports)
     scored = [row for report in reports for row in scored_rows(report) if row["tokens"]]
     if not scored:
         return found
