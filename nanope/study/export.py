@@ -15,18 +15,8 @@ FIGURES = (
     "nats_per_token", "perplexity", "bits_per_byte", "accuracy", "recall", "tokens", "documents", "trials", "low",
     "high", "targets_sha256", "reason",
 )  # fmt: skip
-SOMETIMES = (
-    "offset",
-    "largest_change",
-    "depth",
-    "epsilon",
-    "longest",
-    "gain",
-    "layer",
-    "head",
-    "entropy",
-    "mean_distance",
-)
+SOMETIMES = ("offset", "largest_change", "depth", "layer", "head", "entropy", "mean_distance")
+SOMETIMES += ("effective_context", "effective_low", "effective_high", "epsilon")
 
 
 def write_csv(paths: list[Path], file: TextIO) -> None:
@@ -58,7 +48,11 @@ def reports_of(path: Path) -> Iterator[tuple[str, dict]]:
 def lines_of(name: str, report: dict) -> list[dict]:
     """One flat mapping for each row of results, of the probe, and of what else was measured (more_rows)."""
     try:
-        rows = [*report["results"], *({"protocol": "probe", **p} for p in report.get("probe", ())), *more_rows(report)]
+        rows = [
+            *with_context(report),
+            *({"protocol": "probe", **p} for p in report.get("probe", ())),
+            *more_rows(report),
+        ]
         about = {"report": name, "run": report.get("run") or report.get("model"), "step": report.get("step")}
         about |= {"pos": label(report["pos"])} | {f"config.{k}": v for k, v in report.get("config", {}).items()}
         about |= {"data_hash": report["data_hash"], "dtype": report["dtype"]}
@@ -76,15 +70,24 @@ def lines_of(name: str, report: dict) -> list[dict]:
 
 
 def more_rows(report: dict) -> Iterator[dict]:
-    """Rows of key tokens, of the probe's depths, of effective contexts, and of attention, one a layer and head."""
+    """Rows of key tokens, of the probe's depths, and of attention, one a layer and head."""
     yield from key_rows(report["results"])
     for row in report.get("probe", ()):
         for b in row.get("by_depth") or ():
             about = {name: row[name] for name in ("length", "scaling", "factor")}
             yield {**about, **b, "protocol": "probe depth", "depth": depth_of(b)}
-    for e in report.get("effective_context", ()):
-        yield {"protocol": "effective context", **e}
     for row in report.get("attention", ()):
         for layer, heads in enumerate(row["layers"] or (), 1):
             for head, figures in enumerate(heads, 1):
                 yield {**row, **figures, "protocol": "attention", "layer": layer, "head": head}
+
+
+def with_context(report: dict) -> Iterator[dict]:
+    """The rows of results, those of same-targets with the effective context of their scaling."""
+    found = {e["scaling"]: e for e in report.get("effective_context", ())}
+    for row in report["results"]:
+        if row["protocol"] == "same-targets" and (e := found.get(row["scaling"])):
+            low, high = e["interval"] or (None, None)
+            row = {**row, "effective_context": e["length"], "effective_low": low, "effective_high": high}
+            row["epsilon"] = e["epsilon"]
+        yield row

@@ -152,11 +152,12 @@ def test_a_csv_has_a_line_for_each(study):
     write_csv([study.folder], text)
     lines = [*csv.DictReader(io.StringIO(text.getvalue()))]
     count = lambda protocol: sum(line["protocol"] == protocol for line in lines)  # noqa: E731
-    # 4 runs: 2 lengths, 2 of the probe, 5 depths, 1 context, 2 layers of 2 heads
+    # 4 runs: 2 lengths, 2 of the probe, 5 depths, 2 layers of 2 heads
     assert [count(p) for p in ("same-targets", "key tokens", "probe", "probe depth")] == [8, 8, 8, 20]
-    assert [count(p) for p in ("effective context", "attention")] == [4, 16]
-    (first, *_) = [line for line in lines if line["protocol"] == "effective context"]
-    assert (first["epsilon"], first["longest"], first["low"], first["high"]) == ("0.01", "64", "16", "32")
+    assert count("attention") == 16 and len(lines) == 60
+    (first, *_) = [line for line in lines if line["protocol"] == "same-targets"]
+    found = [first[k] for k in ("effective_context", "effective_low", "effective_high", "epsilon")]
+    assert found == ["16", "16", "32", "0.01"]
     (head, *_) = [line for line in lines if line["protocol"] == "attention" and line["head"] == "2"]
     assert head["layer"] == "1" and float(head["entropy"]) in (3.0, 4.0, 5.0)
     (depth, *_) = [line for line in lines if line["protocol"] == "probe depth"]
