@@ -79,7 +79,8 @@ def key_notes(reports: list[dict]) -> list[str]:
     for report in reports:
         if keys := report.get("key_tokens"):
             found[keys_in_words(keys)] = None
-            if keys["weights_sha256"] in (report.get("checkpoint_sha256"), report.get("weights_sha256")):
+            own = report.get("checkpoint_sha256") or report.get("weights_sha256")
+            if keys["tokens"] and keys["weights_sha256"] == own:
                 found[
                     f"{keys['evaluator']} is judged by itself: its own losses chose the tokens, which makes those at "
                     f"{keys['lengths'][0]} too high and those at {keys['lengths'][1]} too low."

@@ -116,7 +116,9 @@ def test_compare_has_differences_of_key_tokens_and_they_are_kept(runs, data, tmp
     assert made[-1]["difference"] == pytest.approx(means[1] - means[0])
 
 
-def test_a_model_that_is_its_own_evaluator_is_told(runs, data, capsys, tmp_path):  # noqa: F811
+def test_a_model_that_is_its_own_evaluator_is_told(runs, data, capsys, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(key_tokens, "FALL", 0.1)
+    monkeypatch.setattr(key_tokens, "BELOW", 6.0)
     run = str(runs / "rope1")
     command.main(
         [
