@@ -27,7 +27,11 @@ import torch
 from data.shards import Data, Split
 from data.tokenizer import Tokenizer
 from nanope.distributed import ranks_of
+from nanope.evaluation.attention_by_distance import evaluate_attention
 from nanope.evaluation.compare import CONDITIONS, arms_of, choose_text, compare, comparison_table, tokens_for_all
+from nanope.evaluation.effective import effective_contexts
+from nanope.evaluation.key_tokens import FIGURES as KEY_FIGURES
+from nanope.evaluation.key_tokens import Evaluator, KeyTokens, open_evaluator
 from nanope.evaluation.models import Model, Subject, open_pretrained, open_run, scaled_models
 from nanope.evaluation.options import Options, lengths_in_tokens, make_parser, parse
 from nanope.evaluation.outputs import check_outputs, report_name, show_and_write
@@ -67,7 +71,8 @@ def evaluate_one(args: argparse.Namespace, options: Options, compute: Compute) -
         subject = open_run(args.run, args.checkpoint, args.data)
     output = Path(args.json) if args.json else output_of(args.run, subject.about, subject.data, args, options)
     check_outputs([output], None, compute.ranks)
-    report = make_report(subject, args, options, compute, output)
+    evaluator = open_evaluator(args.key_tokens, subject.data, options.resolved(subject.model.config.block_size))
+    report = make_report(subject, args, options, compute, output, evaluator)
     show_and_write(table(report), [(output, report)], compute.ranks)
     if args.run and compute.ranks.main:
         log_to_wandb(report)
@@ -83,7 +88,8 @@ def compare_runs(args: argparse.Namespace, options: Options, compute: Compute) -
     trained = [training_length(data, config["block_size"], options.protocol) for data, config in zip(datas, configs)]
     asked, sizes = tokens_for_all(options.asked, trained)
     options = dataclasses.replace(options, lengths=[*asked, *sizes])
-    targets, text = choose_text(datas, options.resolved(max(asked)))
+    targets, text = choose_text(datas, options.resolved(max(asked)), bool(args.key_tokens))
+    evaluator = open_evaluator(args.key_tokens, datas[0], options.resolved(max(asked)))
     outputs = []
     for run, length, (about, data) in zip(args.compare, trained, opened):
         more = sorted(sizes - {length})  # lengths that --run would not add
@@ -94,7 +100,7 @@ def compare_runs(args: argparse.Namespace, options: Options, compute: Compute) -
     reports = []
     for run, output, own in zip(args.compare, outputs, targets):
         subject = open_run(run, args.checkpoint, args.data)
-        reports.append(make_report(subject, args, options, compute, output, own) | {"text_sha256": text})
+        reports.append(make_report(subject, args, options, compute, output, evaluator, own) | {"text_sha256": text})
     rows = compare(reports)
     runs = [{name: report[name] for name in CONDITIONS} for report in reports]
     found = {"comparison": rows, "runs": runs, "command": vars(args)}
@@ -119,13 +125,14 @@ def make_report(
     options: Options,
     compute: Compute,
     output: Path | None,
+    evaluator: Evaluator | None,
     targets: Targets | None = None,
 ) -> dict:
     """The report of a model, with rows reused that are kept beside `output` (None: nothing is kept)."""
     conditions = {"weights": subject.sha256, "data": subject.data.hash, "sources": source_hashes(subject.model)}
     conditions |= {"dtype": args.dtype, "device": compute.device.type, "torch": torch.__version__}
     parts = Parts(output.parent / FOLDER if output else None, conditions, compute.ranks)
-    report = evaluate(subject.model.to(compute.device), subject.data, options, compute, parts, targets)
+    report = evaluate(subject.model.to(compute.device), subject.data, options, compute, parts, targets, evaluator)
     return report | subject.about | {"command": vars(args)}
 
 
@@ -136,6 +143,7 @@ def evaluate(
     compute: Compute | None = None,
     parts: Parts | None = None,
     given: Targets | None = None,
+    evaluator: Evaluator | None = None,
 ) -> dict:
     """Figures of a model at each length by each protocol: {"results": rows, and the conditions they were taken under}.
 
@@ -143,8 +151,10 @@ def evaluate(
     the same tokens with no more context than in training, and never with scaled frequencies. A length that the scheme
     cannot reach, or a scaling that it does not have, has null figures and a reason. per-position has one row, at the
     longest length that the scheme can do. "probe" holds the recall of options.probe trials, "shift" the figures of the
-    protocol shift. `given` are targets in the place of those that a protocol chooses. ValueError for lengths below 1, a
-    stride beyond the shortest, or lengths beyond any document.
+    protocol shift, "effective_context" the lengths that are enough, and "attention" where the model looks in
+    options.attention windows. `given` are targets in the place of those that a protocol chooses. `evaluator` chooses
+    the key tokens of same-targets. ValueError for lengths below 1, a stride beyond the shortest, or lengths beyond any
+    document.
     """
     compute, parts, block_size = compute or Compute(), parts or Parts(), model.config.block_size
     options = options.resolved(training_length(data, block_size, options.protocol))
@@ -153,23 +163,27 @@ def evaluate(
     longest = options.lengths[-1] if by_windows else 0
     tokens, documents, spans = spans_of(data, options.split, options.stream, longest)
     variants = scaled_models(model, options.scaling, options.factor)
-    results, hashes = [], {}
+    results, hashes, chosen = [], {}, {}
     for protocol in by_windows:
         limits = longest, options.stride, options.max_targets
         intended = given or choose_targets(tokens, documents, spans, protocol, *limits)
         hashes[protocol] = intended.sha256
+        asked = evaluator and protocol == "same-targets"
+        keys = evaluator.choose(tokens, intended, options.lengths, options.stride, compute) if asked else None
+        chosen |= {"key_tokens": keys.about} if keys else {}
         for variant in variants:
             for length, reason in variant.lengths(protocol, options.lengths, block_size).items():
                 row = {"length": length, "protocol": protocol, **variant.label}
                 row["cropping_baseline"] = length == block_size and variant.scaling == "none"
                 if reason:
-                    results.append(row | dict.fromkeys(FIGURES) | {"reason": reason})
+                    results.append(row | dict.fromkeys(FIGURES + KEY_FIGURES * bool(keys)) | {"reason": reason})
                     continue
                 targets = intended.shortened(longest, length) if protocol == "per-position" else intended
-                key = row | {"targets": targets.sha256, "stride": options.stride}
+                key = row | {"targets": targets.sha256, "stride": options.stride, "keys": keys and keys.about["sha256"]}
                 found = parts.get(key)
                 if found is None:
-                    found = parts.keep(key, measure(variant.model, tokens, tokenizer, targets, row, options, compute))
+                    found = measure(variant.model, tokens, tokenizer, targets, row, options, compute, keys)
+                    parts.keep(key, found)
                 results.append(row | found)
     report = {"results": results, "targets_sha256": hashes, "split": options.split, "stream": options.stream}
     count = len({*given.document}) if given else len(documents if options.stream else spans)
@@ -177,24 +191,36 @@ def evaluate(
     report |= {"max_targets": options.max_targets, "seed": options.seed, "interval": METHOD}
     report |= {"block_size": block_size, "data_hash": data.hash, "tokenizer": data.manifest["tokenizer"]}
     report |= compute.conditions(model)
+    report |= {"effective_context": effective_contexts(results, options.epsilon)} | chosen
     if "task" in options.protocol:
-        asked = [variant for variant in variants if variant.asked]
-        results += [row for v in asked for row in evaluate_task(v, data, block_size, options, compute, parts)]
+        results += [
+            row for v in variants if v.asked for row in evaluate_task(v, data, block_size, options, compute, parts)
+        ]
         report |= {"task": data.manifest["task"], "interval": "95 % Wilson interval over examples"}
     if "shift" in options.protocol:
         shifts = evaluate_shift(model, data, tokenizer, options, compute)
         results += shifts
         report["shift"] = shift_figures(shifts)
+    if options.attention:
+        report["attention"] = [row for v in variants for row in evaluate_attention(v, data, options, compute, parts)]
     if options.probe:
-        asked = [variant for variant in variants if variant.asked]
-        report["probe"] = [row for v in asked for row in evaluate_probe(v, data, block_size, options, compute, parts)]
+        report["probe"] = [
+            row for v in variants for row in evaluate_probe(v, data, block_size, options, compute, parts)
+        ]
     return report
 
 
 def measure(
-    model: Model, tokens: Split, tokenizer: Tokenizer, targets: Targets, row: dict, options: Options, compute: Compute
+    model: Model,
+    tokens: Split,
+    tokenizer: Tokenizer,
+    targets: Targets,
+    row: dict,
+    options: Options,
+    compute: Compute,
+    keys: KeyTokens | None = None,
 ) -> dict:
-    """The figures of one row: a model, a protocol and a length."""
+    """The figures of one row: a model, a protocol and a length; with those of key tokens where they are given."""
     protocol, length, scaling = row["protocol"], row["length"], row["scaling"]
     windows = windows_of(targets, protocol, length, options.stride)
     assert np.array_equal(windows.targets(), targets.positions), "every length scores the same tokens"
@@ -202,6 +228,8 @@ def measure(
     nll, hits = score(model, tokens, windows, compute, label)
     found = row_figures(nll, hits, tokenizer.token_bytes[targets.ids], targets.document)
     found["targets_sha256"] = targets.sha256
+    if keys:
+        found |= keys.figures(nll, targets)
     if protocol == "per-position":
         found["curve"] = position_curve(nll, targets.document, length)
     return found

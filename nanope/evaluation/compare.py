@@ -7,7 +7,9 @@ import numpy as np
 
 from data.shards import Data
 from nanope.config import NEUTRAL, completed, config_of
+from nanope.evaluation.key_tokens import key_rows
 from nanope.evaluation.options import Options, lengths_in_tokens
+from nanope.evaluation.probe_tables import key_notes
 from nanope.evaluation.protocols import Targets, split_of
 from nanope.evaluation.same_text import same_text
 from nanope.evaluation.statistics import FEW, exact_matches, few_documents, paired_difference
@@ -64,10 +66,12 @@ def tokens_for_all(lengths: list[int | str], trained: list[int]) -> tuple[list[i
     return asked, {size for size in sizes if size < max(asked)} - {*asked}
 
 
-def choose_text(datas: list[Data], options: Options) -> tuple[list[Targets | None], str | None]:
+def choose_text(
+    datas: list[Data], options: Options, key_tokens: bool = False
+) -> tuple[list[Targets | None], str | None]:
     """What the runs with these data are to score, so that they compare: None, what each chooses by itself, where all
-    have one tokenizer; else the same text (same_text), and its hash. ValueError where there is nothing that compares.
-    """
+    have one tokenizer; else the same text (same_text), and its hash. `key_tokens`: they are asked for, which are of one
+    tokenizer. ValueError where there is nothing that compares."""
     if "task" in options.protocol:
         names = dict.fromkeys(data.manifest["task"]["name"] for data in datas)
         if len(names) > 1:
@@ -83,8 +87,8 @@ def choose_text(datas: list[Data], options: Options) -> tuple[list[Targets | Non
                 "all are to be evaluated on"
             )
         return [None] * len(datas), None
-    if options.stream or "per-position" in options.protocol:
-        what = "--stream" if options.stream else "--protocol per-position"
+    if options.stream or "per-position" in options.protocol or key_tokens:
+        what = "--stream" if options.stream else "--key_tokens" if key_tokens else "--protocol per-position"
         raise ValueError(f"{what} does not score the same text under two tokenizers: leave it out")
     return same_text(datas, options)
 
@@ -106,10 +110,11 @@ def compare(reports: list[dict]) -> list[dict]:
     rows = []
     for name in others:
         ours, theirs = ([arms[arm][seed] for seed in sorted(arms[arm])] for arm in (first, name))
-        for key in map(key_of, ours[0]["results"]):
+        for key in map(key_of, rows_of(ours[0])):
             row = dict(zip(("protocol", "length", "scaling"), key)) | {"first": first, "second": name, "unit": unit}
             a, b = ([row_of(report, key) for report in arm] for arm in (ours, theirs))
-            if not all(r and r["accuracy"] is not None for r in a + b):
+            figure = "accuracy" if unit == "exact match" else "nats_per_token"
+            if not all(r and r[figure] is not None for r in a + b):
                 reasons = [r["reason"] for r in a + b if r and r.get("reason")]
                 rows.append(row | {"difference": None, "reason": (reasons or ["not there for every run"])[0]})
                 continue
@@ -147,8 +152,13 @@ def key_of(row: dict) -> tuple:
     return row["protocol"], row["length"], row["scaling"]
 
 
+def rows_of(report: dict) -> list[dict]:
+    """All rows, those of key tokens as of a protocol of their own."""
+    return report["results"] + key_rows(report["results"])
+
+
 def row_of(report: dict, key: tuple) -> dict | None:
-    return next((row for row in report["results"] if key_of(row) == key), None)
+    return next((row for row in rows_of(report) if key_of(row) == key), None)
 
 
 def comparison_table(rows: list[dict], reports: list[dict] = ()) -> str:
@@ -187,6 +197,7 @@ def comparison_table(rows: list[dict], reports: list[dict] = ()) -> str:
     if rows[0]["unit"] == "bits/byte":
         names = ", ".join(dict.fromkeys(report["tokenizer"]["name"] for report in reports))
         notes.append(f"Tokenizers {names}: all scored the same text. Lengths are in tokens of each.")
+    notes += key_notes(reports)
     for report in reports:
         if report.get("other_data"):
             notes.append(f"Other data than {report['run']} was trained on: {report['data_dir']}")

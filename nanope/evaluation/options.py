@@ -28,6 +28,8 @@ class Options:
     factor: float | None = None
     probe: int = 0
     examples: int = 500
+    epsilon: float = 0.01
+    attention: int = 0
     offsets: list[int] = (0, 256, 4096, 65536)
     windows: int = 8
     seed: int = 0
@@ -116,6 +118,12 @@ def make_parser(description: str = "") -> Parser:
     add("--factor", type=float, help="of --scaling: new context over training length, the same for every length")
     add("--probe", type=int, default=0, metavar="TRIALS", help="of retrieval; 200 is a good number (default: 0)")
     add("--examples", type=int, default=500, help="of task, at each length (default: 500)")
+    text = "nats that count as none in the effective context of same-targets (default: 0.01)"
+    add("--epsilon", type=float, default=Options.epsilon, help=text)
+    text = "a fixed evaluator, a run or a transformers model, that chooses the key tokens of same-targets"
+    add("--key_tokens", type=given_path, metavar="EVALUATOR", help=text)
+    text = "windows whose attention is shown by distance, by layer and head; 8 is a good number (default: 0)"
+    add("--attention", type=int, default=0, metavar="WINDOWS", help=text)
     add("--offsets", type=int, nargs="+", default=[*Options.offsets], help="of shift (default: 0 256 4096 65536)")
     add("--windows", type=int, default=8, help="of shift, of the training length, spread over the split (default: 8)")
     add("--batch_tokens", type=int, help="input tokens a forward pass (default: 4,096 on a CPU, else 65,536)")
@@ -135,16 +143,8 @@ def parse(arguments: list[str] | None, description: str) -> argparse.Namespace:
     """The arguments of eval.py, checked as far as can be without a run. Ends the process for those that are wrong."""
     parser = make_parser(description)
     args = parser.parse_args(arguments)
-    lowest = {
-        "examples": 1,
-        "stride": 1,
-        "max_targets": 0,
-        "batch_tokens": 1,
-        "resamples": 1000,
-        "seed": 0,
-        "probe": 0,
-        "factor": 1,
-    }
+    lowest = {"stride": 1, "max_targets": 0, "batch_tokens": 1, "resamples": 1000, "seed": 0, "probe": 0, "factor": 1}
+    lowest |= {"epsilon": 0, "attention": 0, "examples": 1}
     for name, least in {**lowest, "windows": 1, "offsets": 0}.items():
         value = min(args.offsets) if name == "offsets" else getattr(args, name)
         if value is not None and not value >= least:
@@ -162,19 +162,20 @@ def parse(arguments: list[str] | None, description: str) -> argparse.Namespace:
         parser.error("--model needs --data, a folder prepared with the model's tokenizer")
     if args.compare and len(args.compare) < 2:
         parser.error("--compare needs two runs or more")
-    others = ("stream", "stride", "max_targets", *(() if args.probe else ("scaling",)))
+    others = ("stream", "stride", "max_targets", *(() if args.probe or args.attention else ("scaling",)))
     for names, used, what in (
         (("offsets", "windows"), "shift" in args.protocol, "for --protocol shift"),
         (others, not shift_alone, "not for --protocol shift"),
         (("examples",), task, "for --protocol task"),
-        (("stream", "stride", "max_targets", "split", "probe"), not task, "not for --protocol task"),
+        (("stream", "stride", "max_targets", "split", "probe", "attention"), not task, "not for --protocol task"),
+        (("epsilon", "key_tokens"), "same-targets" in args.protocol, "for --protocol same-targets"),
     ):
         for name in names:
             if not used and getattr(args, name) != parser.get_default(name):
                 parser.error(f"--{name} is {what}")
     if args.compare and "shift" in args.protocol:
         parser.error("--compare takes every protocol but shift, whose rows are differences already")
-    for name in ("run", "model", "data", "json"):
+    for name in ("run", "model", "data", "json", "key_tokens"):
         if getattr(args, name) is not None and not getattr(args, name).strip():
             parser.error(f"--{name} needs a name, not an empty one")
     if args.json and args.json.endswith(os.sep):

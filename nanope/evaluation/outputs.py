@@ -14,7 +14,8 @@ from nanope.evaluation.report import table
 from nanope.files import check_writable, write_atomically
 
 # What a report's name tells where it is not the default
-NAMED = ("stride", "data", "split", "stream", "max_targets", "probe", "examples", "offsets", "windows", "seed", "dtype")
+NAMED = ("stride", "data", "split", "stream", "max_targets", "probe", "epsilon", "key_tokens", "attention")
+NAMED += ("examples", "offsets", "windows", "seed", "dtype")
 # Keys of an earlier report, and of a comparison: other programs have "results" too
 REPORT, COMPARISON = {"results", "targets_sha256"}, {"comparison", "runs"}
 TABLES = (
@@ -45,14 +46,22 @@ def report_name(
     for name in NAMED:
         value = getattr(args, name)
         if value != default(name):
-            shown = folder_name(data) if name == "data" else joined(value) if name == "offsets" else value
-            parts.append(name if value is True else f"{name}-{shown}")
+            parts.append(name if value is True else f"{name}-{shown(name, value, data)}")
     if text:
         parts.append(f"text-{text[:8]}")
     name = "_".join(parts)
     if len(os.fsencode(name)) + len(".json") > LONGEST:
         name = f"{os.fsencode(name)[:160].decode(errors='ignore')}_{short_hash(name)}"
     return f"{name}.json"
+
+
+def shown(name: str, value, data: Data) -> str:
+    """The value of an option, as it stands in a name."""
+    if name == "data":
+        return folder_name(data)
+    if name == "key_tokens":
+        return f"{Path(value).name}-{short_hash(value)}"
+    return joined(value) if name == "offsets" else exactly(value) if name == "epsilon" else str(value)
 
 
 def joined(numbers: list[int]) -> str:

@@ -24,6 +24,7 @@ from nanope.evaluation.statistics import document_interval
 KEY, VALUE = 16, 16  # tokens of a key and of a value
 MULTIPLES = (1, 2, 4, 8)  # of the training length, at which it is asked
 FIGURES = ("recall", "interval", "with_key", "without_key", "accuracy", "trials")
+DEPTHS = 5  # bins of depth, of equal width
 
 
 @dataclass
@@ -106,7 +107,7 @@ def evaluate_probe(
 def measure_recall(model: Model, trials: list[Trial], length: int, options: Options, compute: Compute) -> dict:
     """The figures of one length: recall in nats per token with its 95 % t interval over trials, the value's
     NLL with and without its key in context, the share of its tokens that were the likeliest, and the number of
-    trials."""
+    trials. `by_depth`: the same of the trials of each fifth of the depths, see figures_by_depth."""
     size, ranks = max(1, compute.batch_tokens // length), compute.ranks
     nll, hits = np.zeros((2, len(trials))), np.zeros((2, len(trials)))  # of trials, of controls: means over the value
     jobs = [(control, i) for control in (0, 1) for i in range(0, len(trials), size)]
@@ -126,4 +127,22 @@ def measure_recall(model: Model, trials: list[Trial], length: int, options: Opti
         "trials": len(trials),
         "key_tokens": KEY,
         "value_tokens": VALUE,
+        "by_depth": figures_by_depth(nll, np.array([trial.depth for trial in trials])),
     }
+
+
+def figures_by_depth(nll: np.ndarray, depth: np.ndarray) -> list[dict]:
+    """Of DEPTHS bins of depth, from `low` to `high`: recall with its interval over the bin's trials, NLL with and
+    without the key, and the number of trials; null figures where it is 0. nll (2, n): of trials and of controls, depth
+    (n,) in [0, 1)."""
+    found = []
+    for i in range(DEPTHS):
+        row = {"low": i / DEPTHS, "high": (i + 1) / DEPTHS}
+        with_key, without = nll[:, np.floor(depth * DEPTHS) == i]
+        row |= {"recall": None, "interval": None, "with_key": None, "without_key": None, "trials": len(with_key)}
+        if len(with_key):
+            row |= {"recall": float((without - with_key).mean()), "with_key": float(with_key.mean())}
+            row |= {"interval": document_interval(without - with_key, np.ones(len(with_key)))}
+            row["without_key"] = float(without.mean())
+        found.append(row)
+    return found

@@ -6,6 +6,7 @@ from pathlib import Path
 from data.tasks import TASKS
 from nanope.config import config_of
 from nanope.errors import first_line
+from nanope.evaluation.probe_tables import label_of, probe_figures, probe_notes, tables_of
 from nanope.evaluation.statistics import FEW, few_documents
 from nanope.log import start_wandb
 
@@ -24,12 +25,13 @@ def table(report: dict) -> str:
         tables.append(task_table(answered, report["task"], reasons))
     if shifts:
         tables.append(shift_table(shifts, reasons))
+    tables += tables_of(report, reasons)
     return "\n".join(["\n\n".join(tables), *reasons, *notes(report)])
 
 
 def notes(report: dict) -> list[str]:
     """What a reader of the figures must know, a sentence or two each."""
-    found = []
+    found = probe_notes(report)
     counts = [row["documents"] for row in report["results"] if row.get("documents")]
     if counts and 1 < min(counts) < FEW:
         found.append(few_documents(min(counts)))
@@ -44,10 +46,10 @@ def score_table(rows: list[dict], reasons: list[str]) -> str:
         "|---|--:|--:|:-:|--:|--:|--:|--:|",
     ]
     for r in rows:
-        head = f"| {r['protocol']} | {length_of(r)}{' (cropping baseline)' if r['cropping_baseline'] else ''} |"
+        head = f"| {r['protocol']} | {label_of(r)}{' (cropping baseline)' if r['cropping_baseline'] else ''} |"
         if r["nats_per_token"] is None:
             lines.append(f"{head} n/a | | | | | |")
-            reasons.append(f"n/a at {length_of(r)}: {r['reason']}")
+            reasons.append(f"n/a at {label_of(r)}: {r['reason']}")
         else:
             lines.append(
                 f"{head} {r['nats_per_token']:.4f} | {interval_of(r, 'one document')} | {r['perplexity']:.3f} "
@@ -63,11 +65,11 @@ def probe_table(rows: list[dict], reasons: list[str]) -> str:
     ]
     for r in rows:
         if r["recall"] is None:
-            lines.append(f"| {length_of(r)} | n/a | | | | |")
-            reasons.append(f"probe n/a at {length_of(r)}: {r['reason']}")
+            lines.append(f"| {label_of(r)} | n/a | | | | |")
+            reasons.append(f"probe n/a at {label_of(r)}: {r['reason']}")
         else:
             lines.append(
-                f"| {length_of(r)} | {r['recall']:.4f} | {interval_of(r, 'one trial')} | {r['with_key']:.4f} "
+                f"| {label_of(r)} | {r['recall']:.4f} | {interval_of(r, 'one trial')} | {r['with_key']:.4f} "
                 f"| {r['without_key']:.4f} | {r['accuracy']:.1%} |"
             )
     return "\n".join(lines)
@@ -83,7 +85,7 @@ def task_table(rows: list[dict], task: dict, reasons: list[str]) -> str:
     for r in rows:
         cells = ["n/a", "", ""]
         if r["accuracy"] is None:
-            reasons.append(f"n/a at {length_of(r)}: {r['reason']}")
+            reasons.append(f"n/a at {label_of(r)}: {r['reason']}")
         else:
             cells = [
                 f"{r['accuracy']:.1%}",
@@ -93,7 +95,7 @@ def task_table(rows: list[dict], task: dict, reasons: list[str]) -> str:
         cells += [f"{r['chance']:.1%}", f"{r['token_chance']:.1%}"]
         cropped = r["cropped"]
         cells += [f"{cropped['accuracy']:.1%}", f"{cropped['token_accuracy']:.1%}"] if cropped else ["", ""]
-        lines.append(f"| {length_of(r)} | {' | '.join(cells)} | {r['examples']:,} |")
+        lines.append(f"| {label_of(r)} | {' | '.join(cells)} | {r['examples']:,} |")
     return "\n".join(lines)
 
 
@@ -110,10 +112,6 @@ def shift_table(rows: list[dict], reasons: list[str]) -> str:
             lines.append(f"{head} {r['nats_per_token']:.6f} | {r['largest_change']:.1e} | {r['tokens']:,} |")
     reasons += dict.fromkeys(f"shift n/a: {r['reason']}" for r in rows if "reason" in r)
     return "\n".join(lines)
-
-
-def length_of(row: dict) -> str:
-    return f"{row['length']}" + (f" {row['scaling']} ×{row['factor']:g}" if row["scaling"] != "none" else "")
 
 
 def interval_of(row: dict, alone: str) -> str:
@@ -139,7 +137,7 @@ def flat_figures(report: dict) -> dict[str, float]:
         name = f"eval/{r['protocol']}/{r['length']}" + (f"/{r['scaling']}" if r["scaling"] != "none" else "")
         name += f"/{r['offset']}" if "offset" in r else ""
         found |= {f"{name}/{f}": r[f] for f in figures if r.get(f) is not None}
-    return found
+    return found | probe_figures(report)
 
 
 def log_to_wandb(report: dict) -> None:

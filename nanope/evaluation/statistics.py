@@ -81,6 +81,15 @@ def exact_matches(row: dict) -> np.ndarray:
     return (np.array(each["right"]) == np.array(each["answers"])).astype(float)
 
 
+def growing_edges(longest: int) -> np.ndarray:
+    """Where bins of 1 … longest begin whose width grows, BINS_PER_DOUBLING a doubling, and longest + 1: int64."""
+    edges = np.unique(np.round(2 ** np.arange(0, math.log2(longest + 1), 1 / BINS_PER_DOUBLING)).astype(int))
+    edges = np.append(edges[edges <= longest], longest + 1)
+    if len(edges) > 2 and (edges[-1] - edges[-2]) < (edges[-2] - edges[-3]) / 2:  # a last bin too thin to be read
+        edges = np.delete(edges, -2)
+    return edges
+
+
 def position_curve(nll: np.ndarray, document: np.ndarray, length: int) -> dict:
     """NLL by position, in bins whose width grows with the position: nll (windows·length,) in nats, document the same
     shape.
@@ -88,10 +97,7 @@ def position_curve(nll: np.ndarray, document: np.ndarray, length: int) -> dict:
     Lists, one entry a bin: first and last, the tokens of context that its targets have (1 … length); nats, the mean
     over tokens; low and high, its 95 % interval over documents (null for a single one); tokens.
     """
-    edges = np.unique(np.round(2 ** np.arange(0, math.log2(length + 1), 1 / BINS_PER_DOUBLING)).astype(int))
-    edges = np.append(edges[edges <= length], length + 1)
-    if len(edges) > 2 and (edges[-1] - edges[-2]) < (edges[-2] - edges[-3]) / 2:  # a last bin too thin to be read
-        edges = np.delete(edges, -2)
+    edges = growing_edges(length)
     nll, document = nll.reshape(-1, length), document.reshape(-1, length)[:, 0]
     curve = {"first": edges[:-1].tolist(), "last": (edges[1:] - 1).tolist()}
     curve |= {"nats": [], "low": [], "high": [], "tokens": []}

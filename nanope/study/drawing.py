@@ -1,10 +1,11 @@
-"""How a panel is drawn: Lines, Forest and Points say what is in it, and `draw_panel` puts it into axes.
+"""How a panel is drawn: Lines, Forest, Points and Heat say what is in it, and `draw_panel` puts it into axes.
 
 Curves are named at their ends. An arm far from all others does not set an axis: what is outside stands at the edge,
 with an arrow and its value.
 """
 
 import itertools
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -78,6 +79,20 @@ class Points:
     points: list[tuple] = field(default_factory=list)
 
 
+@dataclass
+class Heat:
+    """A value, or None, for each row and column, as the colour of a cell with its number in it."""
+
+    title: str
+    note: str
+    xlabel: str
+    ylabel: str
+    columns: list[str]
+    rows: list[str]
+    values: list[list[float | None]]
+    top: float = 1.0  # the value of the last colour; the first is that of 0 and below
+
+
 # ---- axes
 
 
@@ -108,16 +123,22 @@ def padded(low: float, high: float, below: float = 0.05, above: float = 0.05) ->
 
 
 def plain_log_ticks(axis, low: float, high: float) -> None:
-    """Ticks of a logarithmic axis as plain numbers, at most eight of them."""
+    """Ticks of a logarithmic axis as plain numbers, at most eight of them; as powers of ten where they go far below
+    0.01."""
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
+    if low < 1e-3:
+        powers = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
+        powers = powers[:: -(-len(powers) // 8)]
+        axis.set_ticks([10.0**k for k in powers], [f"{10.0**k:g}" if powers[0] >= -4 else f"1e{k}" for k in powers])
+        return
     steps = [
-        [m * 10**k for k in range(-2, 8) for m in ms]
+        [m * 10**k for k in range(-4, 8) for m in ms]
         for ms in ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 2, 3, 5, 7), (1, 2, 5), (1,))
     ]
     inside = [[t for t in ticks if low <= t <= high] for ticks in steps]
     axis.set_ticks(next((ticks for ticks in inside if len(ticks) <= 8), inside[-1]))
     axis.set_major_formatter(ScalarFormatter())
-    axis.set_minor_formatter(NullFormatter())
-    axis.set_minor_locator(NullLocator())
 
 
 def thinned(ticks: dict[float, str]) -> dict[float, str]:
@@ -312,9 +333,27 @@ def draw_points(axes, panel: Points, title: str) -> Labels:
     return labels
 
 
-DRAW = {Lines: draw_lines, Forest: draw_forest, Points: draw_points}
+def draw_heat(axes, panel: Heat, title: str) -> Labels:
+    values = np.array(panel.values, float)  # None becomes nan, which has no colour
+    drawn = axes.pcolormesh(values, cmap="cividis", vmin=0, vmax=panel.top, edgecolors="white", linewidth=0.8)
+    for (row, column), value in np.ndenumerate(values):
+        text = "n/a" if np.isnan(value) else f"{round(value, 2) + 0.0:.2f}"
+        colour = GREY if np.isnan(value) else "black" if drawn.norm(value) > 0.55 else "white"
+        axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=colour, fontsize=7.5)
+    axes.set_xticks(np.arange(len(panel.columns)) + 0.5, panel.columns)
+    axes.set_yticks(np.arange(len(panel.rows)) + 0.5, panel.rows)
+    axes.invert_yaxis()
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
+    heading(axes, title, panel.note)
+    return Labels(axes)
 
 
-def draw_panel(axes, panel: Lines | Forest | Points, title: str) -> Labels:
+DRAW = {Lines: draw_lines, Forest: draw_forest, Points: draw_points, Heat: draw_heat}
+
+
+def draw_panel(axes, panel: Lines | Forest | Points | Heat, title: str) -> Labels:
     """Returns the labels, which are to be placed once the layout is known."""
     return DRAW[type(panel)](axes, panel, title)

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from nanope.evaluation.key_tokens import key_rows
+from nanope.evaluation.probe_tables import depth_of
 from nanope.study.files import open_runs
 from schemes import label
 
@@ -13,6 +15,8 @@ FIGURES = (
     "nats_per_token", "perplexity", "bits_per_byte", "accuracy", "token_accuracy", "chance", "recall", "tokens",
     "documents", "trials", "examples", "low", "high", "targets_sha256", "reason",
 )  # fmt: skip
+SOMETIMES = ("offset", "largest_change", "depth", "layer", "head", "entropy", "mean_distance")
+SOMETIMES += ("effective_context", "effective_low", "effective_high", "epsilon")
 
 
 def write_csv(paths: list[Path], file: TextIO) -> None:
@@ -42,9 +46,13 @@ def reports_of(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def lines_of(name: str, report: dict) -> list[dict]:
-    """One flat mapping for each row of results, and of the probe."""
+    """One flat mapping for each row of results, of the probe, and of what else was measured (more_rows)."""
     try:
-        rows = [*report["results"], *({"protocol": "probe", **p} for p in report.get("probe", ()))]
+        rows = [
+            *with_context(report),
+            *({"protocol": "probe", **p} for p in report.get("probe", ())),
+            *more_rows(report),
+        ]
         about = {"report": name, "run": report.get("run") or report.get("model"), "step": report.get("step")}
         about |= {"pos": label(report["pos"])} | {f"config.{k}": v for k, v in report.get("config", {}).items()}
         about |= {"data_hash": report["data_hash"], "dtype": report["dtype"]}
@@ -53,9 +61,33 @@ def lines_of(name: str, report: dict) -> list[dict]:
             | {k: row.get(k) for k in ("protocol", "length", "scaling", "factor")}
             | {"stride": report["stride"], "stream": report["stream"]}
             | {k: row.get(k) for k in FIGURES}
-            | {k: row[k] for k in ("offset", "largest_change") if k in row}
+            | {k: row[k] for k in SOMETIMES if k in row}
             | dict(zip(("low", "high"), row.get("interval") or (None, None)))
             for row in rows
         ]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{name} is no report of eval.py: {type(error).__name__} {error}") from error
+
+
+def more_rows(report: dict) -> Iterator[dict]:
+    """Rows of key tokens, of the probe's depths, and of attention, one a layer and head."""
+    yield from key_rows(report["results"])
+    for row in report.get("probe", ()):
+        for b in row.get("by_depth") or ():
+            about = {name: row[name] for name in ("length", "scaling", "factor")}
+            yield {**about, **b, "protocol": "probe depth", "depth": depth_of(b)}
+    for row in report.get("attention", ()):
+        for layer, heads in enumerate(row["layers"] or (), 1):
+            for head, figures in enumerate(heads, 1):
+                yield {**row, **figures, "protocol": "attention", "layer": layer, "head": head}
+
+
+def with_context(report: dict) -> Iterator[dict]:
+    """The rows of results, those of same-targets with the effective context of their scaling."""
+    found = {e["scaling"]: e for e in report.get("effective_context", ())}
+    for row in report["results"]:
+        if row["protocol"] == "same-targets" and (e := found.get(row["scaling"])):
+            low, high = e["interval"] or (None, None)
+            row = {**row, "effective_context": e["length"], "effective_low": low, "effective_high": high}
+            row["epsilon"] = e["epsilon"]
+        yield row

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from nanope.study.drawing import Forest, Lines, draw_panel
 from nanope.study.labels import wrapped
-from nanope.study.panels import PANELS, looks_of, of_reports
+from nanope.study.panels import OF_REPORTS, PANELS, looks_of, of_reports
 from schemes import label
 
 WIDTH, COLUMN, HEIGHT = 6.75, 3.35, 2.75  # inches: a page, a column, a row of panels
@@ -49,10 +49,13 @@ def write_figures(study, folder: Path) -> list[Path]:
     return paths
 
 
-def draw_reports(reports: list[dict], out: Path, protocol: str = "same-targets") -> None:
-    """Draw one or several reports of eval.py in one image. ValueError where they have nothing to draw."""
+def draw_reports(
+    reports: list[dict], out: Path, protocol: str = "same-targets", panels: list[str] | None = None
+) -> None:
+    """Draw one or several reports of eval.py in one image. `panels`: length, position, accuracy (by default),
+    attention, needle. ValueError where they have nothing to draw."""
     with style():
-        save(compose([("", of_reports(reports, protocol))]), out)
+        save(compose([("", of_reports(reports, protocol, panels or OF_REPORTS))]), out)
 
 
 @contextlib.contextmanager
@@ -83,7 +86,8 @@ def figure_of(study, panels: list[str] | None = None) -> Figure | None:
         if any(study.runs[setting, arm] for arm in study.grid.arms):
             make = lambda name, setting=setting: PANELS[name](study, setting, looks)  # noqa: E731
             found = [make(p) for p in panels] if panels else [make("length") or make("loss"), make("difference")]
-            if found := [panel for panel in found if panel]:
+            found = [panel for each in found for panel in (each if isinstance(each, list) else [each]) if panel]
+            if found:
                 rows.append((setting, found))
     return compose(rows) if rows else None
 

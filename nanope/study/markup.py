@@ -52,8 +52,12 @@ LATEX = {
 def latex(text: str) -> str:
     """Text with LaTeX's special characters escaped, signed numbers in math mode, and **bold** as \\textbf."""
     escaped = "".join(LATEX.get(c, c) for c in re.sub(r"\*\*(.*?)\*\*", "\0\\1\1", text))
-    escaped = re.sub(r"(?<![\w.])([+-]\d+(?:[.,]\d+)*)", r"$\1$", escaped)
+    escaped = re.sub(r"(?<![\w.-])([+-]\d+(?:[.,]\d+)*)", r"$\1$", escaped)
     return escaped.replace("\0", r"\textbf{").replace("\1", "}")
+
+
+def titled(setting: str, title: str) -> str:
+    return f"{setting}: {title}" if setting else title
 
 
 # ---- cells

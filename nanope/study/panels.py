@@ -1,18 +1,19 @@
 """What the panels of a figure show, as plain numbers: of a study, or of evaluation reports. drawing.py draws them.
 
 Means, intervals and differences are those of the tables, by the same functions. A panel is a function of (study,
-setting, looks) that returns Lines, Forest or Points, or None where the study has nothing for it.
+setting, looks) that returns Lines, Forest or Points, or None where the study has nothing for it; or a list of panels.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from data.tasks import TASKS
 from nanope.study.costs import model_cost
-from nanope.study.drawing import Curve, Forest, Lines, Points
+from nanope.study.drawing import Curve, Forest, Heat, Lines, Points
 from nanope.study.grid import bench_variants
+from nanope.study.probe_panels import attention, attention_of_report, needle, needle_of_reports
 from nanope.study.results import Study, throughput
 from nanope.study.seed_statistics import difference_of_losses, difference_of_rows, seed_interval, speed_ratios
 from schemes import label
@@ -346,15 +347,21 @@ PANELS = {
     "position": position,
     "parameters": parameters,
     "speed": speed,
+    "attention": attention,
+    "needle": needle,
 }
 
 
 # ---- evaluation reports, without a study
 
 
-def of_reports(reports: list[dict], protocol: str) -> list[Lines]:
-    """Of reports of eval.py: perplexity by `protocol` against length, and nats by position where a report has them.
-    Intervals are over documents. ValueError where there is neither."""
+OF_REPORTS = ("length", "position", "accuracy")  # panels of reports, unless others are asked for
+
+
+def of_reports(reports: list[dict], protocol: str, panels: Sequence[str] = OF_REPORTS) -> list[Lines | Heat]:
+    """Of reports of eval.py: perplexity by `protocol` against length, nats by position, attention by distance, recall
+    by depth, exact matches by length: those of `panels` that a report has. Intervals are over documents or examples.
+    ValueError where there is none."""
     schemes = [label(r["pos"]) for r in reports]
     alone = len(set(schemes)) == len(schemes)
     names = schemes if alone else [str(r.get("run") or r["model"]).rstrip("/").rpartition("/")[2] for r in reports]
@@ -374,8 +381,6 @@ def of_reports(reports: list[dict], protocol: str) -> list[Lines]:
                 lengths |= mine.keys()
             by_position += [position_curve(title, [row["curve"]], look) for row in rows if row.get("curve")]
     tasks = [task_panel(task, "one run each", *map(list, zip(*pairs))) for task, pairs in answered.items()]
-    if not by_length and not by_position and not tasks:
-        raise ValueError(f"the reports have no figures by {protocol}, and no per-position curve")
     for curve in by_length + by_position[:BANDS]:
         curve.band = any(curve.intervals)
     unit = "byte" if all(r["tokenizer"]["name"] == "byte" for r in reports) else "token"
@@ -388,4 +393,12 @@ def of_reports(reports: list[dict], protocol: str) -> list[Lines]:
         "By position in the window", note, f"position: {unit}s of context", f"nats per {unit}",
         by_position, log_x=True, trained=trained, points=False,
     )  # fmt: skip
-    return [panel for panel in (left, right, *tasks) if panel.curves]
+    attended = [panel for name, report in zip(names, reports) for panel in attention_of_report(name, report, unit)]
+    made = {"length": [left] * bool(by_length), "position": [right] * bool(by_position)}
+    made |= {"attention": attended, "needle": needle_of_reports(names, reports, unit), "accuracy": tasks}
+    found = [panel for name in panels for panel in made.get(name, ())]
+    if not found:
+        if tuple(panels) == OF_REPORTS:
+            raise ValueError(f"the reports have no figures by {protocol}, and no per-position curve")
+        raise ValueError(f"the reports have nothing to draw of {', '.join(panels)}")
+    return found

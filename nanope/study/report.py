@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from nanope.config import RunConfig
+from nanope.evaluation.key_tokens import key_rows
+from nanope.evaluation.probe_tables import key_notes
 from nanope.study.figures import write_figures
 from nanope.study.grid import Grid, as_list
 from nanope.study.markup import LOWER, NOISE, WORSE
@@ -164,10 +166,12 @@ def seeds_note(n: int) -> str:
 def evaluation_notes(study: Study, name: str) -> list[str]:
     """What an evaluation scored, and why figures are missing."""
     reports = study.all_reports(name)
-    reasons = [row["reason"] for report in reports for row in report.get("results", ()) if row.get("reason")]
+    rows = [row for report in reports for kind in ("results", "probe", "attention") for row in report.get(kind, ())]
+    reasons = [row["reason"] for row in [*rows, *key_rows(rows)] if row.get("reason")]
     found = [f"n/a: {reason}." for reason in dict.fromkeys(reasons)]
     if answered := [(report["task"], row) for report in reports for row in task_rows(report)]:
         found.append(task_note(study, name, answered))
+    found += key_notes(reports)
     scored = [row for report in reports for row in scored_rows(report) if row["tokens"]]
     if not scored:
         return found

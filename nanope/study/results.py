@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanope.config import RunConfig
+from nanope.evaluation.key_tokens import key_rows
 from nanope.study.files import RUNS_FILE, CollectedRuns, Files, open_runs, write_runs
 from nanope.study.grid import Grid, bench_variants
 from nanope.study.run import Run, digest
@@ -85,11 +86,13 @@ class Study:
 
     def rows(self, setting: str, name: str, task: bool = False) -> dict:
         """The rows of an evaluation: (protocol, arm, scaling) → length → seed → row, arms in the grid's order. Those of
-        shifted positions are in the reports' "shift". With `task` those of a task, which have other figures."""
+        shifted positions are in the reports' "shift", those of key tokens have a protocol of
+        their own. With `task` those of a task, which have other figures."""
         found = {}
         for arm in self.grid.arms:
             for seed, report in self.reports(setting, arm, name).items():
-                for row in task_rows(report) if task else scored_rows(report):
+                scored = [*scored_rows(report), *key_rows(scored_rows(report))]
+                for row in task_rows(report) if task else scored:
                     by_length = found.setdefault((row["protocol"], arm, row["scaling"]), {})
                     by_length.setdefault(row["length"], {})[seed] = row
         return found

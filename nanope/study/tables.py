@@ -8,7 +8,8 @@ import numpy as np
 
 from nanope.study.costs import model_cost
 from nanope.study.grid import as_list, bench_variants
-from nanope.study.markup import Table, accuracy_cell, difference_cell, mean_cell, row_cell
+from nanope.study.markup import Table, accuracy_cell, difference_cell, mean_cell, row_cell, titled
+from nanope.study.probe_tables import probe_tables
 from nanope.study.results import Study, throughput
 from nanope.study.seed_statistics import (
     difference_of_answers,
@@ -35,10 +36,6 @@ def tables(study: Study) -> list[Table]:
     return found
 
 
-def titled(setting: str, title: str) -> str:
-    return f"{setting}: {title}" if setting else title
-
-
 def training_table(study: Study, setting: str) -> Table:
     baseline, base = study.grid.baseline, study.losses(setting, study.grid.baseline)
     columns = ["arm", "parameters", "seeds", "learning rate", "training loss", "validation loss", f"less {baseline}"]
@@ -62,7 +59,7 @@ def training_table(study: Study, setting: str) -> Table:
 
 
 def report_tables(study: Study, setting: str, name: str) -> list[Table]:
-    """Of one evaluation: the tables of each protocol, and that of shifted positions."""
+    """Of one evaluation: the tables of each protocol, that of shifted positions, and those of probe_tables."""
     everything, found = study.rows(setting, name), []
     for protocol in dict.fromkeys(key[0] for key in everything if key[0] != "per-position"):  # a curve, for the figure
         rows = {(arm, scaling): by_length for (p, arm, scaling), by_length in everything.items() if p == protocol}
@@ -72,7 +69,7 @@ def report_tables(study: Study, setting: str, name: str) -> list[Table]:
         found += task_tables(study, setting, name, answers)
     if any("shift" in report for arm in study.grid.arms for report in study.reports(setting, arm, name).values()):
         found.append(shift_table(study, setting, name))
-    return found
+    return found + probe_tables(study, setting, name)
 
 
 def has_figure(by_length: dict[int, dict[int, dict]]) -> bool:

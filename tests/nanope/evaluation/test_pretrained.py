@@ -11,6 +11,7 @@ from export import export
 from exporting import any_data, byte_data, save  # noqa: F401
 
 from eval import main
+from nanope.evaluation import key_tokens
 
 LENGTHS = ["--lengths", "24", "48", "--device", "cpu"]
 
@@ -89,3 +90,20 @@ def test_what_such_models_cannot_do_is_said(byte_data, tmp_path):  # noqa: F811
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (hf / name).unlink()
     refused(hf, byte_data, "tokenizer")
+
+
+def test_key_tokens_may_be_chosen_by_a_model_of_transformers(byte_data, tmp_path, monkeypatch):  # noqa: F811
+    """The exported run chooses what the run chooses. Its attention weights are not to be had."""
+    monkeypatch.setattr(key_tokens, "FALL", 0.02)  # random weights do not predict
+    monkeypatch.setattr(key_tokens, "BELOW", 9.0)
+    run, _ = save(tmp_path, byte_data, "rope")
+    export(str(run), "last", tmp_path / "hf")
+    made = []
+    for judge in (run, tmp_path / "hf"):
+        given = ["--max_targets", "200", "--json", str(tmp_path / "r.json"), "--key_tokens", str(judge)]
+        main(["--model", str(tmp_path / "hf"), "--data", str(byte_data.folder), "--attention", "2", *LENGTHS, *given])
+        made.append(json.loads((tmp_path / "r.json").read_text()))
+    assert made[0]["key_tokens"]["sha256"] == made[1]["key_tokens"]["sha256"] and made[0]["key_tokens"]["tokens"] > 0
+    assert {row["reason"] for row in made[0]["attention"]} == {
+        "attention weights are there for runs of train.py, not for models of transformers"
+    }

@@ -76,3 +76,31 @@ def test_lengths_out_of_reach_have_a_reason(data):
     assert all(r["recall"] is None and "learned" in r["reason"] for r in beyond)
     short = probe(model("rope", 40), data, 3)
     assert "do not fit into a length of 40" in short[0]["reason"] and short[1]["recall"] is not None
+
+
+def test_depths_are_bins_of_the_same_trials(data):
+    """Each bin against the trials of its depth alone, one by one, and all bins together against the whole."""
+    gpt, split = model("rope", 80), data.split("val")
+    (row, *_) = probe(gpt, data, 12)
+    trials = make_trials(split, split.documents(), 640, 12, 0)
+
+    def loss(trial, with_key):
+        ids = torch.from_numpy(trial.tokens(80, with_key).astype(np.int64))
+        with torch.no_grad():
+            table = torch.log_softmax(gpt(ids[None, :-1])[0][0].double(), -1)
+        return float(-table[-VALUE:].gather(1, ids[-VALUE:, None]).mean())
+
+    assert [(b["low"], b["high"]) for b in row["by_depth"]] == [(i / 5, (i + 1) / 5) for i in range(5)]
+    for b in row["by_depth"]:
+        mine = [trial for trial in trials if b["low"] <= trial.depth < b["high"]]
+        assert b["trials"] == len(mine)
+        if not mine:
+            assert b["recall"] is b["interval"] is b["with_key"] is None
+            continue
+        with_key, without = (np.array([loss(trial, which) for trial in mine]) for which in (True, False))
+        assert b["with_key"] == pytest.approx(with_key.mean(), abs=1e-5)
+        assert b["without_key"] == pytest.approx(without.mean(), abs=1e-5)
+        assert b["recall"] == pytest.approx((without - with_key).mean(), abs=1e-5)
+        assert (b["interval"] is None) == (len(mine) < 2)
+    assert sum(b["trials"] for b in row["by_depth"]) == row["trials"] == 12
+    assert sum(b["trials"] * (b["recall"] or 0) for b in row["by_depth"]) / 12 == pytest.approx(row["recall"])
