@@ -59,8 +59,8 @@ def main() -> None:
         "--panels",
         nargs="+",
         choices=PANELS,
-        help="see above; of reports length, position, accuracy, attention, needle (default: length difference, of reports "
-        "the first three)",
+        help="see above; of reports length, position, accuracy, attention, needle (default: length difference, of "
+        "reports the first three)",
     )
     parser.add_argument(
         "--protocol", default="same-targets", help="of reports: what is shown by length (default: same-targets)"
