@@ -180,15 +180,20 @@ def test_interrupted_it_passes_the_signal_on_and_says_so(data, tmp_path):
     fields, files = {**FIELDS, "data_dir": str(data), "max_steps": 100000}, RunFolders(tmp_path / "out")
     path = write_grid(tmp_path / "g.yaml", arms=["rope"], seeds=1, fields=fields)
     arguments = [sys.executable, "scripts/sweep.py", path, "--out", files.folder, "--threads", "1"]
-    process = subprocess.Popen(arguments, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     (run,) = Grid.read(path).runs(files)
-    deadline = time.monotonic() + 60
-    while run.step() == 0 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 75 and "the same command goes on" in errors and "Traceback" not in errors
-    assert held(run) is None and (run.folder / "last.pt").exists() and state_of(run) == "stopped"
+
+    def stopped_after(step):
+        process = subprocess.Popen(arguments, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 60
+        while run.step() <= step and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 75 and "the same command goes on" in errors and "Traceback" not in errors, errors
+        assert held(run) is None and (run.folder / "last.pt").exists() and state_of(run) == "stopped"
+        return run.step()
+
+    assert stopped_after(stopped_after(0)) > 0
 
 
 @slow
