@@ -102,7 +102,7 @@ def environment(hub, home, **more):
 
 
 def from_hub(hub, out, *options, fault=None, **more):
-    return start(out, "--workers", 2, *options, fault=fault, env=environment(hub, out.parent / "home", **more))
+    return start(out, *options, fault=fault, env=environment(hub, out.parent / "home", **more))
 
 
 def downloads(hub):
@@ -122,7 +122,7 @@ def test_from_the_hub(hub, corpus, tmp_path):
         there.append(files)
 
     hub.before = wait_for_the_one_before_the_last
-    finish(from_hub(hub, tmp_path / "out"))
+    finish(from_hub(hub, tmp_path / "out", "--workers", 2))
     data = open_data(tmp_path / "out")
     assert all_documents(data) == sorted(text for text in corpus[1] if text and text.strip())
     assert data.manifest["revision"] == hub.commit and data.manifest["subset"] == "sample-10BT"
@@ -202,7 +202,7 @@ def test_a_download_that_breaks_can_be_continued(hub, tmp_path):
             del hub.files[last]
 
     hub.before, there = disappear, dict(hub.files)
-    assert "002_00000.parquet cannot be fetched" in finish(from_hub(hub, tmp_path / "out"), code=1)
+    assert "002_00000.parquet cannot be fetched" in finish(from_hub(hub, tmp_path / "out", "--workers", 2), code=1)
     assert list((tmp_path / "out.partial").glob("*.unit.json"))
     hub.before, hub.files = lambda name: None, there
     hub.asked.clear()

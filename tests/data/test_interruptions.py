@@ -78,7 +78,7 @@ def test_killed_at_random_moments(corpus, whole, tmp_path):
     began = time.monotonic()
     finish(start(tmp_path / "timed", "--workers", 2, source=corpus[0]))
     span, kept, killed = time.monotonic() - began, [], 0
-    while killed < 5:
+    while killed < 3:
         fault = ["os.rename", r"\.json$", 0, "slow down"]
         process = start(out, "--workers", rng.choice([1, 2]), source=corpus[0], fault=fault)
         try:
@@ -128,11 +128,11 @@ def test_two_at_once(corpus, tmp_path):
     assert "plan.json" in there and there == set(times(partial))
     first.kill()
     first.communicate()
-    finish(start(out, source=corpus[0]))
+    prepare("fineweb-edu", out, corpus[0], **SMALL)
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_one_process(corpus, whole, tmp_path):
+def test_ctrl_c_in_one_process(corpus, whole, tmp_path, drawn_figures):
     """It says how to continue, and keeps what is finished."""
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     message = finish(start(out, source=corpus[0], fault=["os.rename", FINISHED, 5, "interrupt"]), code=1)
@@ -141,7 +141,7 @@ def test_ctrl_c_in_one_process(corpus, whole, tmp_path):
     assert len(before) == 4 and not out.exists()
     kill(out, source=corpus[0], fault=["os.rename", FINISHED, 5, "kill"])
     assert len(times(partial, "*.bin")) == 8 and before.items() <= times(partial, "*.bin").items()  # not made again
-    finish(start(out, source=corpus[0]))
+    prepare("fineweb-edu", out, corpus[0], **SMALL)
     assert contents(out) == contents(whole.folder)
 
 
@@ -158,10 +158,10 @@ def test_workers_end_with_the_command(corpus, tmp_path, action, code):
 
 
 @pytest.mark.slow
-def test_a_dead_worker(corpus, whole, tmp_path):
+def test_a_dead_worker(corpus, whole, tmp_path, drawn_figures):
     dying = start(tmp_path / "out", "--workers", 2, source=corpus[0], fault=["open", SHARD, 2, "kill"])
     assert "a worker process died" in finish(dying, code=1)
-    finish(start(tmp_path / "out", "--workers", 2, source=corpus[0]))
+    prepare("fineweb-edu", tmp_path / "out", corpus[0], **SMALL)
     assert contents(tmp_path / "out") == contents(whole.folder)
 
 
@@ -174,7 +174,7 @@ def test_a_full_disk(corpus, whole, tmp_path, finished):
     message = finish(start(tmp_path / "out", source=corpus[0], **limited), code=1)
     assert "File too large; make room and run the same command again, which continues" in message
     assert (tmp_path / "out.partial").exists() == finished
-    finish(start(tmp_path / "out", source=corpus[0]))
+    prepare("fineweb-edu", tmp_path / "out", corpus[0], **SMALL)
 
 
 @pytest.mark.slow
@@ -188,12 +188,12 @@ def test_what_was_written_is_checked_before_it_takes_its_place(corpus, tmp_path)
 
 
 @pytest.mark.slow
-def test_links_are_followed(corpus, whole, tmp_path):
+def test_links_are_followed(corpus, whole, tmp_path, drawn_figures):
     """To a folder, and to one that is not there yet: the link stays, and points to the finished folder."""
     (tmp_path / "real").mkdir()
     for name, target in (("out", "real"), ("dangling", "not/yet")):
         (tmp_path / name).symlink_to(tmp_path / target)
-        finish(start(tmp_path / name, source=corpus[0]))
+        prepare("fineweb-edu", tmp_path / name, corpus[0], **SMALL)
         assert (tmp_path / name).is_symlink() and contents(tmp_path / target) == contents(whole.folder)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "not", "out", "real"]
 

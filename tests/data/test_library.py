@@ -206,8 +206,8 @@ def test_killed_it_continues_and_workers_make_the_same_bytes(folder, tmp_path, d
 
     whole = contents(here("one").folder)
     assert len([name for name in whole if name.startswith("train_")]) > 9
-    finish(start(tmp_path / "three", *options, "--workers", 3, **command))
-    assert contents(tmp_path / "three") == whole
+    finish(start(tmp_path / "two", *options, "--workers", 2, **command))
+    assert contents(tmp_path / "two") == whole
     process = start(tmp_path / "killed", *options, fault=["os.rename", FINISHED, 6, "kill"], **command)
     process.communicate(timeout=60)
     made = times(tmp_path / "killed.partial", "*.bin")
@@ -234,9 +234,9 @@ def test_a_stream_is_cut_by_its_files(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_parts_merge_to_the_same_bytes(folder, tmp_path):
+def test_parts_merge_to_the_same_bytes(folder, tmp_path, drawn_figures):
     options, command = ["--dataset", str(folder), "--split", "train"], {"corpus": "hub", "val_tokens": None}
-    finish(start(tmp_path / "one", *options, **command))
+    prepare("hub", tmp_path / "one", wanted=Wanted(str(folder), split="train"), **{**SMALL, "val_tokens": None})
     for i in (1, 2):
         finish(start(tmp_path / "out", *options, "--part", f"{i}/2", **command))
     finish(start(tmp_path / "out", *options, "--merge", **command))

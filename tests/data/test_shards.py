@@ -258,7 +258,7 @@ def test_a_reader_that_has_seen_enough_is_no_error():
         *(
             pytest.param(command, marks=pytest.mark.slow)
             for command in (
-                "train.py --plan",
+                "train.py --plan --n_layer 1 --n_head 2 --n_embd 32 --block_size 64",
                 "scripts/sweep.py quickstart --plan",
                 "scripts/report.py --csv - results/quickstart",
                 "eval.py --help",

@@ -21,6 +21,7 @@ from nanope.plan import plan, plan_text, scheme_table, show
 ROWS, LENGTH, VOCAB = 5, 96, 20032
 SHAPE = dict(block_size=LENGTH, vocab_size=VOCAB, n_layer=3, n_head=2, n_embd=64)
 SMALL = RunConfig(block_size=1024, data_dir="nowhere")  # GPT-2 small, 19,000 steps of 524,288 tokens
+QUICK = ("learned", "rope", "crope", "comrope", "carope", "t5", "seqpe")  # no, one or several own parameters
 
 
 def run(**fields):
@@ -36,7 +37,7 @@ def ids():
 # ---- parameters
 
 
-@pytest.mark.parametrize("pos", SCHEMES)
+@pytest.mark.parametrize("pos", [pos if pos in QUICK else pytest.param(pos, marks=pytest.mark.slow) for pos in SCHEMES])
 def test_parameters_add_up(pos):
     p = plan(run(pos=pos, bias=True, vocab_size=320), details=False)
     model = GPT(p.config.model_config())

@@ -180,7 +180,7 @@ def test_dropout_is_where_gpt2_has_it(pos, monkeypatch):
     assert not any(dropped + attended)
 
 
-@all_cases
+@all_cases_fast_without_options
 def test_autocast_is_close_to_float32(case):
     model, idx, targets = build(case, torch.float32), tokens(BLOCK), tokens(BLOCK, seed=1)
     loss, expected = loss_and_gradients(model, model, idx, targets)
@@ -195,7 +195,7 @@ def test_autocast_is_close_to_float32(case):
         assert relative_error(found[name], expected[name]) < 0.2, name
 
 
-@all_cases_fast_without_options
+@cases_of(CASES, fast=["learned", "rope", "comrope", "carope", "alibi", "path"])
 def test_bfloat16_model_runs(case):
     """Weights cast to bfloat16, as for inference: forward, loss in float32, cached generation."""
     model = build(case).bfloat16()
@@ -216,7 +216,7 @@ class FromHost(TorchDispatchMode):
         return out
 
 
-@all_cases_fast_without_options
+@cases_of(CASES, fast=["learned", "rope", "comrope", "carope", "t5", "path"])
 def test_a_training_pass_copies_nothing_from_the_host(case, monkeypatch):
     """A copy to a GPU from ordinary memory makes the host wait until the GPU has done all work before it. Meta tensors
     stand for the GPU's; torch has no autocast for them."""

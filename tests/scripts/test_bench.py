@@ -1,14 +1,18 @@
 """scripts/bench.py, as the command line calls it, and what its kinds share."""
 
+import functools
 import importlib
 import json
+import operator
+import pickle
 import subprocess
 import sys
 
 import pytest
 
+import nanope.bench
+from data.prepare import prepare
 from model import SCHEMES
-from nanope import REPO
 from nanope.bench.data import CUT, documents, memory_of, table
 from nanope.bench.train import DENSE, TARGETS, groups, parse, record, scheme_of, table_of
 from nanope.bench.turns import Worker, heading, ratios, row, spread, take_turns, workers
@@ -17,36 +21,62 @@ from nanope.study.seed_statistics import speed_ratios
 SHAPE = "--n_layer 1 --n_head 2 --n_embd 16 --vocab_size 64 --block_size 16 --batch 2".split()
 
 
-def command(*arguments):
-    return subprocess.run(
-        [sys.executable, str(REPO / "scripts" / "bench.py"), *map(str, arguments)], capture_output=True, text=True
-    )
+@pytest.fixture
+def bench(monkeypatch, capsys):
+    """bench(*arguments): what the command prints."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, arguments)])
+        importlib.import_module("bench").main()
+        return capsys.readouterr().out
+
+    return run
+
+
+class Here:
+    """A Worker in this process, which is sent nothing that a process of its own could not get."""
+
+    def __init__(self, name, build, *arguments):
+        build, arguments = pickle.loads(pickle.dumps((build, arguments)))
+        self.name, self.build, self.answer = name, build, build(*arguments)
+
+    def send(self, message):
+        self.answered = self.answer(message)
+
+    def receive(self):
+        return pickle.loads(pickle.dumps(self.answered))
+
+    def ask(self, message):
+        self.send(message)
+        return self.receive()
+
+    def stop(self):
+        pass
+
+
+@pytest.fixture
+def workers_here(monkeypatch):
+    """Workers take no processes, whose start-up would be most of the time."""
+    for kind in ("train", "eval", "data"):
+        monkeypatch.setattr(importlib.import_module(f"nanope.bench.{kind}"), "Worker", Here)
 
 
 # ---- what the kinds share
 
 
-def adder(base):
-    def add(number):
-        if number == 13:
-            raise RuntimeError("thirteen")
-        return base + number
-
-    return add
-
-
-@pytest.mark.slow
 def test_workers_answer_and_a_dead_one_ends_the_program(capfd):
-    with workers(Worker(name, adder, base) for name, base in (("ten", 10), ("twenty", 20))) as (ten, twenty):
+    adders = (Worker(name, functools.partial, operator.add, base) for name, base in (("ten", 10), ("twenty", 20)))
+    with workers(adders) as (ten, twenty):
         ten.send(1)
         assert twenty.ask(2) == 22 and ten.receive() == 11
         processes = [ten.process, twenty.process]
     assert [process.exitcode for process in processes] == [0, 0]
-    worker = Worker("ten", adder, 10)
+    worker = Worker("ten", functools.partial, operator.add, 10)
     with pytest.raises(SystemExit, match="error: ten failed; its message is above"):
-        worker.ask(13)
+        worker.ask("one")
     worker.process.join()
-    assert "RuntimeError: thirteen" in capfd.readouterr().err
+    assert "TypeError: unsupported operand" in capfd.readouterr().err
 
 
 def test_take_turns():
@@ -108,27 +138,14 @@ def test_record_of_groups():
     assert speed_ratios(found, "cope")[0] == speed_ratios(found, "t5")[0] == 0.5
 
 
-@pytest.mark.slow
-def test_train(tmp_path):
+def test_train(bench, workers_here, tmp_path):
     """A row for each variant, once, and every round's seconds in the file."""
-    options = [
-        "--rounds",
-        2,
-        "--steps",
-        1,
-        "--no_peer",
-        "--device",
-        "cpu",
-        "--json",
-        tmp_path / "b.json",
-        "--together",
-        1,
-    ]
-    done = command("train", *SHAPE, *options, "--schemes", "comrope block=2", "comrope block=2", "none")
-    assert done.returncode == 0, done.stderr
+    options = ["--rounds", 2, "--steps", 1, "--no_peer", "--device", "cpu", "--json", tmp_path / "b.json"]
+    schemes = ["--schemes", "comrope block=2", "comrope block=2", "none"]
+    shown = bench("train", *SHAPE, *options, "--together", 1, *schemes)
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
-        for line in done.stdout.splitlines()
+        for line in shown.splitlines()
         if line.startswith("| n_layer 1")
     ]
     assert [row[1] for row in rows] == ["rope", "comrope block=2", "none"] and rows[0][3] == "1.000 (1.000 … 1.000)"
@@ -139,10 +156,17 @@ def test_train(tmp_path):
         "none": 2,
     }
     assert report["rope_seconds"].keys() == {"comrope block=2", "none"}
-    again = command("train", "--from", tmp_path / "b.json")
-    assert again.stdout.count("\n") == 4 and "| none | " in again.stdout
-    assert report["tokens_a_step"] == 32 and report["memory"]["rope"] > 1e7
+    again = bench("train", "--from", tmp_path / "b.json")
+    assert again.count("\n") == 4 and "| none | " in again
+    assert report["tokens_a_step"] == 32
     assert report["device"].startswith("cpu (") and report["threads"] == 1
+
+
+@pytest.mark.slow
+def test_train_in_processes_of_their_own(bench, tmp_path):
+    bench("train", *SHAPE, "--rounds", 1, "--no_peer", "--device", "cpu", "--schemes", "--json", tmp_path / "b.json")
+    report = json.loads((tmp_path / "b.json").read_text())
+    assert len(report["seconds"]["rope"]) == 1 and report["memory"]["rope"] > 1e7
 
 
 @pytest.mark.parametrize(
@@ -180,11 +204,10 @@ def test_refuses_before_anything_starts(arguments, words, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_eval():
+def test_eval(bench, workers_here):
     shape = "--lengths 64 --n_layer 1 --n_embd 16 --n_head 2 --vocab_size 128 --batch_tokens 128".split()
-    done = command("eval", *shape, "--rounds", 1, "--threads", 1)
-    assert done.returncode == 0, done.stderr
-    assert "| nonoverlapping | 64 |" in done.stdout and "| sliding | 64 |" in done.stdout
+    shown = bench("eval", *shape, "--rounds", 1, "--threads", 1)
+    assert "| nonoverlapping | 64 |" in shown and "| sliding | 64 |" in shown
 
 
 # ---- data and feed
@@ -216,16 +239,16 @@ def test_memory_of_a_process_and_its_children():
 
 
 @pytest.mark.slow
-def test_data_and_feed(tmp_path):
+def test_data_and_feed(bench, workers_here, monkeypatch, tmp_path):
     text = "the light and the darkness upon the deep "
     lines = [json.dumps({"id": f"novel_{i}", "text": f"{i} {text * 600}"}) for i in range(4)]
     (tmp_path / "novels.jsonl").write_text("\n".join(lines))
-    done = command("data", "--source", tmp_path / "novels.jsonl", "--rounds", 1, "--workers", 1)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("| documents of 4 kB |") == done.stdout.count("| whole novels |") == 6
-    assert "4 documents, 0.1 MB" in done.stdout
-    prepare = [sys.executable, str(REPO / "data" / "prepare.py"), "files", "--source", str(tmp_path / "novels.jsonl")]
-    made = [*prepare, "--tokenizer", "byte", "--out", str(tmp_path / "data"), "--val_tokens", "1000"]
-    subprocess.run(made, check=True, capture_output=True)
-    done = command("feed", "--data_dir", tmp_path / "data", "--block_size", 64, "--batch_tokens", 4096)
-    assert done.returncode == 0 and "M tokens/s (" in done.stdout, done.stderr
+    kinds = nanope.bench.data.documents
+    one = lambda *given: dict([kinds(*given).popitem()])  # noqa: E731 - of two that are measured alike
+    monkeypatch.setattr(nanope.bench.data, "documents", one)
+    shown = bench("data", "--source", tmp_path / "novels.jsonl", "--rounds", 1, "--workers", 1)
+    assert shown.count("| whole novels |") == 6 and "4 documents, 0.1 MB" in shown
+    data = prepare("files", tmp_path / "data", tmp_path / "novels.jsonl", "byte", val_tokens=1000)
+    monkeypatch.setattr("nanope.bench.feed.TOKENS", 2**15)
+    shown = bench("feed", "--data_dir", data.folder, "--block_size", 64, "--batch_tokens", 4096)
+    assert "M tokens/s (" in shown

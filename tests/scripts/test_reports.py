@@ -1,32 +1,32 @@
 """Reports of eval.py as a CSV file, and drawn."""
 
 import csv
+import importlib
 import json
-import subprocess
 import sys
 
 import pytest
 from evaluating import data, rows, runs  # noqa: F401
 
 from eval import main
-from nanope import REPO
 from scripts.report import save_csv
 
 
 @pytest.mark.slow
-def test_reports_become_a_csv_and_a_figure(runs, tmp_path):  # noqa: F811
+def test_reports_become_a_csv_and_a_figure(runs, tmp_path, monkeypatch):  # noqa: F811
     for pos in ("rope1", "none1"):
         given = ["--run", str(runs / pos), "--lengths", "32", "64", "--protocol", "same-targets", "per-position"]
         main([*given, "--json", str(tmp_path / f"{pos}.json")])
     reports = [str(tmp_path / f"{pos}.json") for pos in ("rope1", "none1")]
     assert "| same-targets | 64 |" in (tmp_path / "rope1.md").read_text()
 
-    def script(name, *arguments):
-        command = [sys.executable, str(REPO / "scripts" / name), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
 
-    made = script("report.py", "--csv", "all.csv", *reports)
-    assert made.returncode == 0, made.stderr
+    def script(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        importlib.import_module(name).main()
+
+    script("report", "--csv", "all.csv", *reports)
     with open(tmp_path / "all.csv") as file:
         lines = list(csv.DictReader(file))
     report = json.loads((tmp_path / "rope1.json").read_text())
@@ -35,12 +35,12 @@ def test_reports_become_a_csv_and_a_figure(runs, tmp_path):  # noqa: F811
     (cell,) = [line for line in lines if (line["pos"], line["protocol"], line["length"]) == key]
     assert float(cell["nats_per_token"]) == rows(report)[64]["nats_per_token"]
     assert "config.n_embd" not in cell and "config.pos" in cell  # what all runs share is left out
-    drawn = script("plot.py", *reports, "--out", "figure.png")
-    assert drawn.returncode == 0 and (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG"), drawn.stderr
+    script("plot", *reports, "--out", "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "other.json").write_text(json.dumps({"a": 1}))
-    for name, option in (("report.py", "--csv"), ("plot.py", "--out")):
-        wrong = script(name, str(tmp_path / "other.json"), option, "x.png")
-        assert wrong.returncode and wrong.stderr.startswith("error: ") and "Traceback" not in wrong.stderr
+    for name, option in (("report", "--csv"), ("plot", "--out")):
+        with pytest.raises(SystemExit, match="^error: "):
+            script(name, str(tmp_path / "other.json"), option, "x.png")
 
 
 @pytest.mark.parametrize("order", ["a report first", "a missing report"])

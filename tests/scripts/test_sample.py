@@ -10,20 +10,6 @@ from evaluating import data, save_run  # noqa: F401
 from nanope import REPO
 
 
-@pytest.mark.slow
-def test_sample_continues_the_prompt_and_is_repeatable(data, tmp_path):  # noqa: F811
-    def sample(*arguments):
-        command = [sys.executable, str(REPO / "scripts" / "sample.py"), *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-    run = tmp_path / "run"
-    save_run(run, data)
-    first, second = (sample("--run", run, "--prompt", "the light", "--tokens", 40, "--seed", 1) for _ in range(2))
-    assert first.returncode == 0 and first.stdout.startswith("the light") and first.stdout == second.stdout
-    failed = sample("--run", run / "none")
-    assert failed.returncode and "none" in failed.stderr and "Traceback" not in failed.stderr
-
-
 @pytest.fixture
 def sample(data, tmp_path, monkeypatch, capsys):  # noqa: F811
     """sample(…): what the command prints, or its error, for a rope model of length 16, or another scheme's."""
@@ -39,6 +25,18 @@ def sample(data, tmp_path, monkeypatch, capsys):  # noqa: F811
         return capsys.readouterr().out
 
     return run
+
+
+@pytest.mark.slow
+def test_sample_continues_the_prompt_and_is_repeatable(sample, tmp_path):
+    """In this process and another."""
+    arguments = ["--prompt", "the light", "--tokens", "40", "--seed", "1"]
+    here = sample(*arguments)
+    command = [sys.executable, str(REPO / "scripts" / "sample.py"), "--run", str(tmp_path / "rope"), *arguments]
+    there = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert there.returncode == 0 and there.stdout == here and here.startswith("the light")
+    failed = sample("--run", tmp_path / "none")
+    assert failed.startswith("error: ") and "none" in failed
 
 
 def test_temperatures_at_the_ends_of_what_a_number_can_be(sample):

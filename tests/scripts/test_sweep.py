@@ -1,5 +1,6 @@
 """scripts/sweep.py, reproduce.py and report.py: whole sweeps of real processes on tiny models, and what they print."""
 
+import contextlib
 import csv
 import io
 import json
@@ -39,12 +40,15 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def swept(data, tmp_path_factory):
-    """A grid of two schemes, two seeds and an arm whose runs cannot be built: (grid file, its runs, what the command
-    printed)."""
+    """A grid of two schemes, two seeds and an arm whose runs cannot be built: (grid file, its runs, exit code, stdout
+    and stderr)."""
     folder = tmp_path_factory.mktemp("sweep")
     path = write_grid(folder / "tiny.yaml", data, arms=ARMS, eval=EVAL, question="Which?")
-    printed = command("scripts/sweep.py", path, "--out", folder / "out", "--parallel", 2, "--threads", 1)
-    return path, RunFolders(folder / "out"), printed
+    words = [path, "--out", folder / "out", "--parallel", 2, "--threads", 1]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        with pytest.raises(SystemExit) as stopped:
+            main("scripts/sweep.py", "", None, [*map(str, words)])
+    return path, RunFolders(folder / "out"), (stopped.value.code, out.getvalue(), err.getvalue())
 
 
 def copy_of(swept, tmp_path, **changes) -> RunFolders:
@@ -69,15 +73,15 @@ def sweep(*arguments, capsys, root=REPO, program="scripts/sweep.py", tables=None
 
 @slow
 def test_a_failed_run_is_reported_and_stops_no_other(swept):
-    path, files, printed = swept
-    assert printed.returncode == 1
+    path, files, (code, out, errors) = swept
+    assert code == 1
     error = r"broken-seed1-\w+: training ended with exit code 1.*unknown option 'bas'; did you mean base"
-    assert re.search(error, printed.stderr, re.S), printed.stderr
-    assert "2 run(s) failed" in printed.stderr and "Traceback" not in printed.stderr
+    assert re.search(error, errors, re.S), errors
+    assert "2 run(s) failed" in errors and "Traceback" not in errors
     runs = Grid.read(path).runs(files)
     assert [run.done() for run in runs] == [run.arm != "broken" for run in runs] and len(runs) == 6
     table = (files.folder / "table.md").read_text()
-    assert "| broken | none is done |" in table and table in printed.stdout and table.startswith("Which?")
+    assert "| broken | none is done |" in table and table in out and table.startswith("Which?")
 
 
 @slow
@@ -176,15 +180,20 @@ def test_interrupted_it_passes_the_signal_on_and_says_so(data, tmp_path):
     fields, files = {**FIELDS, "data_dir": str(data), "max_steps": 100000}, RunFolders(tmp_path / "out")
     path = write_grid(tmp_path / "g.yaml", arms=["rope"], seeds=1, fields=fields)
     arguments = [sys.executable, "scripts/sweep.py", path, "--out", files.folder, "--threads", "1"]
-    process = subprocess.Popen(arguments, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     (run,) = Grid.read(path).runs(files)
-    deadline = time.monotonic() + 60
-    while run.step() == 0 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 75 and "the same command goes on" in errors and "Traceback" not in errors
-    assert held(run) is None and (run.folder / "last.pt").exists() and state_of(run) == "stopped"
+
+    def stopped_after(step):
+        process = subprocess.Popen(arguments, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 60
+        while run.step() <= step and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 75 and "the same command goes on" in errors and "Traceback" not in errors, errors
+        assert held(run) is None and (run.folder / "last.pt").exists() and state_of(run) == "stopped"
+        return run.step()
+
+    assert stopped_after(stopped_after(0)) > 0
 
 
 @slow
