@@ -125,6 +125,7 @@ def test_a_mask_is_verified_as_a_shard_is(tmp_path, harm):
         ),
         (["task", "copy", "--length", "0"], "copy begins at length 1, in symbols: 0 is not possible"),
         (["task", "copy", "--examples", "1"], "--examples must be at least 2"),
+        (["task", "copy", "--examples", "0"], "--examples must be at least 2.*, not 0"),
         (["task", "copy", "--tokenizer", "byte"], "--tokenizer byte: tasks have tokenizer characters"),
         (["task", "copy", "--source", "x"], "corpus task takes no --source"),
         (["task", "copy", "--field", "x"], "--field does not apply"),
