@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import yaml
+from scipy.stats import norm
 from studies import FIELDS, command, study_of, task_row, write_grid
 
 from nanope.evaluation.statistics import paired_difference
@@ -62,6 +63,19 @@ def test_worse_is_marked_with_an_arrow_down(tmp_path):
         rows=lambda run: [task_row(RIGHT[run.arm][run.seed][1])],
     )  # fmt: skip
     assert "-0.700" in markdown(study) and "↓" in markdown(study)
+
+
+def test_what_is_always_right_and_what_never_is_differ_for_sure(tmp_path):
+    """Without any variance: Wilson's interval of 5 of 5 examples, whose lower end is 1 / (1 + z²/5)."""
+    grid = write_grid(tmp_path / "g.yaml", arms=["rope", "alibi", "fox"], eval=ANSWERS)
+    right = {"alibi": [0] * 5, "rope": [4] * 5, "fox": [0] * 5}  # alibi is the baseline
+    study = study_of(
+        tmp_path / "runs", grid, dict.fromkeys(right, [1.0, 1.0]), rows=lambda run: [task_row(right[run.arm])]
+    )
+    text, low = markdown(study), 1 / (1 + norm.ppf(0.975) ** 2 / 5)
+    assert f"| rope | **+1.000 [{low:+.3f}, +1.000]** |" in text
+    assert f"| fox | +0.000 [{low - 1:+.3f}, {1 - low:+.3f}] ≈ |" in text
+    assert "| rope | 100.0% [10.0%, 90.0%] |" in text  # of equal seeds, that over the examples of one
 
 
 def test_other_examples_do_not_compare(tmp_path):
