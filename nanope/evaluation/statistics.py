@@ -160,7 +160,8 @@ def paired_difference(a: np.ndarray, b: np.ndarray, tokens: np.ndarray, paired: 
 
 
 def difference_of_matches(a: list[dict], b: list[dict], paired: bool) -> dict:
-    """paired_difference of exact matches, from rows of a task on the same n examples, one a seed. Positive: b is better.
+    """paired_difference of exact matches, from rows of a task on the same n examples, one a seed; positive where b is
+    better.
 
     Where all examples and seeds show the same difference, such as 1 of a scheme that is always right against one that
     never is, there is no variance to go by. The interval then reaches as far as Wilson's does for n of n, and there is

@@ -104,3 +104,11 @@ def test_depths_are_bins_of_the_same_trials(data):
         assert (b["interval"] is None) == (len(mine) < 2)
     assert sum(b["trials"] for b in row["by_depth"]) == row["trials"] == 12
     assert sum(b["trials"] * (b["recall"] or 0) for b in row["by_depth"]) / 12 == pytest.approx(row["recall"])
+
+
+def test_of_scaled_models_those_are_probed_that_were_asked_for(data):
+    options = {"probe": 2, "attention": 1, "max_targets": 64, "factor": 2.0}
+    for scaling in ["yarn"], ["none", "yarn"]:
+        report = evaluate(model("rope", 80), data, [80], ["same-targets"], scaling=scaling, **options)
+        for kind in "probe", "attention":
+            assert list(dict.fromkeys(row["scaling"] for row in report[kind])) == scaling
