@@ -67,6 +67,7 @@ def test_an_exact_match_is_a_greedy_generation_that_is_right(tmp_path):
         answer = gpt.generate(torch.from_numpy(ids[:2])[None], 2, temperature=0)[0, 2:].tolist()
         right.append(answer == [ids[2], 511])
     assert rows[1]["accuracy"] == np.mean(right) and 0 < np.mean(right) < 1
+    assert [rows[1]["chance"], rows[1]["token_chance"]] == pytest.approx([1 / 62, (1 / 62 + 1) / 2])  # symbol and end
 
 
 def test_figures_are_those_of_a_slow_loop(task):
