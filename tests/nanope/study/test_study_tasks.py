@@ -16,6 +16,7 @@ from nanope.study.grid import Grid, in_tokens
 from nanope.study.panels import accuracy, looks_of
 from nanope.study.report import latex_text, markdown
 from nanope.study.results import Study
+from nanope.study.runner import prepare
 
 ANSWERS = {"answers": {"protocol": "task"}}
 # Arm → seed → of five examples how many tokens are right, at 8 and 16
@@ -123,6 +124,22 @@ def test_a_grid_names_the_data_of_a_task(tmp_path):
     (tmp_path / "g.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match="unknown task 'cpoy'; did you mean 'copy'"):
         Grid.read(tmp_path / "g.yaml")
+
+
+def test_a_folder_with_other_examples_is_not_taken(tmp_path, capfd):
+    def prepared(**settings):
+        settings = {name: {"data": {"corpus": "task", "task": "copy", **own}} for name, own in settings.items()}
+        content = {"fields": FIELDS, "arms": ["rope"], "settings": settings}
+        (tmp_path / "g.yaml").write_text(yaml.safe_dump(content))
+        prepare(Grid.read(tmp_path / "g.yaml"), None, root=tmp_path)
+
+    small = {"length": 4, "examples": 50}
+    prepared(a=small, b=small)
+    with pytest.raises(ValueError, match="the data were not made: .*prepare.py task copy"):
+        prepared(a={**small, "length": 5})
+    assert "was made with other options" in capfd.readouterr().err
+    with pytest.raises(ValueError, match="two settings have different data in one folder, data/task-copy: .*4.*5"):
+        prepared(a=small, b={**small, "length": 5})
 
 
 @pytest.mark.slow
