@@ -95,10 +95,11 @@ def test_depths_are_bins_of_the_same_trials(data):
         mine = [trial for trial in trials if b["low"] <= trial.depth < b["high"]]
         assert b["trials"] == len(mine)
         if not mine:
-            assert b["recall"] is b["interval"] is b["with_key"] is None
+            assert b["recall"] is b["interval"] is b["with_key"] is b["perplexity"] is None
             continue
         with_key, without = (np.array([loss(trial, which) for trial in mine]) for which in (True, False))
         assert b["with_key"] == pytest.approx(with_key.mean(), abs=1e-5)
+        assert b["perplexity"] == pytest.approx(np.exp(with_key.mean()), rel=1e-5)
         assert b["without_key"] == pytest.approx(without.mean(), abs=1e-5)
         assert b["recall"] == pytest.approx((without - with_key).mean(), abs=1e-5)
         assert (b["interval"] is None) == (len(mine) < 2)
