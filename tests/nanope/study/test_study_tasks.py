@@ -1,5 +1,6 @@
 """Grids of tasks: their data, tables, figures and CSV."""
 
+import csv
 import io
 import json
 
@@ -97,8 +98,11 @@ def test_figure_and_csv(study, tmp_path):
     assert (tmp_path / "f.png").stat().st_size > 10_000
     file = io.StringIO()
     write_csv([study.folder], file)
-    head, *lines = file.getvalue().splitlines()
-    assert len(lines) == 12 and {"token_accuracy", "chance", "examples"} <= {*head.split(",")}
+    lines = [*csv.DictReader(io.StringIO(file.getvalue()))]
+    assert len(lines) == 12 and {line["task"] for line in lines} == {"copy"}
+    figures = "accuracy token_accuracy chance token_chance cropped_accuracy cropped_token_accuracy examples".split()
+    line = next(each for each in lines if "alibi-seed1" in each["report"] and each["length"] == "16")
+    assert [line[name] for name in figures] == ["0.8", "0.9", "0.0625", "0.5", "0.0", "0.5", "5"]
     reports = [json.loads(path.read_text()) for path in sorted(study.folder.glob("*seed1*/eval/*.json"))]
     for report, run in zip(reports, ("alibi", "learned", "rope")):
         report |= {"pos": run, "run": run, "block_size": 16}
