@@ -163,13 +163,14 @@ def evaluate(
     longest = options.lengths[-1] if by_windows else 0
     tokens, documents, spans = spans_of(data, options.split, options.stream, longest)
     variants = scaled_models(model, options.scaling, options.factor)
+    asked = [variant for variant in variants if variant.asked]
     results, hashes, chosen = [], {}, {}
     for protocol in by_windows:
         limits = longest, options.stride, options.max_targets
         intended = given or choose_targets(tokens, documents, spans, protocol, *limits)
         hashes[protocol] = intended.sha256
-        asked = evaluator and protocol == "same-targets"
-        keys = evaluator.choose(tokens, intended, options.lengths, options.stride, compute) if asked else None
+        judged = evaluator and protocol == "same-targets"
+        keys = evaluator.choose(tokens, intended, options.lengths, options.stride, compute) if judged else None
         chosen |= {"key_tokens": keys.about} if keys else {}
         for variant in variants:
             for length, reason in variant.lengths(protocol, options.lengths, block_size).items():
@@ -193,20 +194,16 @@ def evaluate(
     report |= compute.conditions(model)
     report |= {"effective_context": effective_contexts(results, options.epsilon)} | chosen
     if "task" in options.protocol:
-        results += [
-            row for v in variants if v.asked for row in evaluate_task(v, data, block_size, options, compute, parts)
-        ]
+        results += [row for v in asked for row in evaluate_task(v, data, block_size, options, compute, parts)]
         report |= {"task": data.manifest["task"], "interval": "95 % Wilson interval over examples"}
     if "shift" in options.protocol:
         shifts = evaluate_shift(model, data, tokenizer, options, compute)
         results += shifts
         report["shift"] = shift_figures(shifts)
     if options.attention:
-        report["attention"] = [row for v in variants for row in evaluate_attention(v, data, options, compute, parts)]
+        report["attention"] = [row for v in asked for row in evaluate_attention(v, data, options, compute, parts)]
     if options.probe:
-        report["probe"] = [
-            row for v in variants for row in evaluate_probe(v, data, block_size, options, compute, parts)
-        ]
+        report["probe"] = [row for v in asked for row in evaluate_probe(v, data, block_size, options, compute, parts)]
     return report
 
 

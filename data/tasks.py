@@ -156,7 +156,9 @@ class Examples:
     def checked(cls, name: str, length: int | None, examples: int | None, seed: int) -> "Examples":
         """DataError for what there is none of."""
         task = task_named(name)
-        made = cls(name, task.length if length is None else length, examples or cls.examples, seed)
+        made = cls(
+            name, task.length if length is None else length, cls.examples if examples is None else examples, seed
+        )
         task.check(name, made.length)
         if made.examples < 2:
             raise DataError(f"--examples must be at least 2, one for training and one for validation, not {examples}")

@@ -176,7 +176,7 @@ def characters_tokenizer() -> Tokenizer:
             raise ValueError(f"{chr(codes[np.argmax(strange)])!r} is not in its alphabet")
         return found
 
-    return Tokenizer("characters", [character.encode() for character in CHARACTERS], to_ids, "", 1.5)
+    return Tokenizer("characters", [character.encode() for character in CHARACTERS], to_ids, "", 1.0)
 
 
 def gpt2_tokenizer(vocabulary: Path = VOCABULARY) -> Tokenizer:

@@ -12,7 +12,7 @@ from nanope.evaluation.options import Options, lengths_in_tokens
 from nanope.evaluation.probe_tables import key_notes
 from nanope.evaluation.protocols import Targets, split_of
 from nanope.evaluation.same_text import same_text
-from nanope.evaluation.statistics import FEW, exact_matches, few_documents, paired_difference
+from nanope.evaluation.statistics import FEW, difference_of_matches, few_documents, paired_difference
 from schemes import label
 
 # Fields of a run in which two seeds of one experiment may differ, and eot, which is the data's
@@ -126,8 +126,7 @@ def compare(reports: list[dict]) -> list[dict]:
                 )
             paired = arms[name].keys() == arms[first].keys()
             if unit == "exact match":
-                each = [np.stack([exact_matches(r) for r in arm]) for arm in (a, b)]
-                rows.append(row | paired_difference(*each, np.ones(len(each[0][0])), paired))
+                rows.append(row | difference_of_matches(a, b, paired))
                 continue
             sums = [np.array([r["per_document"]["nll"] for r in arm]) / nats for arm in (a, b)]
             rows.append(row | paired_difference(*sums, np.array(a[0]["per_document"][size]), paired))
@@ -167,7 +166,7 @@ def comparison_table(rows: list[dict], reports: list[dict] = ()) -> str:
         f"| protocol | length | scaling | compared | difference, {rows[0]['unit']} | 95 % interval | p | seeds |",
         "|---|--:|---|---|--:|:-:|--:|:-:|",
     ]
-    notes = []
+    notes, over = [], "examples" if rows[0]["unit"] == "exact match" else "documents"
     for r in rows:
         head = f"| {r['protocol']} | {r['length']} | {r['scaling']} | {r['second']} less {r['first']} |"
         if r["difference"] is None:
@@ -176,17 +175,18 @@ def comparison_table(rows: list[dict], reports: list[dict] = ()) -> str:
             continue
         interval = "one document, one seed | "
         if r["interval"]:
-            interval = f"{r['interval'][0]:+.4f} … {r['interval'][1]:+.4f} | {r['p_value']:.2g}"
+            interval = f"{r['interval'][0]:+.4f} … {r['interval'][1]:+.4f} | "
+            interval += "" if r["p_value"] is None else f"{r['p_value']:.2g}"
         seeds = f"{r['seeds'][0]}, {r['seeds'][1]}{', paired' if r['paired_seeds'] else ''}"
         lines.append(f"{head} {r['difference']:+.4f} | {interval} | {seeds} |")
     measured = [r for r in rows if r.get("interval")]
     if any(r["levels"] == ["documents"] for r in measured):
         notes.append(
-            "One seed in an arm: interval and p-value are over documents, for these checkpoints. "
+            f"One seed in an arm: interval and p-value are over {over}, for these checkpoints. "
             "They say nothing about other seeds."
         )
     if any("seeds" in r["levels"] for r in measured):
-        notes.append("Intervals and p-values are over seeds and documents.")
+        notes.append(f"Intervals and p-values are over seeds and {over}.")
     if measured:
         notes.append(
             "Each is for its own difference alone, not for all at once: without any true difference one row of twenty "

@@ -133,16 +133,17 @@ def measure_recall(model: Model, trials: list[Trial], length: int, options: Opti
 
 def figures_by_depth(nll: np.ndarray, depth: np.ndarray) -> list[dict]:
     """Of DEPTHS bins of depth, from `low` to `high`: recall with its interval over the bin's trials, NLL with and
-    without the key, and the number of trials; null figures where it is 0. nll (2, n): of trials and of controls, depth
-    (n,) in [0, 1)."""
+    without the key, perplexity with it, and the number of trials; null figures where it is 0. nll (2, n): of trials and
+    of controls, depth (n,) in [0, 1)."""
     found = []
     for i in range(DEPTHS):
         row = {"low": i / DEPTHS, "high": (i + 1) / DEPTHS}
         with_key, without = nll[:, np.floor(depth * DEPTHS) == i]
-        row |= {"recall": None, "interval": None, "with_key": None, "without_key": None, "trials": len(with_key)}
+        row |= dict.fromkeys(("recall", "interval", "with_key", "without_key", "perplexity"))
+        row["trials"] = len(with_key)
         if len(with_key):
             row |= {"recall": float((without - with_key).mean()), "with_key": float(with_key.mean())}
             row |= {"interval": document_interval(without - with_key, np.ones(len(with_key)))}
-            row["without_key"] = float(without.mean())
+            row |= {"without_key": float(without.mean()), "perplexity": float(np.exp(with_key.mean()))}
         found.append(row)
     return found

@@ -16,7 +16,7 @@ def tables_of(report: dict, reasons: list[str]) -> list[str]:
     if report.get("attention"):
         found.append(attention_table(report["attention"], reasons))
     if any(row.get("by_depth") for row in report.get("probe", ())):
-        found.append(depth_table(report["probe"]))
+        found += [depth_table(report["probe"], figure) for figure in ("recall", "perplexity")]
     return found
 
 
@@ -33,12 +33,12 @@ def key_table(report: dict, reasons: list[str]) -> str:
     return "\n".join(lines)
 
 
-def depth_table(rows: list[dict]) -> str:
+def depth_table(rows: list[dict], figure: str) -> str:
     rows = [row for row in rows if row.get("by_depth")]
     depths = [depth_of(b) for b in rows[0]["by_depth"]]
-    lines = [f"| recall by depth, length | {' | '.join(depths)} |", "|--:" * (len(depths) + 1) + "|"]
+    lines = [f"| {figure} by depth, length | {' | '.join(depths)} |", "|--:" * (len(depths) + 1) + "|"]
     for row in rows:
-        cells = (f"{b['recall']:.4f} ({b['trials']})" if b["trials"] else "no trial" for b in row["by_depth"])
+        cells = (f"{b[figure]:.4f} ({b['trials']})" if b["trials"] else "no trial" for b in row["by_depth"])
         lines.append(f"| {label_of(row)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 An example's answer is scored in one forward pass, each of its tokens after the right ones before it. It is an exact
 match where the likeliest token is right at every place: then a greedy generation gives this answer too, and only then.
+In recall and flipflop the answers stand between further questions, which are given, whatever the model said before.
 Every model gets the same examples, which follow from the task, the length and --seed alone.
 
 Beside it stand chance, which guesses evenly among the symbols that an answer may have, and the cropped model: the same
@@ -83,10 +84,11 @@ def encoded(texts: list[str], data: Data) -> tuple[np.ndarray, np.ndarray]:
 
 
 def chance(name: str, scored: np.ndarray) -> dict:
-    """What guesses give that know where the answer ends."""
-    symbols = scored[:, :-1].sum(1)  # without the end of the text
+    """What guesses give that know where the answer ends, and so are right about the end of the text."""
+    symbols, ends = scored[:, :-1].sum(1), scored[:, -1]
     part = 1 / TASKS[name].choices
-    return {"chance": float(np.mean(part**symbols)), "token_chance": part}
+    tokens = (part * symbols.sum() + ends.sum()) / scored.sum()
+    return {"chance": float(np.mean(part**symbols)), "token_chance": float(tokens)}
 
 
 def measure_answers(

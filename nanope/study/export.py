@@ -17,6 +17,7 @@ FIGURES = (
 )  # fmt: skip
 SOMETIMES = ("offset", "largest_change", "depth", "layer", "head", "entropy", "mean_distance")
 SOMETIMES += ("effective_context", "effective_low", "effective_high", "epsilon")
+SOMETIMES += ("task", "token_chance", "cropped_accuracy", "cropped_token_accuracy")
 
 
 def write_csv(paths: list[Path], file: TextIO) -> None:
@@ -49,7 +50,7 @@ def lines_of(name: str, report: dict) -> list[dict]:
     """One flat mapping for each row of results, of the probe, and of what else was measured (more_rows)."""
     try:
         rows = [
-            *with_context(report),
+            *complete_rows(report),
             *({"protocol": "probe", **p} for p in report.get("probe", ())),
             *more_rows(report),
         ]
@@ -82,12 +83,16 @@ def more_rows(report: dict) -> Iterator[dict]:
                 yield {**row, **figures, "protocol": "attention", "layer": layer, "head": head}
 
 
-def with_context(report: dict) -> Iterator[dict]:
-    """The rows of results, those of same-targets with the effective context of their scaling."""
+def complete_rows(report: dict) -> Iterator[dict]:
+    """The rows of results, those of same-targets with the effective context of their scaling, those of a task with its
+    name and the figures of the cropped model."""
     found = {e["scaling"]: e for e in report.get("effective_context", ())}
     for row in report["results"]:
         if row["protocol"] == "same-targets" and (e := found.get(row["scaling"])):
             low, high = e["interval"] or (None, None)
             row = {**row, "effective_context": e["length"], "effective_low": low, "effective_high": high}
             row["epsilon"] = e["epsilon"]
+        if row["protocol"] == "task":
+            cropped = {f"cropped_{k}": v for k, v in (row["cropped"] or {}).items()}
+            row = {**row, **cropped, "task": report["task"]["name"]}
         yield row

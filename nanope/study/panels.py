@@ -15,7 +15,13 @@ from nanope.study.drawing import Curve, Forest, Heat, Lines, Points
 from nanope.study.grid import bench_variants
 from nanope.study.probe_panels import attention, attention_of_report, needle, needle_of_reports
 from nanope.study.results import Study, throughput
-from nanope.study.seed_statistics import difference_of_losses, difference_of_rows, seed_interval, speed_ratios
+from nanope.study.seed_statistics import (
+    answers_interval,
+    difference_of_losses,
+    difference_of_rows,
+    seed_interval,
+    speed_ratios,
+)
 from schemes import label
 
 # Of known schemes. The colours stay apart under simulated protanopia, deuteranopia and tritanopia (OKLab distance of at
@@ -200,7 +206,7 @@ def accuracy(study: Study, setting: str, looks: dict) -> Lines | None:
 
 
 def answers_curve(name: str, by_length: dict, look: dict) -> Curve:
-    """Mean exact matches over seeds with intervals over seeds, or over examples where there is one seed."""
+    """Mean exact matches over seeds with answers_interval."""
     found = Curve(name, look, [], [], [], band=True)
     for length in sorted(by_length):
         values = [row["accuracy"] for row in by_length[length].values()]
@@ -209,7 +215,7 @@ def answers_curve(name: str, by_length: dict, look: dict) -> Curve:
             continue
         found.x.append(length)
         found.y.append(float(np.mean(values)))
-        found.intervals.append(seed_interval(values) or next(iter(by_length[length].values()))["interval"])
+        found.intervals.append(answers_interval([*by_length[length].values()]))
     return found
 
 

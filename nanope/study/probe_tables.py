@@ -20,7 +20,8 @@ def probe_tables(study: Study, setting: str, name: str) -> list[Table]:
     made = (
         (f"effective context, {unit}s, mean [range over seeds]", "scaling", effective, range_of),
         (f"recall of a value by its key, nats per {unit}, by context length", "scaling", recall, seed_interval),
-        (f"recall by depth of the key, nats per {unit}", "length", recall_by_depth, seed_interval),
+        (f"recall by depth of the key, nats per {unit}", "length", by_depth("recall", 4), seed_interval),
+        ("perplexity of the value by depth of its key", "length", by_depth("perplexity", 2), seed_interval),
         (f"attention, mean over layers and heads; distance in {unit}s", "length", attention, seed_interval),
     )
     found = (table_of(study, setting, name, *each) for each in made)
@@ -87,9 +88,9 @@ def recall(report: dict) -> Cells:
     }
 
 
-def recall_by_depth(report: dict) -> Cells:
-    return {
-        (label_of(row), depth_of(b)): (b["recall"], b["interval"], 4)
+def by_depth(figure: str, digits: int) -> Callable[[dict], Cells]:
+    return lambda report: {
+        (label_of(row), depth_of(b)): (b[figure], b["interval"] if figure == "recall" else None, digits)
         for row in report.get("probe", ())
         for b in row.get("by_depth") or ()
         if b["trials"]

@@ -193,7 +193,11 @@ def task_note(study: Study, name: str, answered: list[tuple[dict, dict]]) -> str
     """What the figures of a task are. answered: (the data's task, row) of every row."""
     trained = "; ".join(dict.fromkeys(f"{task['name']} up to {task['length']}" for task, _ in answered))
     counts = " … ".join(dict.fromkeys(f"{row['examples']:,}" for _, row in answered))
-    over = "examples (Wilson for exact matches)" if len(study.grid.seeds) == 1 else "seeds"
+    over = (
+        "examples (Wilson for exact matches)"
+        if len(study.grid.seeds) == 1
+        else "seeds (where all are equal, over examples)"
+    )
     return (
         f"Report {name}: {counts} examples of each length, the same for all arms and seeds; trained on {trained}. An "
         "exact match is a greedy answer that is right at every place. Chance guesses evenly among the symbols of an "

@@ -40,27 +40,29 @@ class Interrupted(BaseException):
 
 def prepare(grid: Grid, sources: list[str] | None, root: Path = REPO) -> None:
     """Make the data folders that are missing, under `root`. sources: PATH, or CORPUS=PATH where there are several
-    corpora. ValueError where data/prepare.py fails."""
+    corpora. Those of tasks are checked where they are there: a name does not tell the lengths in it. ValueError where
+    data/prepare.py fails, and for two settings with different data in one folder."""
     wanted = {}
     for setting in grid.settings if grid.arms else ():
-        if data := grid.data_of(setting):
-            wanted[folder_of(data)] = data
+        if (data := grid.data_of(setting)) and (other := wanted.setdefault(folder_of(data), data)) != data:
+            raise ValueError(f"two settings have different data in one folder, {folder_of(data)}: {other} and {data}")
     named = dict(s.split("=", 1) if "=" in s else (None, s) for s in sources or ())
     if None in named and len({data["corpus"] for data in wanted.values()}) > 1:
         each = " ".join(f"{data['corpus']}=PATH" for data in wanted.values())
         raise ValueError(f"--source needs a name for each of several corpora: --source {each}")
     for name, data in wanted.items():
-        folder = local(name, root)
+        folder, is_task = local(name, root), data["corpus"] == "task"
         manifest = Path(folder) / "manifest.json"
-        if manifest.is_file():
+        if manifest.is_file() and not is_task:
             continue
-        what = [data["corpus"], *([data["task"]] if data["corpus"] == "task" else [])]
+        what = [data["corpus"], *([data["task"]] if is_task else [])]
         options = {k: v for k, v in data.items() if k not in ("corpus", "task")}
         if source := named.get(data["corpus"], named.get(None)):
             options["source"] = source
         command = [sys.executable, str(REPO / "data" / "prepare.py"), *what, "--out", folder, *flags(options)]
         with alone(Path(f"{folder}.lock"), f"preparing {folder}") as lock:
-            if not manifest.is_file() and subprocess.run(command, pass_fds=[lock.fileno()]).returncode:
+            needed = is_task or not manifest.is_file()
+            if needed and subprocess.run(command, pass_fds=[lock.fileno()]).returncode:
                 raise ValueError(f"the data were not made: {shlex.join(command[1:])}")
 
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import scipy.stats
 
-from nanope.evaluation.statistics import exact_matches, paired_difference
+from nanope.evaluation.statistics import difference_of_matches, paired_difference
 
 
 def seed_interval(values) -> list[float] | None:
@@ -15,6 +15,13 @@ def seed_interval(values) -> list[float] | None:
         return None
     reach = scipy.stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
     return [float(values.mean() - reach), float(values.mean() + reach)]
+
+
+def answers_interval(rows: list[dict], figure: str = "accuracy", own: str = "interval") -> list[float] | None:
+    """95 % interval of the mean of a figure of a task over seeds, from their rows. Where there is one seed, or all have
+    the same figure, that of one over its examples: equal seeds do not tell how sure they are."""
+    values = [row[figure] for row in rows]
+    return seed_interval(values) if np.ptp(values) else rows[0][own]
 
 
 def difference_of_losses(ours: dict[int, float], base: dict[int, float]) -> dict | None:
@@ -48,8 +55,7 @@ def difference_of_answers(ours: dict[int, dict], base: dict[int, dict]) -> dict 
         return None
     if len({r[s]["targets_sha256"] for r in (ours, base) for s in seeds}) > 1:
         raise ValueError("two runs' evaluations answered different examples: they are of different data")
-    a, b = (np.stack([exact_matches(r[s]) for s in seeds]) for r in (base, ours))
-    found = paired_difference(a, b, np.ones(a.shape[1]), True)
+    found = difference_of_matches(*([r[s] for s in seeds] for r in (base, ours)), True)
     return {"difference": found["difference"], "interval": found["interval"], "seeds": len(seeds)}
 
 

@@ -12,6 +12,7 @@ from nanope.study.markup import Table, accuracy_cell, difference_cell, mean_cell
 from nanope.study.probe_tables import probe_tables
 from nanope.study.results import Study, throughput
 from nanope.study.seed_statistics import (
+    answers_interval,
     difference_of_answers,
     difference_of_losses,
     difference_of_rows,
@@ -143,10 +144,11 @@ def task_tables(study: Study, setting: str, name: str, rows: dict) -> list[Table
 
 
 def answers_cell(by_seed: dict[int, dict], figure: str, interval: str) -> str:
-    """Mean over seeds with its interval: over seeds, or for one seed over examples."""
-    values = [row[figure] for row in by_seed.values()]
+    """Mean over seeds with answers_interval."""
+    rows = [*by_seed.values()]
+    values = [row[figure] for row in rows]
     known = bool(values) and None not in values
-    return accuracy_cell(values, known and (seed_interval(values) or next(iter(by_seed.values()))[interval]) or None)
+    return accuracy_cell(values, answers_interval(rows, figure, interval) if known else None)
 
 
 def shift_table(study: Study, setting: str, name: str) -> Table:

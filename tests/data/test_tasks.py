@@ -100,6 +100,12 @@ def test_a_folder_of_a_task(tmp_path, capsys):
         prepare("task", tmp_path / "a", shard_tokens=3000, examples=Examples("flipflop", 6, 900, 0))
 
 
+def test_validation_tokens_are_as_many_as_were_asked_for(tmp_path):
+    data = prepare("task", tmp_path / "d", examples=Examples("copy", 9, 600), val_tokens=1000)
+    tokens = sum(record["tokens"] - record["documents"] for record in data.records("val"))
+    assert tokens == pytest.approx(1000, rel=0.25)  # by hash, so not exactly
+
+
 @pytest.mark.parametrize("harm", ["cut", "altered", "gone"])
 def test_a_mask_is_verified_as_a_shard_is(tmp_path, harm):
     prepare("task", tmp_path / "d", examples=Examples("copy", 4, 200))
@@ -125,6 +131,7 @@ def test_a_mask_is_verified_as_a_shard_is(tmp_path, harm):
         ),
         (["task", "copy", "--length", "0"], "copy begins at length 1, in symbols: 0 is not possible"),
         (["task", "copy", "--examples", "1"], "--examples must be at least 2"),
+        (["task", "copy", "--examples", "0"], "--examples must be at least 2.*, not 0"),
         (["task", "copy", "--tokenizer", "byte"], "--tokenizer byte: tasks have tokenizer characters"),
         (["task", "copy", "--source", "x"], "corpus task takes no --source"),
         (["task", "copy", "--field", "x"], "--field does not apply"),

@@ -95,12 +95,21 @@ def test_depths_are_bins_of_the_same_trials(data):
         mine = [trial for trial in trials if b["low"] <= trial.depth < b["high"]]
         assert b["trials"] == len(mine)
         if not mine:
-            assert b["recall"] is b["interval"] is b["with_key"] is None
+            assert b["recall"] is b["interval"] is b["with_key"] is b["perplexity"] is None
             continue
         with_key, without = (np.array([loss(trial, which) for trial in mine]) for which in (True, False))
         assert b["with_key"] == pytest.approx(with_key.mean(), abs=1e-5)
+        assert b["perplexity"] == pytest.approx(np.exp(with_key.mean()), rel=1e-5)
         assert b["without_key"] == pytest.approx(without.mean(), abs=1e-5)
         assert b["recall"] == pytest.approx((without - with_key).mean(), abs=1e-5)
         assert (b["interval"] is None) == (len(mine) < 2)
     assert sum(b["trials"] for b in row["by_depth"]) == row["trials"] == 12
     assert sum(b["trials"] * (b["recall"] or 0) for b in row["by_depth"]) / 12 == pytest.approx(row["recall"])
+
+
+def test_of_scaled_models_those_are_probed_that_were_asked_for(data):
+    options = {"probe": 2, "attention": 1, "max_targets": 64, "factor": 2.0}
+    for scaling in ["yarn"], ["none", "yarn"]:
+        report = evaluate(model("rope", 80), data, [80], ["same-targets"], scaling=scaling, **options)
+        for kind in "probe", "attention":
+            assert list(dict.fromkeys(row["scaling"] for row in report[kind])) == scaling

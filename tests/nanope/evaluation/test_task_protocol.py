@@ -19,6 +19,7 @@ from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
 from nanope.config import RunConfig
 from nanope.distributed import Ranks
+from nanope.evaluation.compare import compare, comparison_table
 from nanope.evaluation.options import Options
 from nanope.evaluation.scoring import Compute
 from nanope.evaluation.tasks import encoded, score_answers
@@ -66,6 +67,7 @@ def test_an_exact_match_is_a_greedy_generation_that_is_right(tmp_path):
         answer = gpt.generate(torch.from_numpy(ids[:2])[None], 2, temperature=0)[0, 2:].tolist()
         right.append(answer == [ids[2], 511])
     assert rows[1]["accuracy"] == np.mean(right) and 0 < np.mean(right) < 1
+    assert [rows[1]["chance"], rows[1]["token_chance"]] == pytest.approx([1 / 62, (1 / 62 + 1) / 2])  # symbol and end
 
 
 def test_figures_are_those_of_a_slow_loop(task):
@@ -162,6 +164,9 @@ def test_the_command(task, tmp_path, capsys):
     means = [np.mean([r["results"][1]["accuracy"] for r in pair]) for pair in (reports[:2], reports[2:])]
     assert rows[1]["length"] == 24 and rows[1]["unit"] == "exact match" and rows[1]["paired_seeds"]
     assert rows[1]["difference"] == pytest.approx(means[1] - means[0])
+    same = comparison_table(compare([reports[0], reports[2] | {"results": reports[0]["results"]}]))
+    assert "| +0.0000 | -0.1611 … +0.1611 |  | 1, 1, paired |" in same  # z² / (20 + z²): nothing else tells
+    assert "over examples, for these checkpoints" in same
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def more(arm, seed):
     row = {"scaling": "none", "factor": 1.0}
     bins = [
         {"low": i / 5, "high": (i + 1) / 5, "recall": None if i == 1 else seed + 0.1 * i, "interval": None,
-         "with_key": 1.0, "without_key": 2.0, "trials": 0 if i == 1 else 4} for i in range(5)
+         "with_key": 1.0, "without_key": 2.0, "perplexity": 2.7, "trials": 0 if i == 1 else 4} for i in range(5)
     ]  # fmt: skip
     probe = row | {
         "length": 16,
@@ -86,6 +86,7 @@ def test_tables_have_means_over_seeds(study):
     assert recall[0].startswith("0.3750 [") and len(recall) == 1
     depth = cells(study, "recall by depth")["rope", "16"]
     assert len(depth) == 4 and depth[0].startswith("1.5000 [") and depth[3].startswith("1.9000 [")
+    assert cells(study, "perplexity of the value by depth")["rope", "16"] == ["2.70"] * 4
     rope, crope = (cells(study, "attention")[arm, "16"] for arm in ("rope", "crope"))
     assert rope[0].startswith("3.000 [") and crope[0].startswith("4.000 [")
     assert rope[1] == "2.500" and rope[2].startswith("4.5 [") and rope[3] == "7.5"
@@ -161,4 +162,4 @@ def test_a_csv_has_a_line_for_each(study):
     (head, *_) = [line for line in lines if line["protocol"] == "attention" and line["head"] == "2"]
     assert head["layer"] == "1" and float(head["entropy"]) in (3.0, 4.0, 5.0)
     (depth, *_) = [line for line in lines if line["protocol"] == "probe depth"]
-    assert depth["depth"] == "0–20 %" and depth["accuracy"] == ""
+    assert depth["depth"] == "0–20 %" and depth["accuracy"] == "" and depth["perplexity"] == "2.7"

@@ -1,11 +1,13 @@
 """Grids of tasks: their data, tables, figures and CSV."""
 
+import csv
 import io
 import json
 
 import numpy as np
 import pytest
 import yaml
+from scipy.stats import norm
 from studies import FIELDS, command, study_of, task_row, write_grid
 
 from nanope.evaluation.statistics import paired_difference
@@ -15,6 +17,7 @@ from nanope.study.grid import Grid, in_tokens
 from nanope.study.panels import accuracy, looks_of
 from nanope.study.report import latex_text, markdown
 from nanope.study.results import Study
+from nanope.study.runner import prepare
 
 ANSWERS = {"answers": {"protocol": "task"}}
 # Arm → seed → of five examples how many tokens are right, at 8 and 16
@@ -64,6 +67,19 @@ def test_worse_is_marked_with_an_arrow_down(tmp_path):
     assert "-0.700" in markdown(study) and "↓" in markdown(study)
 
 
+def test_what_is_always_right_and_what_never_is_differ_for_sure(tmp_path):
+    """Without any variance: Wilson's interval of 5 of 5 examples, whose lower end is 1 / (1 + z²/5)."""
+    grid = write_grid(tmp_path / "g.yaml", arms=["rope", "alibi", "fox"], eval=ANSWERS)
+    right = {"alibi": [0] * 5, "rope": [4] * 5, "fox": [0] * 5}  # alibi is the baseline
+    study = study_of(
+        tmp_path / "runs", grid, dict.fromkeys(right, [1.0, 1.0]), rows=lambda run: [task_row(right[run.arm])]
+    )
+    text, low = markdown(study), 1 / (1 + norm.ppf(0.975) ** 2 / 5)
+    assert f"| rope | **+1.000 [{low:+.3f}, +1.000]** |" in text
+    assert f"| fox | +0.000 [{low - 1:+.3f}, {1 - low:+.3f}] ≈ |" in text
+    assert "| rope | 100.0% [10.0%, 90.0%] |" in text  # of equal seeds, that over the examples of one
+
+
 def test_other_examples_do_not_compare(tmp_path):
     grid = write_grid(tmp_path / "g.yaml", arms=["alibi", "rope"], eval=ANSWERS)
     study = study_of(
@@ -82,8 +98,11 @@ def test_figure_and_csv(study, tmp_path):
     assert (tmp_path / "f.png").stat().st_size > 10_000
     file = io.StringIO()
     write_csv([study.folder], file)
-    head, *lines = file.getvalue().splitlines()
-    assert len(lines) == 12 and {"token_accuracy", "chance", "examples"} <= {*head.split(",")}
+    lines = [*csv.DictReader(io.StringIO(file.getvalue()))]
+    assert len(lines) == 12 and {line["task"] for line in lines} == {"copy"}
+    figures = "accuracy token_accuracy chance token_chance cropped_accuracy cropped_token_accuracy examples".split()
+    line = next(each for each in lines if "alibi-seed1" in each["report"] and each["length"] == "16")
+    assert [line[name] for name in figures] == ["0.8", "0.9", "0.0625", "0.5", "0.0", "0.5", "5"]
     reports = [json.loads(path.read_text()) for path in sorted(study.folder.glob("*seed1*/eval/*.json"))]
     for report, run in zip(reports, ("alibi", "learned", "rope")):
         report |= {"pos": run, "run": run, "block_size": 16}
@@ -109,6 +128,22 @@ def test_a_grid_names_the_data_of_a_task(tmp_path):
     (tmp_path / "g.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match="unknown task 'cpoy'; did you mean 'copy'"):
         Grid.read(tmp_path / "g.yaml")
+
+
+def test_a_folder_with_other_examples_is_not_taken(tmp_path, capfd):
+    def prepared(**settings):
+        settings = {name: {"data": {"corpus": "task", "task": "copy", **own}} for name, own in settings.items()}
+        content = {"fields": FIELDS, "arms": ["rope"], "settings": settings}
+        (tmp_path / "g.yaml").write_text(yaml.safe_dump(content))
+        prepare(Grid.read(tmp_path / "g.yaml"), None, root=tmp_path)
+
+    small = {"length": 4, "examples": 50}
+    prepared(a=small, b=small)
+    with pytest.raises(ValueError, match="the data were not made: .*prepare.py task copy"):
+        prepared(a={**small, "length": 5})
+    assert "was made with other options" in capfd.readouterr().err
+    with pytest.raises(ValueError, match="two settings have different data in one folder, data/task-copy: .*4.*5"):
+        prepared(a=small, b={**small, "length": 5})
 
 
 @pytest.mark.slow
