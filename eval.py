@@ -194,7 +194,7 @@ def evaluate(
     report |= compute.conditions(model)
     report |= {"effective_context": effective_contexts(results, options.epsilon)} | chosen
     if "task" in options.protocol:
-        results += [row for v in asked for row in evaluate_task(v, data, block_size, options, compute, parts)]
+        results += evaluate_task(model, asked, data, options, compute, parts)
         report |= {"task": data.manifest["task"], "interval": "95 % Wilson interval over examples"}
     if "shift" in options.protocol:
         shifts = evaluate_shift(model, data, tokenizer, options, compute)

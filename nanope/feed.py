@@ -20,44 +20,50 @@ from nanope.distributed import Ranks, autocast, pinned, to_device
 from nanope.run_folder import Stop
 
 
-class Windows:
-    """Rows of text."""
+class TextRows:
+    """Rows of text, named by their first tokens in the split."""
 
     def __init__(self, split: Split, config: RunConfig):
         self.split, self.block_size = split, config.block_size
         self.order = WindowOrder(len(split), config.block_size, config.data_seed)
         self.total = (len(split) - 1) // config.block_size  # windows that do not overlap
 
-    def starts(self, first: int, count: int) -> np.ndarray:
-        """First tokens of items first … first+count-1 of the training order: (count,) int64."""
+    def items(self, first: int, count: int) -> np.ndarray:
+        """Rows first … first+count-1 of the training order: (count,) int64."""
         return self.order.starts(first, count)
 
     def spread(self, count: int) -> np.ndarray:
-        """First tokens of `count` rows, spread evenly over the split."""
+        """`count` rows, spread evenly over the split."""
         return self.block_size * (np.arange(count) * self.total // count)
 
-    def read(self, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return batch(self.split, starts, self.block_size)
+    def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return batch(self.split, rows, self.block_size)
 
-    def targets(self, starts: np.ndarray) -> np.ndarray:
+    def targets(self, rows: np.ndarray) -> np.ndarray:
         """How many targets each row has: (n,) int64."""
-        return np.full(len(starts), self.block_size)
+        return np.full(len(rows), self.block_size)
+
+    def starts(self, rows: np.ndarray) -> np.ndarray:
+        """The first token of each."""
+        return rows
 
 
-class Examples:
-    """Rows of a task. DataError for an example that is longer than a row, or without an answer."""
+class TaskRows:
+    """Rows of a task, examples named by their numbers. DataError for an example that is longer than a row, or without
+    an answer."""
 
     def __init__(self, split: Split, config: RunConfig):
-        self.split, self.block_size, self.documents = split, config.block_size, split.documents()
-        start, length = self.documents.T  # without end-of-text, which is at start + length
-        self.total, self.order = len(length), WindowOrder(len(length) + 1, 1, config.data_seed)  # of numbers of rows
+        self.split, self.block_size = split, config.block_size
+        self.start, self.length = split.documents().T  # without end-of-text, which is at start + length
+        self.total = len(self.start)
+        self.order = WindowOrder(self.total + 1, 1, config.data_seed)  # of numbers
         # All of them, 3 bytes a token: examples are short, and to read them one by one is slow
         self.tokens, self.mask = split.read(0, len(split)).astype(split.dtype), split.read_mask(0, len(split))
-        self.answers = np.add.reduceat(self.mask, start, dtype=np.int64)
-        if length.max() > self.block_size:
+        self.answers = np.add.reduceat(self.mask, self.start, dtype=np.int64)
+        if (longest := self.length.max()) > self.block_size:
             raise DataError(
                 f"block_size {self.block_size} is shorter than the longest example of {config.data_dir}, which has "
-                f"{length.max()} tokens: take block_size {length.max()} or more"
+                f"{longest} tokens: take block_size {longest} or more"
             )
         if not self.answers.all():
             which = int(np.argmin(self.answers))
@@ -65,29 +71,29 @@ class Examples:
                 f"{config.data_dir}: example {which} has no answer: its mask has no target; prepare it again"
             )
 
-    def starts(self, first: int, count: int) -> np.ndarray:
-        return self.documents[self.order.starts(first, count), 0]
+    def items(self, first: int, count: int) -> np.ndarray:
+        return self.order.starts(first, count)
 
     def spread(self, count: int) -> np.ndarray:
-        return self.documents[np.arange(count) * self.total // count, 0]
+        return np.arange(count) * self.total // count
 
-    def read(self, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Inputs x, with end-of-text behind an example, and targets y, -1 where there is none: (n, T) int64 each."""
-        length, step = self.documents[self.numbers(starts), 1:], np.arange(self.block_size)
-        inside, at = step < length, starts[:, None] + np.minimum(step, length - 1)
+        length, step = self.length[rows, None], np.arange(self.block_size)
+        inside, at = step < length, self.start[rows, None] + np.minimum(step, length - 1)
         x, y = (self.tokens[places].astype(np.int64) for places in (at, at + 1))
         return np.where(inside, x, self.split.eot), np.where(inside & self.mask[at + 1], y, -1)
 
-    def targets(self, starts: np.ndarray) -> np.ndarray:
-        return self.answers[self.numbers(starts)]
+    def targets(self, rows: np.ndarray) -> np.ndarray:
+        return self.answers[rows]
 
-    def numbers(self, starts: np.ndarray) -> np.ndarray:
-        return np.searchsorted(self.documents[:, 0], starts)
+    def starts(self, rows: np.ndarray) -> np.ndarray:
+        return self.start[rows]
 
 
-def rows_of(split: Split, config: RunConfig) -> Windows | Examples:
+def rows_of(split: Split, config: RunConfig) -> TextRows | TaskRows:
     """The rows of a split. DataError where it has too little text for one."""
-    return (Examples if split.masked else Windows)(split, config)
+    return (TaskRows if split.masked else TextRows)(split, config)
 
 
 def check_splits(data: Data, config: RunConfig) -> None:
@@ -110,24 +116,24 @@ class Feed:
         self.thread = ThreadPoolExecutor(1, "batches", *on_device)
         self.number, self.ahead = None, None  # of the micro-batch that is being read, counted from the run's first
 
-    def starts(self, number: int) -> np.ndarray:
-        """First tokens of the rows of a micro-batch: (micro,) int64."""
+    def items(self, number: int) -> np.ndarray:
+        """The rows of a micro-batch: (micro,) int64."""
         step, i = divmod(number, self.share // self.micro)
-        return self.rows.starts((step * self.ranks.world + self.ranks.rank) * self.share + i * self.micro, self.micro)
+        return self.rows.items((step * self.ranks.world + self.ranks.rank) * self.share + i * self.micro, self.micro)
 
-    def weight(self, number: int, starts: np.ndarray) -> float:
+    def weight(self, number: int, items: np.ndarray) -> float:
         """The part of the step's loss that is a micro-batch's, times the ranks, over which gradients are averaged: the
         loss of a step is the mean over all of its targets, however they lie in micro-batches and ranks."""
-        if isinstance(self.rows, Windows):
+        if isinstance(self.rows, TextRows):
             return self.micro / self.share
         whole = self.share * self.ranks.world
-        step = self.rows.starts(number // (self.share // self.micro) * whole, whole)
-        return float(self.rows.targets(starts).sum() * self.ranks.world / self.rows.targets(step).sum())
+        step = self.rows.items(number // (self.share // self.micro) * whole, whole)
+        return float(self.rows.targets(items).sum() * self.ranks.world / self.rows.targets(step).sum())
 
     def read(self, number: int) -> tuple[list[torch.Tensor], float]:
-        starts = self.starts(number)
-        arrays = self.rows.read(starts)
-        return [pinned(torch.from_numpy(a), self.device) for a in arrays], self.weight(number, starts)
+        items = self.items(number)
+        arrays = self.rows.read(items)
+        return [pinned(torch.from_numpy(a), self.device) for a in arrays], self.weight(number, items)
 
     def batches(self, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
         """x and y, (micro, T) int64 each on the device, and the weight of their mean loss, of the micro-steps of a
@@ -139,12 +145,12 @@ class Feed:
             yield *(t.to(self.device, non_blocking=True) for t in tensors), weight
 
     def describe(self, step: int, parts: list[int]) -> str:
-        """Where the windows of some micro-steps of a step lie: shard, and offset in tokens."""
+        """Where the rows of some micro-steps of a step lie: shard, and offset in tokens."""
         count = self.share // self.micro
-        starts = [  # in the thread, which alone uses the order
-            self.thread.submit(self.starts, step * count + part).result() for part in parts
+        items = [  # in the thread, which alone uses the order
+            self.thread.submit(self.items, step * count + part).result() for part in parts
         ]
-        places = [self.split.locate(int(s)) for s in np.concatenate(starts)]
+        places = [self.split.locate(int(s)) for s in self.rows.starts(np.concatenate(items))]
         shown = ", ".join(f"{file.name} at token {offset}" for file, offset in places[:8])
         return shown + (" …" if len(places) > 8 else "")
 
@@ -156,11 +162,11 @@ def diverged(step: int, rate: float, losses: list[torch.Tensor], bad_steps: int,
     """What to say when `bad_steps` steps in a row up to `step` had a loss or gradient that is not finite. `losses` are
     those of this rank's micro-steps in the last of them."""
     bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss.item())]
-    what = "micro-batches whose loss is not finite" if bad else "all windows of the step"
+    what = "micro-batches whose loss is not finite" if bad else "all rows of the step"
     places = feed.describe(step - 1, bad or list(range(len(losses))))
     return (
         f"{bad_steps} steps in a row up to step {step} had a loss or gradient that is not finite (learning rate "
-        f"{rate:.3g}; rank {feed.ranks.rank}, {what}: windows at {places}). Lower learning_rate, or look at the data "
+        f"{rate:.3g}; rank {feed.ranks.rank}, {what}: rows at {places}). Lower learning_rate, or look at the data "
         f"there (python data/show.py {config.data_dir})"
     )
 
@@ -176,7 +182,7 @@ class Validation:
             )
         self.rows = rows_of(split, config)
         count = max(1, min(self.rows.total, config.eval_tokens // config.block_size))
-        self.starts = self.rows.spread(count)[ranks.rank :: ranks.world]
+        self.items = self.rows.spread(count)[ranks.rank :: ranks.world]
         self.at_a_time, self.ranks, self.device = at_a_time, ranks, device
 
     @torch.no_grad()
@@ -185,14 +191,14 @@ class Validation:
         longer than a scheduler waits. stop.agreed then holds the signal, on every rank."""
         model.eval()
         total = torch.zeros(2, dtype=torch.float64)
-        for i in range(0, len(self.starts), self.at_a_time):
+        for i in range(0, len(self.items), self.at_a_time):
             if stop and stop.received:
                 break
-            starts = self.starts[i : i + self.at_a_time]
-            x, y = to_device(self.rows.read(starts), self.device)
+            items = self.items[i : i + self.at_a_time]
+            x, y = to_device(self.rows.read(items), self.device)
             with autocast(self.device, dtype):
                 _, nll = model(x, y, reduction="none")
-            count = int(self.rows.targets(starts).sum())
+            count = int(self.rows.targets(items).sum())
             total += torch.tensor([nll.cpu().double().sum(), count], dtype=torch.float64)
         model.train()
         total = torch.cat((total, torch.tensor(stop.flags() if stop else [], dtype=torch.float64)))

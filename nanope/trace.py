@@ -120,7 +120,7 @@ def batches(config: RunConfig, device: torch.device) -> tuple[RunConfig, list]:
     for i in range(0, share, micro):
         if has_data:
             rows = rows_of(data.split("train"), config)
-            x, y = (torch.from_numpy(a) for a in rows.read(rows.starts(i, micro)))
+            x, y = (torch.from_numpy(a) for a in rows.read(rows.items(i, micro)))
         else:
             tokens = torch.randint(vocab_size, (micro, T + 1), generator=generator)
             x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

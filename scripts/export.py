@@ -51,6 +51,10 @@ def export(run: str, which: str, out: Path, tolerance: float = TOLERANCE) -> str
     if out.exists() and (not out.is_dir() or {*out.iterdir()} - {partial}):
         raise ValueError(f"{out} exists: choose another --out, or remove it")
     model, tokenizer = checkpoint.build_model(state).eval(), checkpoint.run_tokenizer(state)
+    if tokenizer.name == "characters":
+        raise ValueError(
+            f"{run} is a run on a task: its tokenizer of {tokenizer.eot} characters has no counterpart there"
+        )
     theirs = as_transformers(model, tokenizer.eot)
     new = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:

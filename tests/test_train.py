@@ -566,7 +566,7 @@ def test_a_bad_step_is_skipped_and_counted(make, capsys, dtype, value):
 def test_bad_steps_stop_the_run_and_good_checkpoints_stay(make):
     config = make(checkpoint_interval=1, max_bad_steps=3, eval_interval=0)
     observer, weights = poison({(step, 0) for step in range(6, 100)})
-    message = r"3 steps in a row up to step 9 .*learning rate .*windows at train_00000.bin at token \d+, "
+    message = r"3 steps in a row up to step 9 .*learning rate .*rows at train_00000.bin at token \d+, "
     with pytest.raises(ValueError, match=message) as info:
         train(config, observer)
     assert "step_6.pt holds the very weights that failed" in str(info.value)

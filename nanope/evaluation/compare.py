@@ -61,7 +61,7 @@ def tokens_for_all(lengths: list[int | str], trained: list[int]) -> tuple[list[i
     sizes = {*trained}
     if len(sizes) > 1 and any(isinstance(n, str) for n in lengths):
         many = ", ".join(map(str, sorted(sizes)))
-        raise ValueError(f"the training lengths of the runs differ ({many}): give --lengths in tokens")
+        raise ValueError(f"the training lengths of the runs differ ({many}): give --lengths as numbers")
     asked = lengths_in_tokens(lengths, max(sizes))
     return asked, {size for size in sizes if size < max(asked)} - {*asked}
 

@@ -107,6 +107,10 @@ class NanopeLM(TemplateLM):
         path = checkpoint.find(run, which)
         state = checkpoint.load(path)
         self.tokenizer = checkpoint.run_tokenizer(state)
+        if self.tokenizer.name == "characters":
+            raise ValueError(
+                f"{run} is a run on a task, and cannot read other text: eval.py --protocol task evaluates it"
+            )
         model = checkpoint.build_model(state)
         pos = {"pos": model.config.pos, "pos_options": model.config.pos_options}
         if (scaling == "none") != (factor is None):

@@ -95,7 +95,7 @@ def keys_in_words(keys: dict) -> str:
         f"{keys['falls_by']:g} nats from a context of {short} to {long} and ends below {keys['ends_below']:g}."
     )
     before, after = keys["evaluator_nats"]
-    if after > before:
+    if after > before + 0.01:
         text += f" Its own mean loss rises from {before:.4f} to {after:.4f}: a poor judge of what a long context helps."
     return text
 

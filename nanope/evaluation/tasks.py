@@ -44,34 +44,36 @@ def training_length(data: Data, block_size: int, protocol: list[str]) -> int:
 
 
 def evaluate_task(
-    variant: Variant, data: Data, block_size: int, options: Options, compute: Compute, parts: Parts
+    model: Model, variants: list[Variant], data: Data, options: Options, compute: Compute, parts: Parts
 ) -> list[dict]:
-    """A row for each of options.lengths, of options.examples examples: see measure_answers. Null figures and a reason
-    where the model cannot reach it; chance and the cropped model are there all the same. ValueError for a length that
-    the task has no examples of."""
-    name, rows = data.manifest["task"]["name"], []
-    made = {n: evaluation_examples(name, n, options.examples, options.seed) for n in options.lengths}  # errors first
-    for length, texts in made.items():
-        tokens, scored = encoded(texts, data)
-        inputs = tokens.shape[1] - 1
-        row = {"length": length, "protocol": "task", **variant.label, "inputs": inputs}
-        row["cropping_baseline"] = length == data.manifest["task"]["length"] and variant.scaling == "none"
-        reason = variant.reach([inputs])[inputs]
-        targets = hashlib.sha256(tokens.tobytes() + scored.tobytes()).hexdigest()
-        key = row | {"targets": targets, "block_size": block_size, "reason": reason}
+    """For each variant of a model, a row for each of options.lengths, of options.examples examples: see
+    measure_answers. Null figures and a reason where it cannot reach the length; chance and the cropped model, which is
+    unscaled, are there all the same. ValueError for a length that the task has no examples of."""
+    task, rows, cropped = data.manifest["task"], [], {}
+    made = {n: evaluation_examples(task["name"], n, options.examples, options.seed) for n in options.lengths}
+    context = min(model.config.block_size, len(evaluation_examples(task["name"], task["length"], 1, 0)[0]))
+
+    def kept(key: dict, of: Model, part: tuple, context: int, label: str) -> dict:
         found = parts.get(key)
-        if found is None:
-            found = {"examples": len(texts), "targets_sha256": targets, **chance(name, scored)}
-            if reason is None:
-                found |= measure_answers(variant.model, tokens, scored, inputs, compute, f"task {length}")
+        return parts.keep(key, measure_answers(of, *part, context, compute, label)) if found is None else found
+
+    for variant in variants:
+        for length, texts in made.items():
+            part = tokens, scored = encoded(texts, data)
+            inputs = tokens.shape[1] - 1
+            row = {"length": length, "protocol": "task", **variant.label, "inputs": inputs}
+            row["cropping_baseline"] = length == task["length"] and variant.scaling == "none"
+            row |= {"examples": len(texts), **chance(task["name"], scored)}
+            row["targets_sha256"] = hashlib.sha256(tokens.tobytes() + scored.tobytes()).hexdigest()
+            if length not in cropped:
+                key = {"cropped": context, "targets": row["targets_sha256"]}
+                crop = kept(key, model, part, context, f"task {length} cropped")
+                cropped[length] = {k: crop[k] for k in ("accuracy", "interval", "token_accuracy")}
+            if reason := variant.reach([inputs])[inputs]:
+                found = dict.fromkeys(FIGURES) | {"reason": reason}
             else:
-                found |= dict.fromkeys(FIGURES) | {"reason": reason}
-            found["cropped"] = None
-            if variant.scaling == "none":
-                cropped = measure_answers(variant.model, tokens, scored, block_size, compute, f"task {length} cropped")
-                found["cropped"] = {k: cropped[k] for k in ("accuracy", "interval", "token_accuracy")}
-            found = parts.keep(key, found)
-        rows.append(row | found)
+                found = kept(row, variant.model, part, inputs, f"task {length}")
+            rows.append(row | found | {"cropped": cropped[length]})
     return rows
 
 

@@ -78,17 +78,17 @@ def figure_of(study, panels: list[str] | None = None) -> Figure | None:
     shows its training curves instead."""
     looks = looks_of({arm: label(fields.get("pos", "rope")) for arm, fields in study.grid.arms.items()})
     rows = []
+    settings = [s for s in study.grid.settings if any(study.runs[s, arm] for arm in study.grid.arms)]
     if panels in (None, ["accuracy"]):  # of tasks: small multiples, one a setting
-        of_tasks = (PANELS["accuracy"](study, setting, looks) for setting in study.grid.settings)
-        if found := [panel for panel in of_tasks if panel]:
-            return compose([("", found)])
-    for setting in study.grid.settings:
-        if any(study.runs[setting, arm] for arm in study.grid.arms):
-            make = lambda name, setting=setting: PANELS[name](study, setting, looks)  # noqa: E731
-            found = [make(p) for p in panels] if panels else [make("length") or make("loss"), make("difference")]
-            found = [panel for each in found for panel in (each if isinstance(each, list) else [each]) if panel]
-            if found:
-                rows.append((setting, found))
+        of_tasks = {s: panel for s in settings if (panel := PANELS["accuracy"](study, s, looks))}
+        settings = [s for s in settings if s not in of_tasks]
+        rows += [("", [*of_tasks.values()])] * bool(of_tasks)
+    for setting in settings:
+        make = lambda name, setting=setting: PANELS[name](study, setting, looks)  # noqa: E731
+        found = [make(p) for p in panels] if panels else [make("length") or make("loss"), make("difference")]
+        found = [panel for each in found for panel in (each if isinstance(each, list) else [each]) if panel]
+        if found:
+            rows.append((setting, found))
     return compose(rows) if rows else None
 
 

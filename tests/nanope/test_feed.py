@@ -35,9 +35,9 @@ def test_the_feed_reads_ahead_and_in_order(make):
 
 def test_validation_is_sharded_and_reads_nothing_twice(make):
     config, split = make(eval_tokens=10**9), open_data(make().data_dir).split("val")
-    parts = [Validation(split, config, 4, Ranks(rank, 3), CPU).starts for rank in range(3)]
+    parts = [Validation(split, config, 4, Ranks(rank, 3), CPU).items for rank in range(3)]
     assert sorted(np.concatenate(parts).tolist()) == [16 * i for i in range((len(split) - 1) // 16)]
-    assert len(Validation(split, make(eval_tokens=1), 4, Ranks(), CPU).starts) == 1
+    assert len(Validation(split, make(eval_tokens=1), 4, Ranks(), CPU).items) == 1
     with pytest.raises(ValueError, match="val split of .* fewer than one window of 5000"):
         Validation(split, make(block_size=5000), 4, Ranks(), CPU)
 

@@ -23,7 +23,7 @@ from nanope.evaluation.compare import compare, comparison_table
 from nanope.evaluation.options import Options
 from nanope.evaluation.scoring import Compute
 from nanope.evaluation.tasks import encoded, score_answers
-from nanope.feed import Examples as TaskRows
+from nanope.feed import TaskRows
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def trained(folder, pos, steps):
     gpt = GPT(GPTConfig(16, 512, 1, 2, 32, pos=pos), seed=3)
     optimizer = torch.optim.Adam(gpt.parameters(), 1e-2)
     for _ in range(steps):
-        x, y = rows.read(rows.documents[generator.integers(rows.total, size=64), 0])
+        x, y = rows.read(generator.integers(rows.total, size=64))
         gpt(torch.from_numpy(x), torch.from_numpy(y))[1].backward()
         optimizer.step()
         optimizer.zero_grad()
