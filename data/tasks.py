@@ -5,7 +5,7 @@
     sort       b3a=3ab         the symbols in the order of their ids: digits, capitals, small letters
     addition   54+73=281       the sum of two numbers, all three with their least significant digit first: 45 + 37 = 082
     recall     ÀaÁbÂc|ÁbÀa     multi-query associative recall (MQAR, Zoology 2312.04927): pairs of a key and a value,
-                               then keys in another order, each to be followed by its value
+                               then 8 times one of the keys, to be followed by its value
     flipflop   w1i0i1r1w0r0    flip-flop language (2306.00946, FFL(0.8)): write, ignore and read instructions with a
                                bit each; a read repeats the bit of the last write
 
@@ -32,16 +32,12 @@ from data.tokenizer import CHARACTERS
 DIGITS = string.digits
 SYMBOLS = string.digits + string.ascii_uppercase + string.ascii_lowercase  # 62, in the order of their ids
 KEYS = [character for character in CHARACTERS if not character.isascii()][:128]  # of recall
-QUERIES = 8  # of recall, at most
+QUERIES = 8  # of recall
 WRITE = READ = 0.1  # of flip-flop's instructions; the others are ignored
 
 
 def drawn(generator: Random, choices: list[str] | str, count: int) -> list[str]:
     return [choices[int(generator.random() * len(choices))] for _ in range(count)]
-
-
-def shuffled(generator: Random, items: list[str]) -> list[str]:
-    return [item for _, item in sorted((generator.random(), item) for item in items)]
 
 
 def copy(generator: Random, length: int) -> str:
@@ -70,7 +66,8 @@ def recall(generator: Random, length: int) -> str:
     while len(keys) < length:
         keys[drawn(generator, KEYS, 1)[0]] = True
     pairs = [key + value for key, value in zip(keys, drawn(generator, SYMBOLS, length))]
-    return f"{''.join(pairs)}|{''.join(shuffled(generator, pairs)[:QUERIES])}"
+    # With replacement: else a model may learn to leave out what was answered already, and never to look up
+    return f"{''.join(pairs)}|{''.join(drawn(generator, pairs, QUERIES))}"
 
 
 def flipflop(generator: Random, length: int) -> str:

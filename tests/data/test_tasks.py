@@ -19,7 +19,7 @@ def answer_of(name, text):
         pairs, _, asked = text.partition("|")
         known = dict(zip(pairs[::2], pairs[1::2]))
         assert len(known) == len(pairs) // 2  # a key has one value
-        assert len({*asked[::2]}) == min(8, len(known)) == len(asked) // 2
+        assert {*asked[::2]} <= {*known} and len(asked) == 16
         return f"{pairs}|", [known[key] for key in asked[::2]]
     if name == "flipflop":
         assert text[0] == "w" and text[-2] == "r" and re.fullmatch("([wir][01])+", text)
@@ -72,7 +72,7 @@ def test_examples_are_those_of_every_version_of_python():
         "reverse": "y7MBLU=ULBM7y",
         "sort": "opZMpm=MZmopp",
         "addition": "223777+632004=8557711",
-        "recall": "Ĵ6ĹJįjĻSĞzĆr|ĆrįjĞzĹJĻSĴ6",
+        "recall": "Ĵ6ĹJįjĻSĞzĆr|ĞzĻSĹJĻSĻSĴ6ĆrĴ6",
         "flipflop": "w1i0i1i0i0r1",
     }
 
