@@ -198,3 +198,25 @@ def test_recall_ends_where_its_keys_end(tmp_path):
     with pytest.raises(ValueError, match="recall at length 240 needs 240 different keys.*at most 128 pairs"):
         evaluate(gpt, data, examples=2)
     assert TASKS["recall"].longest == 128
+
+
+def test_a_run_on_a_task_is_neither_exported_nor_asked_in_text(task, tmp_path):
+    from export import export
+
+    save_run(tmp_path / "run", task, pos="rope")
+    with pytest.raises(ValueError, match="run is a run on a task: its tokenizer of 511 characters has no counterpart"):
+        export(str(tmp_path / "run"), "last", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    pytest.importorskip("lm_eval")
+    from nanope.evaluation.harness import NanopeLM
+
+    with pytest.raises(ValueError, match="run is a run on a task, and cannot read other text: eval.py --protocol task"):
+        NanopeLM(run=str(tmp_path / "run"))
+
+
+def test_scaled_models_have_the_crop_of_the_plain_one(task):
+    gpt = trained(FLIPFLOP, "rope", 60)
+    report, _ = evaluate(gpt, task, [8, 24], examples=20, scaling=["none", "yarn"], factor=4)
+    plain, scaled = ({r["length"]: r for r in report["results"] if r["scaling"] == s} for s in ("none", "yarn"))
+    assert all(scaled[n]["cropped"] == plain[n]["cropped"] for n in (8, 24))
+    assert scaled[8]["nats_per_token"] != plain[8]["nats_per_token"]
