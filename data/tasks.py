@@ -127,7 +127,7 @@ TASKS = {
     "copy": Task(copy, behind_equals, "symbols", 20, len(SYMBOLS)),
     "reverse": Task(reverse, behind_equals, "symbols", 20, len(SYMBOLS)),
     "sort": Task(sort, behind_equals, "symbols", 20, len(SYMBOLS)),
-    "addition": Task(addition, behind_equals, "digits", 10, len(DIGITS)),
+    "addition": Task(addition, behind_equals, "digits", 6, len(DIGITS)),
     "recall": Task(recall, values_asked, "pairs", 8, len(SYMBOLS), longest=len(KEYS)),
     "flipflop": Task(flipflop, bits_read, "instructions", 24, 2, shortest=2),
 }
