@@ -730,8 +730,8 @@ def test_init_from_gpt2_in_transformers_layout(make, tmp_path):
     validation = Validation(open_data(config.data_dir).split("val"), config, 4, Ranks(), CPU)
     nll = []
     with torch.no_grad():
-        for start in validation.starts:
-            x, y = map(torch.from_numpy, batch(validation.split, [start], 16))
+        for start in validation.items:
+            x, y = map(torch.from_numpy, validation.rows.read(np.array([start])))
             nll.append(F.cross_entropy(theirs(x).logits[0], y[0]).double().item())
     assert metrics(config.out_dir)[0]["val/loss"] == pytest.approx(sum(nll) / len(nll), rel=1e-5)
     needs = r"it needs --n_layer 2 \(the config says 1\), --bias True .*, --vocab_size 300 .*, --pos learned"

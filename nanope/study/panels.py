@@ -201,7 +201,7 @@ def accuracy(study: Study, setting: str, looks: dict) -> Lines | None:
     known = {arm: by_length for (_, arm, scaling), by_length in rows.items() if scaling == "none"}
     curves = [answers_curve(arm, by_length, looks[arm]) for arm, by_length in known.items()]
     reports = [report for arm in known for report in study.reports(setting, arm, name).values()]
-    note = note_of(study, setting, [])
+    note = f"{note_of(study, setting, [])}; bars: 95 % intervals"
     return task_panel(setting or reports[0]["task"]["name"], note, reports, [c for c in curves if c.x])
 
 
@@ -386,7 +386,10 @@ def of_reports(reports: list[dict], protocol: str, panels: Sequence[str] = OF_RE
                 by_length.append(curve)
                 lengths |= mine.keys()
             by_position += [position_curve(title, [row["curve"]], look) for row in rows if row.get("curve")]
-    tasks = [task_panel(task, "one run each", *map(list, zip(*pairs))) for task, pairs in answered.items()]
+    tasks = [
+        task_panel(task, "one run each; bars: 95 % intervals over examples", *map(list, zip(*pairs)))
+        for task, pairs in answered.items()
+    ]
     for curve in by_length + by_position[:BANDS]:
         curve.band = any(curve.intervals)
     unit = "byte" if all(r["tokenizer"]["name"] == "byte" for r in reports) else "token"

@@ -1,6 +1,6 @@
 """scripts/trace.py, its main called as the command line would."""
 
-import importlib
+import importlib.util
 import json
 import re
 import sys
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
+from nanope import REPO
 from nanope.trace import add_ranges
 
 FIELDS = {
@@ -25,7 +26,9 @@ FIELDS = {
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    script = importlib.import_module("trace")
+    spec = importlib.util.spec_from_file_location("trace_command", REPO / "scripts" / "trace.py")  # Python has a trace
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["trace.py", *map(str, arguments)])
