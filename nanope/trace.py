@@ -116,10 +116,9 @@ def batches(config: RunConfig, device: torch.device) -> tuple[RunConfig, list]:
     vocab_size = data.vocab_size if has_data else config.vocab_size or 50257
     config = with_vocabulary(config, vocab_size, data.eot if has_data else config.eot or 0)
     T, generator = config.block_size, torch.Generator().manual_seed(0)
-    pairs = []
+    pairs, rows = [], rows_of(data.split("train"), config) if has_data else None
     for i in range(0, share, micro):
         if has_data:
-            rows = rows_of(data.split("train"), config)
             x, y = (torch.from_numpy(a) for a in rows.read(rows.items(i, micro)))
         else:
             tokens = torch.randint(vocab_size, (micro, T + 1), generator=generator)

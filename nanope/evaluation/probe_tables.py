@@ -10,6 +10,10 @@ def label_of(row: dict) -> str:
     return f"{row['length']}" + (f" {row['scaling']} ×{row['factor']:g}" if row["scaling"] != "none" else "")
 
 
+def interval_of(row: dict, alone: str) -> str:
+    return f"{row['interval'][0]:.4f} … {row['interval'][1]:.4f}" if row["interval"] else alone
+
+
 def tables_of(report: dict, reasons: list[str]) -> list[str]:
     """Markdown tables of what a report has; the reasons for what is missing are added to `reasons`."""
     found = [key_table(report, reasons)] if report.get("key_tokens") else []
@@ -27,8 +31,8 @@ def key_table(report: dict, reasons: list[str]) -> str:
             lines.append(f"| {label_of(row)} | n/a | | {row['tokens'] or ''} |")
             missing.append(f"key tokens n/a: {row['reason']}")
         else:
-            low_high = " … ".join(f"{end:.4f}" for end in row["interval"]) if row["interval"] else "one document"
-            lines.append(f"| {label_of(row)} | {row['nats_per_token']:.4f} | {low_high} | {row['tokens']:,} |")
+            interval = interval_of(row, "one document")
+            lines.append(f"| {label_of(row)} | {row['nats_per_token']:.4f} | {interval} | {row['tokens']:,} |")
     reasons += dict.fromkeys(missing)
     return "\n".join(lines)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from data.tasks import TASKS
 from nanope.config import config_of
 from nanope.errors import first_line
-from nanope.evaluation.probe_tables import label_of, probe_figures, probe_notes, tables_of
+from nanope.evaluation.probe_tables import interval_of, label_of, path_of, probe_figures, probe_notes, tables_of
 from nanope.evaluation.statistics import FEW, few_documents
 from nanope.log import start_wandb
 
@@ -93,8 +93,7 @@ def task_table(rows: list[dict], task: dict, reasons: list[str]) -> str:
                 f"{r['token_accuracy']:.1%}",
             ]
         cells += [f"{r['chance']:.1%}", f"{r['token_chance']:.1%}"]
-        cropped = r["cropped"]
-        cells += [f"{cropped['accuracy']:.1%}", f"{cropped['token_accuracy']:.1%}"] if cropped else ["", ""]
+        cells += [f"{r['cropped'][figure]:.1%}" for figure in ("accuracy", "token_accuracy")]
         lines.append(f"| {label_of(r)} | {' | '.join(cells)} | {r['examples']:,} |")
     return "\n".join(lines)
 
@@ -114,10 +113,6 @@ def shift_table(rows: list[dict], reasons: list[str]) -> str:
     return "\n".join(lines)
 
 
-def interval_of(row: dict, alone: str) -> str:
-    return f"{row['interval'][0]:.4f} … {row['interval'][1]:.4f}" if row["interval"] else alone
-
-
 # ---- wandb
 
 
@@ -134,8 +129,7 @@ def flat_figures(report: dict) -> dict[str, float]:
     )
     found = {}
     for r in [*report["results"], *({"protocol": "probe", **p} for p in report.get("probe", ()))]:
-        name = f"eval/{r['protocol']}/{r['length']}" + (f"/{r['scaling']}" if r["scaling"] != "none" else "")
-        name += f"/{r['offset']}" if "offset" in r else ""
+        name = f"eval/{r['protocol']}/{path_of(r)}" + (f"/{r['offset']}" if "offset" in r else "")
         found |= {f"{name}/{f}": r[f] for f in figures if r.get(f) is not None}
     return found | probe_figures(report)
 

@@ -50,7 +50,8 @@ def evaluate_task(
     measure_answers. Null figures and a reason where it cannot reach the length; chance and the cropped model, which is
     unscaled, are there all the same. ValueError for a length that the task has no examples of."""
     task, rows, cropped = data.manifest["task"], [], {}
-    made = {n: evaluation_examples(task["name"], n, options.examples, options.seed) for n in options.lengths}
+    texts = {n: evaluation_examples(task["name"], n, options.examples, options.seed) for n in options.lengths}
+    made = {n: encoded(of_length, data) for n, of_length in texts.items()}  # (tokens, scored) of each length
     context = min(model.config.block_size, len(evaluation_examples(task["name"], task["length"], 1, 0)[0]))
 
     def kept(key: dict, of: Model, part: tuple, context: int, label: str) -> dict:
@@ -58,12 +59,12 @@ def evaluate_task(
         return parts.keep(key, measure_answers(of, *part, context, compute, label)) if found is None else found
 
     for variant in variants:
-        for length, texts in made.items():
-            part = tokens, scored = encoded(texts, data)
+        for length, part in made.items():
+            tokens, scored = part
             inputs = tokens.shape[1] - 1
             row = {"length": length, "protocol": "task", **variant.label, "inputs": inputs}
             row["cropping_baseline"] = length == task["length"] and variant.scaling == "none"
-            row |= {"examples": len(texts), **chance(task["name"], scored)}
+            row |= {"examples": len(tokens), **chance(task["name"], scored)}
             row["targets_sha256"] = hashlib.sha256(tokens.tobytes() + scored.tobytes()).hexdigest()
             if length not in cropped:
                 key = {"cropped": context, "targets": row["targets_sha256"]}

@@ -93,6 +93,6 @@ def complete_rows(report: dict) -> Iterator[dict]:
             row = {**row, "effective_context": e["length"], "effective_low": low, "effective_high": high}
             row["epsilon"] = e["epsilon"]
         if row["protocol"] == "task":
-            cropped = {f"cropped_{k}": v for k, v in (row["cropped"] or {}).items()}
+            cropped = {f"cropped_{k}": v for k, v in row["cropped"].items()}
             row = {**row, **cropped, "task": report["task"]["name"]}
         yield row

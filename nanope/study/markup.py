@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from nanope.study.seed_statistics import seed_interval
+from nanope.study.seed_statistics import answers_interval, seed_interval
 
 NOISE, WORSE, LOWER = "≈", "↑", "↓"
 
@@ -97,9 +97,11 @@ def difference_cell(found: dict | None, digits: int = 4, better: int = -1) -> st
     return f"**{text}**" if interval[0] * better > 0 else f"{text} {WORSE if better < 0 else LOWER}"
 
 
-def accuracy_cell(values: list[float | None], interval: list[float] | None) -> str:
-    """A mean accuracy in per cent with its interval, within 0 and 100."""
+def accuracy_cell(rows: list[dict], figure: str = "accuracy", own: str = "interval") -> str:
+    """Mean over seeds of an accuracy in per cent, from their rows on a task, with answers_interval, within 0 and
+    100."""
+    values = [row[figure] for row in rows]
     if not values or None in values:
         return "n/a"
-    text = f"{np.mean(values):.1%}"
+    text, interval = f"{np.mean(values):.1%}", answers_interval(rows, figure, own)
     return text if interval is None else f"{text} [{max(interval[0], 0):.1%}, {min(interval[1], 1):.1%}]"

@@ -12,7 +12,6 @@ from nanope.study.markup import Table, accuracy_cell, difference_cell, mean_cell
 from nanope.study.probe_tables import probe_tables
 from nanope.study.results import Study, throughput
 from nanope.study.seed_statistics import (
-    answers_interval,
     difference_of_answers,
     difference_of_losses,
     difference_of_rows,
@@ -128,27 +127,17 @@ def task_tables(study: Study, setting: str, name: str, rows: dict) -> list[Table
         )
     )
     for arm, by_length in rows.items():
-        at = [by_length.get(n, {}) for n in lengths]
-        exact.rows.append([arm, *(answers_cell(by_seed, "accuracy", "interval") for by_seed in at)])
-        tokens.rows.append([arm, *(answers_cell(by_seed, "token_accuracy", "token_interval") for by_seed in at)])
+        at = [[*by_length.get(n, {}).values()] for n in lengths]  # of each length, a row a seed
+        exact.rows.append([arm, *map(accuracy_cell, at)])
+        tokens.rows.append([arm, *(accuracy_cell(each, "token_accuracy", "token_interval") for each in at)])
         if arm != baseline:
             base = rows.get(baseline, {})
             found = (difference_of_answers(by_length.get(n, {}), base.get(n, {})) for n in lengths)
             less.rows.append([arm, *(difference_cell(d, digits=3, better=1) for d in found)])
-        crops = [{seed: row["cropped"] for seed, row in by_seed.items() if row["cropped"]} for by_seed in at]
-        if any(crops):
-            cropped.rows.append([arm, *(answers_cell(by_seed, "accuracy", "interval") for by_seed in crops)])
+        cropped.rows.append([arm, *(accuracy_cell([row["cropped"] for row in each]) for each in at)])
     exact.rows.append(["chance", *(f"{any_row[n]['chance']:.1%}" for n in lengths)])
     tokens.rows.append(["chance", *(f"{any_row[n]['token_chance']:.1%}" for n in lengths)])
     return [table for table in (exact, less, tokens, cropped) if table.rows]
-
-
-def answers_cell(by_seed: dict[int, dict], figure: str, interval: str) -> str:
-    """Mean over seeds with answers_interval."""
-    rows = [*by_seed.values()]
-    values = [row[figure] for row in rows]
-    known = bool(values) and None not in values
-    return accuracy_cell(values, answers_interval(rows, figure, interval) if known else None)
 
 
 def shift_table(study: Study, setting: str, name: str) -> Table:
