@@ -2,7 +2,8 @@
 
 Data → windows chosen by (data_seed, step) → model → loss → AdamW, with checkpoints, validation and metrics.jsonl in
 out_dir. The order of data, dropout and validation depend on the step alone, never on what happened before. So an
-interrupted run that is continued (`--resume true`) ends with the same bits as one that was not interrupted.
+interrupted run that is continued (`--resume true`) ends as one that was not interrupted: on a CPU with the same bits,
+and on a GPU with `--deterministic true`.
 
 Read run() from top to bottom: what a run is made of, then the loop. What it calls is in nanope/: optim.py (optimizer,
 learning rate, batch sizes), feed.py (batches, validation), checkpoint.py, run_folder.py (resume, lock, signals),
@@ -29,11 +30,12 @@ from nanope.checkpoint import Keeper, Progress, build_model
 from nanope.config import RunConfig, check, parse, with_vocabulary, write_yaml
 from nanope.diff import differences
 from nanope.distributed import Ranks, autocast, compiler_works, data_parallel, pick_dtype, pinned, ranks_of, to_host
+from nanope.errors import first_line
 from nanope.feed import Feed, Sampler, Validation, check_splits, diverged
 from nanope.initial import describe_tokens, initial_model
 from nanope.log import Log, check_wandb, environment, title
 from nanope.optim import (
-    largest_micro_batch,
+    gpu_micro_batch,
     learning_rate,
     make_optimizer,
     out_of_memory,
@@ -62,7 +64,8 @@ def train(config: RunConfig, observe: Callable = unobserved, ahead: int | None =
     never waits for the host, and else 0. Both are for tests and tools.
     """
     check(config)
-    with ranks_of(config.device, config.rank_timeout, config.dtype == "tf32") as (ranks, device):
+    exact = config.deterministic
+    with ranks_of(config.device, config.rank_timeout, config.dtype == "tf32", exact) as (ranks, device):
         return run(config, ranks, device, observe, (1 if device.type == "cuda" else 0) if ahead is None else ahead)
 
 
@@ -101,12 +104,12 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
     model, taken = (build_model(state), None) if state else initial_model(config, data.tokenizer_hash)
     describe_tokens(model, data)
     model.to(device)
-    if config.micro_batch_size == "auto":
+    if config.micro_batch_size in (None, "auto"):
         found = state["config"]["micro_batch_size"] if state else None
         if found and share % found == 0:
             micro = found
         elif device.type == "cuda":
-            micro = largest_micro_batch(model, share, ranks, device, dtype)
+            micro = gpu_micro_batch(config.micro_batch_size, model, share, ranks, device, dtype)
     config = replace(config, micro_batch_size=micro, pos_options=model.config.pos_options)
     validation = Validation(data.split("val"), config, micro, ranks, device)
 
@@ -133,7 +136,7 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
         take = partial(checkpoint.snapshot, model, optimizer, scaler, config, data, progress)
         keeper = closing.enter_context(Keeper(config, progress, take, ranks, log, observe))
         stop = closing.enter_context(Stop())
-        closing.enter_context(memory_explained(config, share, device))
+        closing.enter_context(errors_explained(config, share, device))
         observe("ready", progress.step, model)
 
         if progress.step == 0:
@@ -207,7 +210,7 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
                 optimizer.found_inf = (~finite).float()  # fused AdamW does nothing where this is 1
                 optimizer.step()  # not scaler.step(), which looks at the gradients alone
             scaler.update()  # float16: a lower scale where a gradient was not finite
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=ranks.world == 1)  # with several they stay in DDP's buckets
             progress.step += 1
             read = to_host(torch.cat((gradient.reshape(1), means)))
             pending.append(Outcome(progress.step, rate, read, [*by_name], losses))
@@ -253,11 +256,13 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
 
 
 @contextlib.contextmanager
-def memory_explained(config: RunConfig, share: int, device: torch.device):
-    """Within it a memory that is too small is a ValueError that says what to do."""
+def errors_explained(config: RunConfig, share: int, device: torch.device):
+    """Within it a ValueError says what to do about a memory that is too small, and what `deterministic` forbids."""
     try:
         yield
     except RuntimeError as error:
+        if config.deterministic and "deterministic" in str(error):
+            raise ValueError(f"deterministic true cannot be had with this model here: {first_line(error)}") from error
         if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
             raise ValueError(out_of_memory(error, config, share, device)) from error
         raise
@@ -273,7 +278,8 @@ def modes(parser) -> None:
     text = "With --plan: a table of all schemes at the run's shape."
     parser.add_argument("--schemes", action="store_true", help=text)
     parser.add_argument("--gpus", type=int, help="With --plan: the number of GPUs (default: the ranks of this launch).")
-    parser.add_argument("--mfu", type=float, default=0.4, help="With --plan: the model FLOPs utilisation to expect.")
+    text = "With --plan: the model FLOPs utilisation to expect (default: a guess by GPU)."
+    parser.add_argument("--mfu", type=float, help=text)
     parser.add_argument("--price_per_hour", type=float, help="With --plan: price of an hour of one GPU.")
     text = "Print where the config differs from that of a run's folder; train nothing. Exit status 1 where it does."
     parser.add_argument("--diff", metavar="RUN", help=text)
@@ -284,7 +290,7 @@ def main(arguments: list[str] | None = None, observe: Callable = unobserved) -> 
     after a signal from a scheduler, which asks it to start the job again; with 130 after Ctrl-C."""
     try:
         config, mode = parse(arguments, modes)
-        of_plan = [name for name in ("schemes", "gpus", "price_per_hour") if mode[name] not in (None, False)]
+        of_plan = [name for name in ("schemes", "gpus", "mfu", "price_per_hour") if mode[name] not in (None, False)]
         if of_plan and not mode["plan"]:
             raise ValueError(
                 f"--{of_plan[0]} goes with --plan, which trains nothing; without it this would start a run"

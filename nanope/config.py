@@ -25,6 +25,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 # Fields that a config made before they existed does not have, with the value that it means by that
 SINCE = {"window": 0, "pos_lr_matrices": False, "document_mask": False, "eot": None, "qk_norm": False}
 SINCE |= {"logit_scale": "none", "logit_scale_start": 0.168, "init_pos_from_config": False}
+SINCE |= {"deterministic": False}
 
 # Fields of a model that change its attention, beside its scheme
 SWITCHES = ("window", "document_mask", "qk_norm", "logit_scale", "logit_scale_start")
@@ -32,7 +33,7 @@ SWITCHES = ("window", "document_mask", "qk_norm", "logit_scale", "logit_scale_st
 # Fields that do not change a result, beyond rounding. Where a run is and what it tells meanwhile:
 ELSEWHERE = ("out_dir", "resume", "device", "wandb", "verify_data")  # a study's names of runs do not depend on these
 ROUTINE = ("micro_batch_size", "compile", "rank_timeout", "checkpoint_interval", "keep_checkpoints", "log_interval")
-ROUTINE += ("sample_interval",)
+ROUTINE += ("sample_interval", "deterministic")
 # … and all of them: what is validated, and where the data lie, whose hash is compared apart
 NEUTRAL = (*ELSEWHERE, *ROUTINE, "eval_interval", "eval_tokens", "data_dir")
 
@@ -90,8 +91,9 @@ class RunConfig:
     batch_tokens: int = 524288
     """Tokens per optimizer step over all ranks, a multiple of block_size."""
     micro_batch_size: int | Literal["auto"] | None = None
-    """Windows per forward pass and rank; null is the largest that divides the batch and is at most 16,384 tokens; auto
-    is the largest that the GPU's memory holds, found once and recorded (on other devices as null)."""
+    """Windows per forward pass and rank, a divisor of the batch. null is the largest of at most 16,384 tokens; on a GPU
+    of at most 65,536, where --plan's estimate fits its memory. auto is the largest that fits, tried (on other devices
+    as null). Both are found once and recorded."""
     max_steps: int = 19000
     """Optimizer steps of the whole run."""
     learning_rate: float = 6e-4
@@ -154,6 +156,8 @@ class RunConfig:
     rounded to TF32: faster, and carope's phases lose 2 to 3 digits by it."""
     compile: bool = False
     """torch.compile each block and the loss; falls back with a warning where no compiler works."""
+    deterministic: bool = False
+    """Equal commands give equal bits on a GPU too, at a cost in speed (docs/training.md); on a CPU they always do."""
     wandb: Literal["off", "online", "offline"] = "off"
     """Weights & Biases; project and entity from WANDB_PROJECT and WANDB_ENTITY. Never asks for a login."""
 

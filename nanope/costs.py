@@ -4,6 +4,7 @@ The pass goes through the real model on fake tensors, which have shapes and stor
 every matrix product is counted. nanope/plan.py makes a plan of it.
 """
 
+import bisect
 import weakref
 from collections import Counter
 from dataclasses import dataclass
@@ -235,6 +236,19 @@ def memory(run: Pass, rows: int) -> dict[str, int]:
             parts[name] = run.saved[part]
     total = parts["parameters"] + parts["AdamW's moments"] + parts["input"] + run.peak
     return {**parts, "temporary": total - sum(parts.values()), "total": total}
+
+
+def windows_that_fit(shape: GPTConfig, sizes: list[int], dtype: torch.dtype, limit: float) -> int:
+    """The largest of `sizes`, ascending numbers of windows a forward pass, with which a GPU's rank needs at most
+    `limit` bytes, by estimate; 0 where none does. Gradients lie there, as from the second pass of a step on."""
+
+    def fits(n: int) -> bool:
+        return memory(simulate(shape, n, dtype, True, True), n)["total"] <= limit
+
+    if fits(sizes[-1]):
+        return sizes[-1]
+    found = bisect.bisect_left(sizes, True, hi=len(sizes) - 1, key=lambda n: not fits(n))
+    return sizes[found - 1] if found else 0
 
 
 def products(run: Pass, tokens: int) -> dict[str, float]:

@@ -5,7 +5,6 @@ import dataclasses
 import datetime
 import gc
 import os
-import re
 import resource
 import sys
 from collections.abc import Callable
@@ -15,11 +14,6 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from nanope.errors import first_line
-
-# Peak dense FLOP/s of a GPU by a word of its name (NVIDIA's data sheets): bfloat16; float16 for the V100
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12}
-PEAK_FLOPS |= {"V100": 125e12, "4090": 165e12}
-
 
 # ---- ranks
 
@@ -72,9 +66,10 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def ranks_of(device_name: str, timeout: float = 600.0, tf32: bool = False):
+def ranks_of(device_name: str, timeout: float = 600.0, tf32: bool = False, deterministic: bool = False):
     """Join torchrun's process group, where there is one, with NCCL for CUDA and gloo elsewhere. Yields (Ranks, device).
-    Ranks wait `timeout` seconds for one another; RankError where one is gone."""
+    Ranks wait `timeout` seconds for one another; RankError where one is gone. deterministic: a GPU takes algorithms
+    whose results do not depend on the order in which its threads end."""
     number = lambda name, default: int(os.environ.get(name, default))  # noqa: E731
     ranks = Ranks(number("RANK", 0), number("WORLD_SIZE", 1), number("LOCAL_RANK", 0))
     device = pick_device(device_name, ranks)
@@ -83,6 +78,8 @@ def ranks_of(device_name: str, timeout: float = 600.0, tf32: bool = False):
         # TF32 only where asked: under bfloat16 the few products left in float32 make phases, and TF32 would make their
         # error 100 times larger
         torch.backends.cuda.matmul.allow_tf32 = tf32
+        if deterministic:
+            be_deterministic()
     if ranks.world > 1:
         cuda, wait = device.type == "cuda", datetime.timedelta(seconds=timeout)
         store = fresh_store(ranks, wait)
@@ -114,6 +111,17 @@ def ranks_of(device_name: str, timeout: float = 600.0, tf32: bool = False):
             dist.destroy_process_group()
 
 
+def be_deterministic() -> None:
+    """Equal bits from equal commands on CUDA, where PyTorch has such algorithms; where it has none it raises
+    RuntimeError. For the rest of the process."""
+    # cuBLAS and NCCL read these when they are first used
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")  # one order of sums, whatever NCCL finds faster today
+    # No warn_only: with it the attention kernels stay as they are. Inductor no longer chooses kernels by their speed
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # of which nothing here reads
+
+
 def fresh_store(ranks: Ranks, timeout: datetime.timedelta) -> dist.Store:
     """Where the ranks find one another. torchrun keeps one store over its restarts. In it a restarted rank would find
     the addresses of dead ones (pytorch #135712, #167288), so each restart gets a part of its own. Over several nodes
@@ -140,6 +148,8 @@ def data_parallel(model: torch.nn.Module, ranks: Ranks, device: torch.device) ->
     the blocks below still compute theirs."""
     if ranks.world == 1:
         return model
+    for p in model.parameters():  # in DDP's buckets from the first step on: else its passes would add up beside them
+        p.grad = torch.zeros_like(p)
     return DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
@@ -198,15 +208,6 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """FLOP/s of the device where they are known, else None."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    words = re.split("[ -]", name)
-    if "PCIe" in words and "H100" in words:
-        return 756e12
-    return next((flops for word, flops in PEAK_FLOPS.items() if word in words), None)
 
 
 # ---- between host and device

@@ -183,7 +183,7 @@ class Validation:
         self.rows = rows_of(split, config)
         count = max(1, min(self.rows.total, config.eval_tokens // config.block_size))
         self.items = self.rows.spread(count)[ranks.rank :: ranks.world]
-        self.at_a_time, self.ranks, self.device = at_a_time, ranks, device
+        self.at_a_time, self.ranks, self.device, self.one_shape = at_a_time, ranks, device, config.compile
 
     @torch.no_grad()
     def loss(self, model: GPT, dtype: torch.dtype, stop: Stop | None = None) -> float | None:
@@ -195,7 +195,11 @@ class Validation:
             if stop and stop.received:
                 break
             items = self.items[i : i + self.at_a_time]
-            x, y = to_device(self.rows.read(items), self.device)
+            x, y = self.rows.read(items)
+            if self.one_shape:  # a shorter last batch would be compiled for itself
+                missing = self.at_a_time - len(items)
+                x, y = np.pad(x, ((0, missing), (0, 0))), np.pad(y, ((0, missing), (0, 0)), constant_values=-1)
+            x, y = to_device((x, y), self.device)
             with autocast(self.device, dtype):
                 _, nll = model(x, y, reduction="none")
             count = int(self.rows.targets(items).sum())

@@ -27,9 +27,10 @@ from model import GPT
 from nanope import REPO
 from nanope.attention import kernel
 from nanope.config import RunConfig, write_yaml
-from nanope.distributed import Ranks, peak_flops, peak_memory
+from nanope.distributed import Ranks, peak_memory
 from nanope.errors import first_line
 from nanope.files import write_atomically
+from nanope.gpus import peak_flops
 from schemes import label
 
 # ---- the environment

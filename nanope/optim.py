@@ -8,6 +8,7 @@ import torch
 
 from model import GPT
 from nanope.config import RunConfig
+from nanope.costs import windows_that_fit
 from nanope.distributed import Ranks, autocast
 from nanope.errors import first_line
 from nanope.schedule import learning_rate as learning_rate
@@ -59,8 +60,9 @@ def seed_generators(seed: int) -> None:
 
 
 def resolve_batch(config: RunConfig, ranks: Ranks) -> tuple[int, int]:
-    """(windows a step and rank, windows a forward pass). A micro_batch_size of auto counts as null here. ValueError,
-    which lists what fits, where batch_tokens does not divide over the ranks and micro-batches."""
+    """(windows a step and rank, windows a forward pass). A micro_batch_size of null or auto is at most 16,384 tokens
+    here; gpu_micro_batch knows better. ValueError, which lists what fits, where batch_tokens does not divide over the
+    ranks and micro-batches."""
     windows = config.batch_tokens // config.block_size
     step = f"batch_tokens {config.batch_tokens} is {windows} windows of {config.block_size}"
     if windows % ranks.world:
@@ -69,7 +71,7 @@ def resolve_batch(config: RunConfig, ranks: Ranks) -> tuple[int, int]:
     share = windows // ranks.world
     fits, micro = divisors(share), config.micro_batch_size
     if micro in (None, "auto"):
-        micro = max([n for n in fits if n * config.block_size <= 16384] or [1])
+        micro = max([n for n in fits if n * config.block_size <= USUAL_TOKENS] or [1])
     if micro not in fits:
         raise ValueError(
             f"{step}, {share} a rank: micro_batch_size {micro} does not divide them; "
@@ -83,38 +85,73 @@ def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def largest_micro_batch(model: GPT, share: int, ranks: Ranks, device: torch.device, dtype: torch.dtype) -> int:
-    """The largest divisor of `share` (windows a step and rank) whose forward and backward pass fit the GPU's memory on
-    every rank, with AdamW's moments and a tenth of the memory to spare. Divisors are tried in ascending order. Draws
-    nothing, leaves no gradients. ValueError where not even one window fits."""
-    T, fits = model.config.block_size, 0
-    moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]  # AdamW makes them in the first step
-    idx = torch.zeros(1, T, dtype=torch.int64, device=device)
-    for micro in divisors(share):
-        try:
-            torch.cuda.reset_peak_memory_stats(device)
-            with autocast(device, dtype):
-                _, loss = model(idx.expand(micro, T).contiguous(), idx.expand(micro, T).contiguous())
-            loss.backward()
-            total = torch.cuda.get_device_properties(device).total_memory
-            if micro > 1 and torch.cuda.max_memory_reserved(device) > 0.9 * total:
-                break
-            fits = micro
-        except torch.OutOfMemoryError:
-            break
-        finally:
-            loss = None
-            model.zero_grad(set_to_none=True)
-    del moments
+# Tokens of a forward pass: on a CPU, and where it is not known what fits; on a GPU, where more gives hardly any speed
+USUAL_TOKENS, MOST_TOKENS = 16384, 65536
+USABLE = 0.93  # of a GPU's memory: the rest is for CUDA's context and the allocator's gaps
+
+
+def within(asked: str | None, share: int, block_size: int) -> list[int]:
+    """What a micro_batch_size of null or auto may be on a GPU, ascending: divisors of `share`; for null of at most
+    65,536 tokens."""
+    return [n for n in divisors(share) if n == 1 or asked == "auto" or n * block_size <= MOST_TOKENS]
+
+
+def gpu_micro_batch(
+    asked: str | None, model: GPT, share: int, ranks: Ranks, device: torch.device, dtype: torch.dtype
+) -> int:
+    """What a micro_batch_size of null or auto is on this GPU, the least of all ranks. null goes by the estimate of
+    train.py --plan. auto tries whether that fits, and then its neighbours. ValueError where not even one window
+    does."""
+    limit = USABLE * torch.cuda.get_device_properties(device).total_memory
+    found = max(1, windows_that_fit(model.config, within(asked, share, model.config.block_size), dtype, limit))
+    if asked == "auto":
+        found = largest_micro_batch(model, share, found, device, dtype)
+    found = -int(ranks.max(torch.tensor(-found, device=device)))
+    if not found:
+        raise ValueError(
+            f"not even one window of {model.config.block_size} tokens fits the memory of "
+            f"{torch.cuda.get_device_name(device)}: take a smaller model or block_size"
+        )
+    return found
+
+
+def largest_micro_batch(model: GPT, share: int, guess: int, device: torch.device, dtype: torch.dtype) -> int:
+    """The largest divisor of `share` (windows a step and rank) whose forward and backward pass fit the GPU's memory
+    beside gradients and AdamW's moments, with a tenth of the memory to spare; 0 where none does. `guess`, a divisor, is
+    tried first, and from there each next one. Draws nothing, leaves no gradients."""
+    sizes = divisors(share)
+    held = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]  # AdamW makes them in the first step
+    for p in model.parameters():  # they lie there from a step's second pass on, and with several ranks always
+        p.grad = torch.zeros_like(p)
+    i = sizes.index(guess)
+    if pass_fits(model, sizes[i], device, dtype):
+        while i + 1 < len(sizes) and pass_fits(model, sizes[i + 1], device, dtype):
+            i += 1
+    else:
+        i -= 1
+        while i >= 0 and not pass_fits(model, sizes[i], device, dtype):
+            i -= 1
+    del held
+    model.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)  # so that the run's peak is its own
-    fits = -int(ranks.max(torch.tensor(-fits, device=device)))  # the least of all ranks
-    if not fits:
-        name = torch.cuda.get_device_name(device)
-        raise ValueError(
-            f"not even one window of {T} tokens fits the memory of {name}: take a smaller model or block_size"
-        )
-    return fits
+    return sizes[i] if i >= 0 else 0
+
+
+def pass_fits(model: GPT, micro: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether one forward and backward pass over `micro` windows fits the GPU's memory; more than one with a tenth to
+    spare."""
+    idx = torch.zeros(micro, model.config.block_size, dtype=torch.int64, device=device)
+    torch.cuda.empty_cache()  # what other sizes left behind is not this one's
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        with autocast(device, dtype):
+            _, loss = model(idx, idx)
+        loss.backward()
+    except torch.OutOfMemoryError:
+        return False
+    total = torch.cuda.get_device_properties(device).total_memory
+    return micro == 1 or torch.cuda.max_memory_reserved(device) <= 0.9 * total
 
 
 def out_of_memory(error: Exception, config: RunConfig, share: int, device: torch.device) -> str:

@@ -16,10 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from data.shards import Data, open_data
 from nanope.config import RunConfig, check, padded_vocabulary, with_vocabulary
-from nanope.costs import Unfilled, memory, parameters, products, simulate
-from nanope.distributed import PEAK_FLOPS, Ranks, pick_device, pick_dtype
-from nanope.ops import chunk_rows
-from nanope.optim import make_optimizer, resolve_batch
+from nanope.costs import Unfilled, memory, parameters, products, simulate, windows_that_fit
+from nanope.distributed import Ranks, pick_device, pick_dtype
+from nanope.gpus import PEAK_FLOPS, expected_mfu
+from nanope.optim import divisors, make_optimizer, resolve_batch, within
 from nanope.plan_report import report, scheme_report
 from schemes import SCHEMES
 
@@ -27,7 +27,6 @@ GPUS = ("A100", "H100")
 # GB, 10^9 bytes. What this leaves of a card's GiB, 7 %, is for CUDA's context and the allocator's gaps
 CARDS = (80, 40, 24)
 GPT2_VOCABULARY = 50257
-MFU = 0.4  # expected where nothing is said; nanope/plan_report.py says between which measured ones it lies
 
 
 @dataclass
@@ -49,7 +48,7 @@ class Plan:
     flops_per_token: int  # GPT.flops_per_token, which MFU is defined with
     flops: float  # of the whole run, by that
     checkpoint: int  # bytes of a checkpoint file
-    mfu: float
+    mfu: dict[str, float]  # {GPU: expected}
     price_per_hour: float | None  # of one GPU
     hours: dict[str, tuple[float, float]]  # {GPU: (on one, on all)}
     tokens_per_s: float | None = None  # measured, of all ranks
@@ -77,7 +76,7 @@ class Plan:
 def plan(
     config: RunConfig,
     gpus: int = 1,
-    mfu: float = MFU,
+    mfu: float | None = None,
     price_per_hour: float | None = None,
     vocab_size: int | None = None,
     tokens_per_s: float | None = None,
@@ -85,9 +84,9 @@ def plan(
 ) -> Plan:
     """The Plan of a run on `gpus` ranks. Starts nothing, writes nothing.
 
-    mfu: FLOPs of flops_per_token over the GPU's peak, in (0, 1]. price_per_hour: of one GPU. vocab_size: of the
-    tokenizer, assumed where there is no data folder (default: GPT-2's). tokens_per_s: a measured speed of all ranks.
-    details: also exact FLOPs and memory, which take seconds. ValueError for what could not be run.
+    mfu: FLOPs of flops_per_token over the GPU's peak, in (0, 1]; None: a guess by GPU. price_per_hour: of one GPU.
+    vocab_size: of the tokenizer, assumed where there is no data folder (default: GPT-2's). tokens_per_s: a measured
+    speed of all ranks. details: also exact FLOPs and memory, which take seconds. ValueError for what could not be run.
     """
     check(config)
     check_arguments(gpus, mfu, price_per_hour, tokens_per_s, vocab_size)
@@ -96,11 +95,14 @@ def plan(
     assumed = not data and config.vocab_size is None
     config = with_vocabulary(config, tokenizer, data.eot if data else config.eot or 0)
     share, micro = resolve_batch(config, Ranks(0, gpus, 0))
+    asked = config.micro_batch_size
     config = dataclasses.replace(config, micro_batch_size=micro)
     with FakeTensorMode():
         model = Unfilled(config.model_config())
         groups = make_optimizer(model, config).param_groups
     tokens, per_token = config.max_steps * config.batch_tokens, model.flops_per_token()
+    expected = {gpu: expected_mfu(gpu) if mfu is None else mfu for gpu in GPUS}
+    rates = {gpu: PEAK_FLOPS[gpu] * expected[gpu] for gpu in GPUS}  # FLOP/s
     data_tokens = data.epoch_tokens("train", config.block_size) if data else None
     weights = [*model.parameters(), *model.buffers()]
     p = Plan(
@@ -124,13 +126,13 @@ def plan(
         # weights, two moments in float32, and a count of steps
         checkpoint=sum(t.numel() * t.element_size() for t in weights)
         + sum(2 * 4 * p.numel() + 4 for p in model.parameters()),
-        mfu=mfu,
+        mfu=expected,
         price_per_hour=price_per_hour,
-        hours={gpu: tuple(tokens * per_token / (PEAK_FLOPS[gpu] * mfu * n) / 3600 for n in (1, gpus)) for gpu in GPUS},
+        hours={gpu: tuple(tokens * per_token / (rates[gpu] * n) / 3600 for n in (1, gpus)) for gpu in GPUS},
         tokens_per_s=tokens_per_s,
     )
     if details:
-        add_details(p, share)
+        add_details(p, share, asked)
     return p
 
 
@@ -139,7 +141,7 @@ def check_arguments(gpus, mfu, price_per_hour, tokens_per_s, vocab_size) -> None
     problems = []
     if type(gpus) is not int or gpus < 1:
         problems.append(f"gpus must be a whole number from 1 on, not {gpus}")
-    if not 0 < mfu <= 1:
+    if mfu is not None and not 0 < mfu <= 1:
         problems.append(
             f"mfu must lie in (0, 1], not {mfu}: the share of a GPU's peak FLOP/s that training uses, such as 0.4"
         )
@@ -177,24 +179,28 @@ def devices(config: RunConfig) -> dict[str, torch.dtype]:
     return found
 
 
-def add_details(p: Plan, share: int) -> None:
+def add_details(p: Plan, share: int, asked: int | str | None) -> None:
     """FLOPs by part, memory by part and the largest micro-batch, by passes on fake tensors. share: windows a step and
-    rank."""
-    config, shape, rows = p.config, p.config.model_config(), p.micro_batch_size
-    p.dtypes = devices(config)
+    rank; asked: the config's micro_batch_size. Where that is null or auto, it becomes what the largest card would
+    take."""
+    shape = p.config.model_config()
+    p.dtypes = devices(p.config)
+    if "cuda" in p.dtypes:
+        p.largest_micro_batch = windows_that_fit(shape, divisors(share), p.dtypes["cuda"], CARDS[0] * 10**9)
+        if asked in (None, "auto"):
+            fitting = [n for n in within(asked, share, shape.block_size) if n <= p.largest_micro_batch]
+            p.micro_batch_size = max(fitting, default=1)
+            p.accumulation = share // p.micro_batch_size
+            p.config = dataclasses.replace(p.config, micro_batch_size=p.micro_batch_size)
+    rows = p.micro_batch_size
     keep = p.accumulation > 1 or p.gpus > 1  # DDP's buckets hold the gradients from the first step on
     for kind, dtype in p.dtypes.items():
         run = simulate(shape, rows, dtype, kind == "cuda", keep)
         if kind != "mps":  # whose attention saves what no other does
             p.memory[kind] = memory(run, rows)
         if not p.products:
-            tokens = rows * config.block_size
+            tokens = rows * shape.block_size
             p.products, p.elementwise = products(run, tokens), run.elementwise / tokens
-        if kind == "cuda":  # linear in the batch where it fills the loss head's chunks: two points
-            first = max(rows, -(-chunk_rows(config.vocab_size, torch.device("cuda")) // config.block_size))
-            low, high = (memory(simulate(shape, n, dtype, True, keep), n)["total"] for n in (first, 2 * first))
-            most = first + (CARDS[0] * 10**9 - low) * first // (high - low)
-            p.largest_micro_batch = max([n for n in range(1, share + 1) if share % n == 0 and n <= most], default=0)
 
 
 # ---- as text
@@ -204,7 +210,7 @@ def plan_text(
     config: RunConfig,
     schemes: bool = False,
     gpus: int | None = None,
-    mfu: float = MFU,
+    mfu: float | None = None,
     price_per_hour: float | None = None,
 ) -> str:
     """What `train.py --plan` prints; with schemes, the table of all schemes. gpus: by default the ranks of this launch.
@@ -212,7 +218,7 @@ def plan_text(
     if not schemes:
         ranks = int(os.environ.get("WORLD_SIZE", 1)) if gpus is None else gpus
         return show(plan(config, gpus=ranks, mfu=mfu, price_per_hour=price_per_hour))
-    if (gpus, mfu, price_per_hour) != (None, MFU, None):
+    if (gpus, mfu, price_per_hour) != (None, None, None):
         raise ValueError(
             "--schemes is a table of FLOPs and bytes a token: it takes no --gpus, --mfu or --price_per_hour"
         )

@@ -6,8 +6,7 @@ from model import GPTConfig
 from nanope.costs import Pass, parameters, products
 from schemes import label
 
-# Where an MFU of 0.4 lies, both for GPT-2 124M at length 1,024 on 8 A100: nanoGPT's README has 600,000 iterations of
-# 491,520 tokens in about 4 days, 0.85 M tokens/s, an MFU of 0.29; llm.c reports 1.75 M tokens/s, 0.60
+# nanope/gpus.py has the sources
 MFU_SOURCE = "GPT-2 124M on 8 A100: nanoGPT 0.29 (README, 4 days), llm.c 0.60 (1.75 M tokens/s)"
 
 
@@ -91,7 +90,9 @@ def memory_lines(p, cards: tuple[int, ...]) -> list[str]:
 
 def time_lines(p) -> list[str]:
     price = "" if p.price_per_hour is None else f", cost at {p.price_per_hour:g} per GPU-hour"
-    lines = [f"expected time at an MFU of {p.mfu:g} (of the dense bfloat16 peak, whatever the dtype){price}"]
+    rates = dict.fromkeys(p.mfu.values())
+    mfu = f"{next(iter(rates)):g}" if len(rates) == 1 else ", ".join(f"{x:g} on {gpu}" for gpu, x in p.mfu.items())
+    lines = [f"expected time at an MFU of {mfu} (a guess; of the dense bfloat16 peak, whatever the dtype){price}"]
 
     def row(name: str, hours: float, speed: float, gpus: int) -> tuple[str, ...]:
         cost = p.cost(hours, gpus)

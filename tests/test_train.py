@@ -618,6 +618,14 @@ def test_out_of_memory_says_what_to_try(make):
     assert train(make("smaller", micro_batch_size=2), observe)["step"] == 12
 
 
+def test_what_deterministic_cannot_have(make):
+    def undetermined(*_):
+        raise RuntimeError("that_cuda does not have a deterministic implementation\nmore")
+
+    with pytest.raises(ValueError, match="deterministic true cannot be had .*: that_cuda does not have a determin"):
+        train(make(deterministic=True), before_forward(undetermined))
+
+
 # ---- validation
 
 

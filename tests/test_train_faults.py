@@ -468,6 +468,8 @@ def test_auto_is_recorded_and_kept(make):
     train(other)
     train(dataclasses.replace(other, micro_batch_size="auto", max_steps=6, resume=True))
     assert last(other.out_dir)["config"]["micro_batch_size"] == 2  # found once
+    train(dataclasses.replace(other, micro_batch_size=None, max_steps=8, resume=True))
+    assert last(other.out_dir)["config"]["micro_batch_size"] == 2
 
 
 # ---- data

@@ -92,7 +92,7 @@ def check(variant: str, shape: dict) -> None:
             Block(config, layer)
 
 
-# Each of the three makes, of a model's shape, (model, loss of inputs x and targets y, optimizer)
+# Each of the three makes, of a model's shape, (model, loss of inputs x and targets y, optimizer), compiled or not
 
 
 def our_model(variant: str, shape: dict, device: torch.device, compiled: bool) -> tuple:
@@ -103,19 +103,20 @@ def our_model(variant: str, shape: dict, device: torch.device, compiled: bool) -
     return model, lambda x, y: model(x, y)[1], adamw(model)
 
 
-def nanogpt_model(folder: str, shape: dict, device: torch.device) -> tuple:
-    """nanoGPT's model.py, as a module of another name than ours. It is eager, and has its own loss and its own choice
-    of optimizer, which is not fused on a CPU."""
+def nanogpt_model(folder: str, shape: dict, device: torch.device, compiled: bool) -> tuple:
+    """nanoGPT's model.py, as a module of another name than ours. It has its own loss and its own choice of optimizer,
+    which is not fused on a CPU."""
     spec = importlib.util.spec_from_file_location("nanogpt", Path(folder) / "model.py")
     sys.modules["nanogpt"] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     with contextlib.redirect_stdout(io.StringIO()):
         model = module.GPT(module.GPTConfig(bias=False, dropout=0.0, **shape)).to(device)
         optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device.type)
+    model = torch.compile(model) if compiled else model
     return model, lambda x, y: model(x, y)[1], optimizer
 
 
-def transformers_model(shape: dict, device: torch.device) -> tuple:
+def transformers_model(shape: dict, device: torch.device, compiled: bool) -> tuple:
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -125,6 +126,7 @@ def transformers_model(shape: dict, device: torch.device) -> tuple:
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **shape,
     )  # fmt: skip
     model = transformers.GPT2LMHeadModel(config).to(device)
+    model = torch.compile(model) if compiled else model
     return model, lambda x, y: model(input_ids=x, labels=x).loss, adamw(model)  # it shifts the labels itself
 
 
@@ -133,6 +135,24 @@ def adamw(model: torch.nn.Module) -> torch.optim.AdamW:
 
 
 # ---- the measurement
+
+
+def stopwatch(device: torch.device) -> tuple[Callable, Callable]:
+    """mark(), a moment in the device's work, and seconds(a, b) between two. On CUDA a moment is an event in its stream,
+    for which the host does not wait before `seconds` is asked."""
+    if device.type != "cuda":
+        return time.perf_counter, lambda a, b: b - a
+
+    def mark() -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(a: torch.cuda.Event, b: torch.cuda.Event) -> float:
+        b.synchronize()
+        return a.elapsed_time(b) / 1e3
+
+    return mark, seconds
 
 
 def trainer(variant: str, shape: dict, args: argparse.Namespace) -> Callable[[int], tuple[float, float, int]]:
@@ -144,32 +164,30 @@ def trainer(variant: str, shape: dict, args: argparse.Namespace) -> Callable[[in
     shape = dict(shape)
     batch = shape.pop("batch")
     if variant == "transformers":
-        model, loss_of, optimizer = transformers_model(shape, device)
+        model, loss_of, optimizer = transformers_model(shape, device, args.compile)
     elif variant == "nanogpt":
-        model, loss_of, optimizer = nanogpt_model(args.nanogpt, shape, device)
+        model, loss_of, optimizer = nanogpt_model(args.nanogpt, shape, device, args.compile)
     else:
         model, loss_of, optimizer = our_model(variant, shape, device, args.compile)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(shape["vocab_size"], (batch, shape["block_size"] + 1), generator=generator).to(device)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+    mark, seconds = stopwatch(device)
 
     def steps(count: int) -> tuple[float, float, int]:
-        optimizing, start = 0.0, now()
+        start, optimizing = mark(), []
         for _ in range(count):
             with autocast(device, dtype):
                 loss = loss_of(x, y)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            before = time.perf_counter()
+            before = mark()
             optimizer.step()
-            optimizing += time.perf_counter() - before
+            optimizing.append((before, mark()))
             optimizer.zero_grad(set_to_none=True)
-        return now() - start, optimizing, peak_memory(device)
+        taken = seconds(start, mark())
+        return taken, sum(seconds(*pair) for pair in optimizing), peak_memory(device)
 
     return steps
 
@@ -281,12 +299,16 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, dict], di
     for name in FIELDS:
         parser.add_argument(f"--{name}", type=int, help="instead of the shape's")
     parser.add_argument("--together", type=int, default=7, help="variants beside rope in a group (default: 7)")
-    parser.add_argument("--steps", type=int, help="optimizer steps a variant and round (default: 1 to 8, by the shape)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help="optimizer steps a variant and round (default: 1 to 8, by the shape; at least 20 on CUDA)",
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: 1 on a CPU)")
     parser.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     parser.add_argument("--dtype", default="auto", choices=dtypes, help="autocast dtype (default: as train.py)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile our models, by parts")
+    parser.add_argument("--compile", action="store_true", help="torch.compile: our models by parts, others whole")
     parser.add_argument("--nanogpt", metavar="DIR", help="a folder with nanoGPT's model.py, to compare with")
     parser.add_argument("--no_peer", action="store_true", help="leave transformers out (it is in requirements-dev.txt)")
     parser.add_argument("--json", type=as_path, help="where to write the seconds of every round; of one shape")
@@ -327,7 +349,8 @@ def main(arguments: list[str]) -> None:
     lines = []
     for name, shape in shapes.items():
         variants = [BASELINE, *(v for v in beside if args.shape != "all" or v in TARGETS[name])]
-        steps, parts = args.steps or SHAPES[name][1], []
+        least = 20 if pick_device(args.device).type == "cuda" else 1
+        steps, parts = args.steps or max(least, SHAPES[name][1]), []
         label = ", ".join(f"{k} {v}" for k, v in shape.items()) if own else name
         for group in groups(variants, args.together):
             parts.append(measure(group, shape, steps, args))

@@ -12,7 +12,7 @@ import torch
 from data.shards import cores
 from model import GPTConfig
 from nanope.config import RunConfig
-from nanope.distributed import PEAK_FLOPS, peak_flops
+from nanope.gpus import PEAK_FLOPS, card_of, expected_mfu, peak_flops
 from nanope.ops import linear
 from nanope.plan import Plan, Unfilled
 from nanope.plan import plan as plan_of_run
@@ -80,8 +80,9 @@ def flops_per_second(args) -> tuple[float, str]:
         peak = PEAK_FLOPS[args.gpu] if args.gpu else peak_flops(torch.device("cuda"))
         if not peak:
             raise ValueError("this GPU's peak is not known: give --gpu, or --tokens_per_s, the speed of one run")
-        return args.ranks * args.mfu * peak, (
-            f"{args.ranks} {args.gpu or 'GPU(s)'} a run at {args.mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s (--mfu), "
+        mfu = expected_mfu(args.gpu or card_of(torch.cuda.get_device_name())) if args.mfu is None else args.mfu
+        return args.ranks * mfu * peak, (
+            f"{args.ranks} {args.gpu or 'GPU(s)'} a run at {mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s (--mfu), "
             f"or {LAUNCH * 1e3:g} ms a layer and micro-batch where that is longer, a guess"
         )
     core = CPU_PART * product_speed()

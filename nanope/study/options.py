@@ -8,8 +8,8 @@ import torch
 
 from data.shards import as_path, cores, given_path
 from nanope.config import ELSEWHERE, ROUTINE
-from nanope.distributed import PEAK_FLOPS
 from nanope.errors import nearest
+from nanope.gpus import PEAK_FLOPS
 from nanope.study.grid import Grid
 from nanope.values import read_yaml
 
@@ -53,8 +53,8 @@ def parser_of(program: str, description: str) -> argparse.ArgumentParser:
     look("--gpu", type=str.upper, choices=PEAK_FLOPS, help=text)
     text = "speed of one run, for --plan (default: that of finished runs, else a guess)"
     look("--tokens_per_s", type=float, help=text)
-    text = "for --plan on GPUs: part of the peak that training reaches (default: 0.4)"
-    look("--mfu", type=float, default=0.4, help=text)
+    text = "for --plan on GPUs: part of the peak that training reaches (default: a guess by GPU)"
+    look("--mfu", type=float, help=text)
     look("--status", action="store_true", help="print where every run stands")
     text = "put the finished runs into one file, DIR/runs.jsonl, with tables and figure beside it"
     look("--collect", type=as_path, metavar="DIR", help=text)
@@ -130,7 +130,7 @@ def complete(args, grid: Grid, gpus: list[str]) -> None:
     for name in ("parallel", "threads", "ranks", "tokens_per_s"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise ValueError(f"--{name} must be positive, not {getattr(args, name)}")
-    if not 0 < args.mfu <= 1:
+    if args.mfu is not None and not 0 < args.mfu <= 1:
         raise ValueError(f"--mfu must lie in (0, 1], not {args.mfu}")
     if args.gpu and not args.plan:
         raise ValueError("--gpu is for --plan: runs take the GPUs that are here")

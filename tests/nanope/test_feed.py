@@ -48,6 +48,15 @@ def test_validation_is_without_dropout(make):
     assert validation.loss(model, torch.float32) == validation.loss(model, torch.float32)
 
 
+def test_compiled_validation_has_one_shape(make):
+    """The last batch is padded with what is no target."""
+    model, split = GPT(GPTConfig(16, 320, 1, 2, 16)), open_data(make().data_dir).split("val")
+    shapes = []
+    model.register_forward_pre_hook(lambda _, arguments: shapes.append(len(arguments[0])))
+    found = [Validation(split, make(compile=c), 5, Ranks(), CPU).loss(model, torch.float32) for c in (False, True)]
+    assert shapes == [5, 5, 5, 1, 5, 5, 5, 5] and found[0] == pytest.approx(found[1], rel=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system has no /proc")
 def test_memory_stays_flat_on_a_large_data_folder(tmp_path):

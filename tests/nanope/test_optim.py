@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from model import GPT, SCHEMES, GPTConfig
+from nanope import optim
 from nanope.config import RunConfig
+from nanope.costs import Unfilled, memory, simulate
 from nanope.distributed import Ranks
-from nanope.optim import largest_micro_batch, make_optimizer, resolve_batch, step_seed
+from nanope.optim import gpu_micro_batch, make_optimizer, resolve_batch, step_seed
 
 CPU = torch.device("cpu")
 
@@ -90,33 +92,58 @@ class LessElsewhere(Ranks):
         return torch.maximum(tensor, torch.tensor(-3))
 
 
-def gpu(monkeypatch, model, rows, reserved=10):
-    """What stands for a GPU, of whose 100 bytes of memory `reserved` are in use and which ends above `rows` windows."""
+def gpu(monkeypatch, model, rows, reserved=10, memory=100, estimate=None):
+    """What stands for a GPU of `memory` bytes, of which `reserved` are in use. It ends above `rows` windows. The
+    estimate of what fits is `estimate` where it is given. Also the numbers of windows that were tried, in order."""
     names = dict(reset_peak_memory_stats=None, empty_cache=None, max_memory_reserved=reserved, get_device_name="a GPU")
     for name, value in names.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(total_memory=100))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(total_memory=memory))
+    if estimate is not None:
+        monkeypatch.setattr(optim, "windows_that_fit", lambda *_: estimate)
+    tried = []
 
     def hungry(model, arguments):
-        if len(arguments[0]) > rows:
+        tried.append(len(arguments[0]))
+        assert all(p.grad is not None for p in model.parameters())  # as in a step's second pass
+        if tried[-1] > rows:
             raise torch.OutOfMemoryError("no")
 
-    return model.register_forward_pre_hook(hungry)
+    return model.register_forward_pre_hook(hungry), tried
 
 
 def test_the_largest_micro_batch(monkeypatch):
+    """Whatever the estimate says; from a good one few are tried."""
     model = GPT(GPTConfig(16, 320, 1, 2, 16))
-    largest = lambda ranks: largest_micro_batch(model, 24, ranks, CPU, torch.float32)  # noqa: E731
-    for rows, expected in ((1, 1), (5, 4), (7, 6), (100, 24)):
-        with gpu(monkeypatch, model, rows):
+    largest = lambda ranks: gpu_micro_batch("auto", model, 24, ranks, CPU, torch.float32)  # noqa: E731
+    for rows, expected, estimate in ((1, 1, 24), (5, 4, 1), (7, 6, 12), (100, 24, 0)):
+        hook, _ = gpu(monkeypatch, model, rows, estimate=estimate)
+        with hook:
             assert largest(Ranks()) == expected
             assert largest(LessElsewhere()) == min(3, expected)
-    with gpu(monkeypatch, model, 8, reserved=95):  # nine tenths are full
+    hook, tried = gpu(monkeypatch, model, 7, estimate=6)
+    with hook:
+        assert largest(Ranks()) == 6 and tried == [6, 8]
+    hook, _ = gpu(monkeypatch, model, 8, reserved=95, estimate=8)  # nine tenths are full
+    with hook:
         assert largest(Ranks()) == 1
-    with gpu(monkeypatch, model, 0):
-        with pytest.raises(ValueError, match="not even one window of 16 tokens fits the memory of a GPU"):
-            largest(Ranks())
+    hook, _ = gpu(monkeypatch, model, 0, estimate=8)
+    with hook, pytest.raises(ValueError, match="not even one window of 16 tokens fits the memory of a GPU"):
+        largest(Ranks())
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("gigabytes, expected", [(85, 64), (8, 32), (1, 4)])
+def test_the_usual_micro_batch_of_a_gpu(monkeypatch, gigabytes, expected):
+    """At most 65,536 tokens, and no more than the plan says that its memory holds; nothing is tried."""
+    shape = GPTConfig(1024, 4096, 2, 12, 768)
+    with torch.device("meta"):
+        model = Unfilled(shape)
+    hook, tried = gpu(monkeypatch, model, 0, memory=gigabytes * 10**9)
+    assert gpu_micro_batch(None, model, 256, Ranks(), CPU, torch.bfloat16) == expected and not tried
+    total = lambda n: memory(simulate(shape, n, torch.bfloat16, True, True), n)["total"]  # noqa: E731
+    usable = 0.93 * gigabytes * 1e9
+    assert total(expected) <= usable and (expected == 64 or total(2 * expected) > usable)
 
 
 def test_seeds_depend_on_seed_step_and_what_is_drawn():

@@ -279,7 +279,7 @@ def test_text_of_a_plan(tmp_path):
         f"{p.parameters['total']:,}",
         f"{p.flops_per_token:,}",
         f"{p.tokens:,}",
-        "8 rank(s) × 4 × micro_batch_size 16",
+        "8 rank(s) × 1 × micro_batch_size 64",
         "all T² scores; without those that causality masks",
         "MFU of 0.5",
         f"cost {3 * one:,.2f}",

@@ -35,17 +35,18 @@ def test_plan_by_hand(tmp_path):
 
 
 def test_plan_for_a_gpu_that_is_elsewhere(tmp_path):
-    """carope-1's Small rope on 8 H100 at an MFU of 0.4; a step so small that launching its kernels takes longer; and
-    what does not divide."""
+    """carope-1's Small rope on 8 H100 at an MFU of 0.35, and another where asked; a step so small that launching its
+    kernels takes longer; and what does not divide."""
     changes = {"arms": ["rope"], "settings": ["Small"], "seeds": 1}
     grid = Grid.read(SWEEPS / "carope-1.yaml", changes=changes)
     text = planned(grid, tmp_path, "--gpu", "h100", "--ranks", "8", "--price_per_hour", "2")
     tokens = 19000 * 524288
     flops = (6 * (50304 * 768 + 12 * 12 * 768**2) + 12 * 12 * 768 * 512) * tokens
-    hours = flops * (1 + 39 * 2097152 / 3 / tokens) / (8 * 0.4 * 989e12) / 3600
+    hours = flops * (1 + 39 * 2097152 / 3 / tokens) / (8 * 0.35 * 989e12) / 3600
     assert f"| {tokens:,} | {flops:.3g} | {hours:.2f} |" in text
     assert f"Cost: {hours * 8 * 2:,.2f} at 2.00 an hour for each of 8" in text
-    assert f"{hours:.2f} hours with 1 at a time" in text and "8 H100 a run at 40% of 989 TFLOP/s" in text
+    assert f"{hours:.2f} hours with 1 at a time" in text and "8 H100 a run at 35% of 989 TFLOP/s" in text
+    assert "at 40% of 312" in planned(grid, tmp_path, "--gpu", "a100", "--mfu", "0.4")
 
     changes = {"arms": ["rope"], "settings": ["2 × 512, width 64, γ 0.9 each 1,000"], "seeds": 1}
     small = Grid.read(SWEEPS / "crope-2.yaml", changes=changes)
