@@ -1,7 +1,7 @@
 """Makes a data folder, or continues one that was interrupted.
 
-The source is cut into units of work (data/units.py). A process takes a unit, reads its documents, sends each to a
-split, tokenizes it, and writes the unit's own shards (data/encode.py). All of this happens in DIR.partial. There every
+The source is cut into units of work (data/units.py). Threads or processes read a unit, send each document to a split,
+tokenize it, and write the unit's own shards (data/encode.py). All of this happens in DIR.partial. There every
 finished shard and every finished unit has a record, so that the same command continues after the last of them.
 When every unit is done, the shards get their final names, the manifest joins the records, and DIR.partial becomes DIR
 (data/publish.py).

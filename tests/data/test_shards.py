@@ -154,7 +154,7 @@ def test_order_depends_on_the_seed_and_never_changes(kind, pinned):
     assert WindowOrder(10_005, 10, 7, kind).starts(998, 4).tolist() == pinned
 
 
-@pytest.mark.parametrize("windows", [*range(1, 35), 97, 127, 128, 129, 1021, 4096, 65_537, 2**20 - 1, 2**20 + 1])
+@pytest.mark.parametrize("windows", [*range(1, 35), 97, 127, 128, 129, 1021, 4096, 65_537, 2**20 + 1])
 def test_an_epoch_has_each_window_once(windows):
     order, everyone = WindowOrder(windows + 1, 1, 3), np.arange(windows)
     epochs = [order.starts(epoch * windows, windows) for epoch in range(2)]
