@@ -43,7 +43,7 @@ from nanope.optim import (
     seed_generators,
     step_seed,
 )
-from nanope.run_folder import Stop, find_state, locked, resumed_if_restarted
+from nanope.run_folder import Stop, as_begun, find_state, locked, resumed_if_restarted
 
 
 def unobserved(event: str, step: int, subject: object) -> None:
@@ -99,6 +99,7 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
     observe("folder", 0, config)
     config = resumed_if_restarted(config, ranks)
     state = find_state(config, data.hash, ranks)
+    config = as_begun(config, state)
     what = f"the step to resume from: {folder} must be one folder, shared by all nodes"
     ranks.check_equal(state["step"] if state else 0, device, what)
     model, taken = (build_model(state), None) if state else initial_model(config, data.tokenizer_hash)

@@ -1,7 +1,7 @@
 """Makes a data folder, or continues one that was interrupted.
 
-The source is cut into units of work (data/units.py). A process takes a unit, reads its documents, sends each to a
-split, tokenizes it, and writes the unit's own shards (data/encode.py). All of this happens in DIR.partial. There every
+The source is cut into units of work (data/units.py). Threads or processes read a unit, send each document to a split,
+tokenize it, and write the unit's own shards (data/encode.py). All of this happens in DIR.partial. There every
 finished shard and every finished unit has a record, so that the same command continues after the last of them.
 When every unit is done, the shards get their final names, the manifest joins the records, and DIR.partial becomes DIR
 (data/publish.py).
@@ -13,13 +13,12 @@ import contextlib
 import errno
 import json
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
 from data.corpora import Corpus, planned
-from data.encode import encode_unit
+from data.encode import encode_units
 from data.files import File
 from data.hub import download
 from data.library import Wanted
@@ -156,12 +155,7 @@ class Part:
             if workers > 1 and in_processes:
                 do_in_processes(units, min(workers, most), self.folder, self.plan, sizes, progress, self._done)
                 return
-            for unit in units:
-                if unit is None:
-                    time.sleep(0.1)
-                else:
-                    encode_unit(unit, self.folder, self.plan, progress, workers, sizes)
-                    self._done(unit)
+            encode_units(units, self.folder, self.plan, progress, self._done, workers, sizes)
 
     def _clean_up(self) -> None:
         """Delete what an interrupted run of this part left half written."""

@@ -113,7 +113,8 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         type=int,
         default=cores(),
-        help="processes that tokenize; any number makes the same bytes (default: the cores, here %(default)s)",
+        help="threads, or for much text processes, that tokenize; any number makes the same bytes (default: the cores, "
+        "here %(default)s)",
     )
     add("--part", metavar="I/N", help="do only the I-th of N parts, for N machines or an array of jobs; then --merge")
     add("--merge", action="store_true", help="join what all parts made in DIR.partial; nothing else is read")

@@ -321,7 +321,6 @@ def row_group_bytes(path: Path | str, field: str) -> list[int]:
 def _read_parquet(path: Path, name: str, field: str, bad: Bad, start: int | None, stop: int | None) -> Documents:
     """The rows of row groups start … stop-1."""
     import pyarrow
-    import pyarrow.compute
     import pyarrow.parquet
 
     try:
@@ -346,6 +345,8 @@ def _read_parquet(path: Path, name: str, field: str, bad: Bad, start: int | None
                 for batch in f.iter_batches(rows, row_groups=[group], columns=[field], use_threads=False):
                     values = batch.column(batch.schema.names.index(names[0]))
                     if names[1:]:
+                        import pyarrow.compute  # which takes a while
+
                         values = pyarrow.compute.struct_field(values, names[1:])
                     for text in texts_of(values, bad, path, row):
                         row += 1

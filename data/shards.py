@@ -17,7 +17,7 @@ import os
 import re
 import sys
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -302,15 +302,60 @@ def _read_manifest(folder: Path) -> tuple[dict, str]:
 # ---- order ----
 
 
+ROUNDS = 12  # of `feistel`; with fewer, orders of less than ten windows are not equally likely
+
+
+def feistel(count: int, bits: np.random.Philox) -> Callable[[np.ndarray], np.ndarray]:
+    """A permutation of 0 … count-1 as a function of places, (n,) int64 each way. It holds nothing of size `count`.
+
+    A Feistel network permutes the numbers of as many bits as count-1 has: by turns each half of the bits is changed by
+    a hash of the other. A number that comes out beyond count-1 goes in again until one is below (cycle walking).
+    """
+    total = max((count - 1).bit_length(), 2)
+    low_bits = total // 2
+    high_bits = total - low_bits
+    keys = bits.random_raw(ROUNDS).reshape(-1, 2)
+
+    def network(numbers: np.ndarray) -> np.ndarray:
+        high, low = numbers >> low_bits, numbers & np.uint64(2**low_bits - 1)
+        for one, other in keys:
+            high = high ^ _hash(low ^ one) >> 64 - high_bits
+            low = low ^ _hash(high ^ other) >> 64 - low_bits
+        return high << low_bits | low
+
+    def permuted(places: np.ndarray) -> np.ndarray:
+        found = network(places.astype(np.uint64))
+        while len(beyond := np.flatnonzero(found >= count)):
+            found[beyond] = network(found[beyond])
+        return found.astype(np.int64)
+
+    return permuted
+
+
+def _hash(x: np.ndarray) -> np.ndarray:
+    """64 bits, of which the upper ones depend on all bits of x: products with splitmix64's constants (OOPSLA 2014)."""
+    x = x * np.uint64(0xBF58476D1CE4E5B9)
+    return (x ^ x >> 32) * np.uint64(0x94D049BB133111EB)
+
+
+def drawn(count: int, bits: np.random.Philox) -> Callable[[np.ndarray], np.ndarray]:
+    """Likewise, by drawing a number for each of 0 … count-1 and sorting them: 8 bytes each are held, 20 meanwhile."""
+    return np.argsort(bits.random_raw(count), kind="stable").take  # numpy does not promise what permutation() gives
+
+
+ORDERS = {"feistel": feistel, "drawn": drawn}
+
+
 class WindowOrder:
-    """Which window of the train stream comes when. It depends on (data_seed, n_tokens, block_size) alone.
+    """Which window of the train stream comes when. It depends on (data_seed, n_tokens, block_size, kind) alone.
 
     With N tokens and T = block_size an epoch has K = (N-1) // T windows. Epoch e starts at an offset o in
-    [0, (N-1) mod T]. It visits its windows j, which are tokens o+jT … o+(j+1)T inclusive, in a permutation. Offset and
-    permutation are drawn from (data_seed, e). Items are numbered 0, 1, 2, … through the endless sequence of epochs.
+    [0, (N-1) mod T]. It visits its windows j, which are tokens o+jT … o+(j+1)T inclusive, in a permutation, made as
+    ORDERS[kind] says. Offset and permutation follow from (data_seed, e). Items are numbered 0, 1, 2, … through the
+    endless sequence of epochs.
     """
 
-    def __init__(self, n_tokens: int, block_size: int, data_seed: int):
+    def __init__(self, n_tokens: int, block_size: int, data_seed: int, kind: str = "feistel"):
         if block_size < 1:
             raise DataError(f"block_size must be at least 1, not {block_size}")
         if not 0 <= data_seed < 2**64:
@@ -321,26 +366,26 @@ class WindowOrder:
                 f"{n_tokens:,} tokens are too few for one window of block_size {block_size} + 1 tokens; "
                 f"take a smaller block_size or more text"
             )
-        self.block_size, self.data_seed = block_size, data_seed
-        self._epoch, self._starts = None, None  # of the latest epoch only: K may be ten million
+        self.block_size, self.data_seed, self.kind = block_size, data_seed, kind
+        self._epoch = self._offset = self._permuted = None  # of the latest epoch only
 
-    def _epoch_starts(self, epoch: int) -> np.ndarray:
-        if epoch != self._epoch:
-            # Every version of numpy has the same raw stream. Of permutation() numpy does not promise that.
-            bits = np.random.Philox(key=np.array([self.data_seed, epoch], np.uint64))
-            offset = int(bits.random_raw()) % (self.slack + 1)  # bias below 2**-40
-            permutation = np.argsort(bits.random_raw(self.windows), kind="stable")
-            self._epoch, self._starts = epoch, offset + permutation * self.block_size
-        return self._starts
+    def _begin(self, epoch: int) -> None:
+        # Every version of numpy has the same raw stream
+        bits = np.random.Philox(key=np.array([self.data_seed, epoch], np.uint64))
+        self._epoch, self._offset = epoch, int(bits.random_raw()) % (self.slack + 1)  # bias below 2**-40
+        self._permuted = ORDERS[self.kind](self.windows, bits)
 
     def starts(self, first: int, count: int) -> np.ndarray:
         """First tokens of the windows that are items first … first+count-1: (count,) int64."""
-        parts, item, end = [np.empty(0, np.int64)], first, first + count
-        while item < end:
-            epoch, at = divmod(item, self.windows)
-            parts.append(self._epoch_starts(epoch)[at : at + end - item])
-            item += len(parts[-1])
-        return np.concatenate(parts)
+        found, done = np.empty(count, np.int64), 0
+        while done < count:
+            epoch, at = divmod(first + done, self.windows)
+            if epoch != self._epoch:
+                self._begin(epoch)
+            places = np.arange(at, min(at + count - done, self.windows))
+            found[done : done + len(places)] = self._offset + self._permuted(places) * self.block_size
+            done += len(places)
+        return found
 
 
 def batch(split: Split, starts: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -132,10 +132,8 @@ class Tokenizer:
         self.token_bytes = np.zeros(self.n_vocab, np.int64)
         self.token_bytes[: len(tokens)] = [len(t) for t in tokens]
         self._to_ids = to_ids
-        digest = hashlib.sha256(f"{pattern}\0<|endoftext|>={self.eot}\0".encode())
-        for token in tokens:
-            digest.update(len(token).to_bytes(4, "little") + token)
-        self.sha256 = digest.hexdigest()
+        vocabulary = b"".join([len(token).to_bytes(4, "little") + token for token in tokens])
+        self.sha256 = hashlib.sha256(f"{pattern}\0<|endoftext|>={self.eot}\0".encode() + vocabulary).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of `text`: (n,) of `dtype`. A special token's name inside text is text. Lone surrogates become U+FFFD.
@@ -192,7 +190,7 @@ def gpt2_tokenizer(vocabulary: Path = VOCABULARY) -> Tokenizer:
     byte_of = {character: b for b, character in BYTE_CHARACTERS.items()}
     tokens = [bytes([b]) for b in BYTE_CHARACTERS]
     for line in merges.decode().splitlines()[1:]:  # after the version: one merge a line, in order of rank
-        tokens.append(bytes(byte_of[c] for c in line if c != " "))
+        tokens.append(bytes(map(byte_of.__getitem__, line.replace(" ", ""))))
     ranks = {token: rank for rank, token in enumerate(tokens)}
     return _byte_pair_tokenizer("gpt2", ranks, GPT2_PATTERN, len(tokens), len(tokens) + 1, 4.3)
 

@@ -8,11 +8,11 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from data.encode import Report, encode_unit
+from data.encode import Report, encode_units
 from data.shards import DataError
 from data.units import Sizes, Unit
 
@@ -98,15 +98,20 @@ def _work(pipe: Connection, folder: Path, plan: dict, sizes: Sizes) -> None:
     def report(*counts: int, found: bool = False) -> None:
         pipe.send(("progress", (counts, found)))
 
-    with contextlib.suppress(*GONE):  # the parent is gone, and so is the work
-        while True:
-            unit = pipe.recv()
-            try:
-                encode_unit(unit, folder, plan, report, sizes=sizes)
-                pipe.send(("done", unit))
-            except BROKEN:
-                raise
-            except (DataError, OSError) as error:
-                pipe.send(("failed", error))
-            except BaseException:
-                pipe.send(("failed", RuntimeError(f"in a worker process:\n{traceback.format_exc()}")))
+    def done(unit: Unit) -> None:
+        pipe.send(("done", unit))
+
+    def units() -> Iterator[Unit]:
+        with contextlib.suppress(EOFError):  # the parent is gone
+            while True:
+                yield pipe.recv()
+
+    with contextlib.suppress(*BROKEN):  # likewise
+        try:
+            encode_units(units(), folder, plan, report, done, sizes=sizes)
+        except BROKEN:
+            raise
+        except (DataError, OSError) as error:
+            pipe.send(("failed", error))
+        except BaseException:
+            pipe.send(("failed", RuntimeError(f"in a worker process:\n{traceback.format_exc()}")))

@@ -24,7 +24,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 # Fields that a config made before they existed does not have, with the value that it means by that
 SINCE = {"window": 0, "pos_lr_matrices": False, "document_mask": False, "eot": None, "qk_norm": False}
-SINCE |= {"logit_scale": "none", "logit_scale_start": 0.168, "init_pos_from_config": False}
+SINCE |= {"logit_scale": "none", "logit_scale_start": 0.168, "init_pos_from_config": False, "data_order": "drawn"}
 SINCE |= {"deterministic": False}
 
 # Fields of a model that change its attention, beside its scheme
@@ -149,6 +149,9 @@ class RunConfig:
     """Seed of initial weights and dropout."""
     data_seed: int = 1
     """Seed of the order of data, apart from seed."""
+    data_order: Literal["feistel", "drawn"] = "feistel"
+    """How the permutation of an epoch's windows is made: feistel computes each place when it is asked for; drawn draws
+    and sorts them all (20 bytes a window and rank), as runs did before there was this field."""
     device: str = "auto"
     """auto (cuda, else mps, else cpu), or a torch device."""
     dtype: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = "auto"
@@ -379,9 +382,9 @@ def check(config: RunConfig) -> None:
 
 
 def config_of(fields: dict) -> RunConfig:
-    """The config of a run's fields, without those that are none by now."""
+    """The config of a run's fields, without those that are none by now, and with what it means by those it lacks."""
     known = {field.name for field in dataclasses.fields(RunConfig)}
-    return RunConfig(**{name: value for name, value in fields.items() if name in known})
+    return RunConfig(**{name: value for name, value in {**SINCE, **fields}.items() if name in known})
 
 
 def completed(then: dict, config: RunConfig) -> dict:

@@ -25,7 +25,7 @@ class TextRows:
 
     def __init__(self, split: Split, config: RunConfig):
         self.split, self.block_size = split, config.block_size
-        self.order = WindowOrder(len(split), config.block_size, config.data_seed)
+        self.order = WindowOrder(len(split), config.block_size, config.data_seed, config.data_order)
         self.total = (len(split) - 1) // config.block_size  # windows that do not overlap
 
     def items(self, first: int, count: int) -> np.ndarray:
@@ -56,7 +56,7 @@ class TaskRows:
         self.split, self.block_size = split, config.block_size
         self.start, self.length = split.documents().T  # without end-of-text, which is at start + length
         self.total = len(self.start)
-        self.order = WindowOrder(self.total + 1, 1, config.data_seed)  # of numbers
+        self.order = WindowOrder(self.total + 1, 1, config.data_seed, config.data_order)  # of numbers
         # All of them, 3 bytes a token: examples are short, and to read them one by one is slow
         self.tokens, self.mask = split.read(0, len(split)).astype(split.dtype), split.read_mask(0, len(split))
         self.answers = np.add.reduceat(self.mask, self.start, dtype=np.int64)

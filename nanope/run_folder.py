@@ -11,14 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from nanope import checkpoint
-from nanope.config import SWITCHES, RunConfig, completed, merged
+from nanope.config import SINCE, SWITCHES, RunConfig, completed, merged
 from nanope.distributed import Ranks
 
 # ---- what is there, and whether this run may continue it
 
 # What a resumed run must have in common with its checkpoint: the model and the order of its data
 FIXED_ON_RESUME = ("block_size", "n_layer", "n_head", "n_embd", "bias", "dropout", "vocab_size", "pos", "pos_options")
-FIXED_ON_RESUME += (*SWITCHES, "eot", "pos_lr_matrices", "batch_tokens", "seed", "data_seed")
+FIXED_ON_RESUME += (*SWITCHES, "eot", "pos_lr_matrices", "batch_tokens", "seed", "data_seed", "data_order")
 # What may change without a word
 QUIET_ON_RESUME = ("resume", "out_dir", "data_dir", "verify_data", "micro_batch_size")
 
@@ -32,7 +32,7 @@ def find_state(config: RunConfig, data_hash: str, ranks: Ranks) -> dict | None:
         raise ValueError(f"{run} already holds a run: continue it with --resume true, or choose another --out_dir")
     state = checkpoint.load_newest(run) if config.resume else None
     if state:
-        check_resumable(state, config, data_hash)
+        check_resumable(state, as_begun(config, state), data_hash)
         then = state["config"]
         shown = [k for k in vars(config) if k in then and k not in (*FIXED_ON_RESUME, *QUIET_ON_RESUME)]
         changed = [f"{k} {then[k]} → {getattr(config, k)}" for k in shown if then[k] != getattr(config, k)]
@@ -40,6 +40,14 @@ def find_state(config: RunConfig, data_hash: str, ranks: Ranks) -> dict | None:
             text = f"warning: {run} goes on with other settings than it began with: {', '.join(changed)}"
             print(text, file=sys.stderr)
     return state
+
+
+def as_begun(config: RunConfig, state: dict | None) -> RunConfig:
+    """The config, with the order of data of the checkpoint to resume from where that was made before there was a
+    choice."""
+    if state is None or "data_order" in state["config"]:
+        return config
+    return replace(config, data_order=SINCE["data_order"])
 
 
 def check_resumable(state: dict, config: RunConfig, data_hash: str) -> None:

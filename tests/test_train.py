@@ -4,6 +4,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -1163,6 +1164,7 @@ def test_a_folder_that_holds_a_run_is_left_alone(make, command, plain, tmp_path)
     [
         (dict(seed=2), "seed was 1, now 2"),
         (dict(data_seed=2), "data_seed was 1, now 2"),
+        (dict(data_order="drawn"), "data_order was feistel, now drawn"),
         (dict(pos="carope"), "pos was rope, now carope"),
         (dict(pos=["rope"]), "pos was rope, now ['rope']"),
         (dict(pos_options={"base": 500.0}), "pos_options was"),
@@ -1200,6 +1202,21 @@ def test_a_run_from_before_there_were_windows_resumes(make, plain, tmp_path, com
     assert "window was 0, now 4" in command(*arguments(dataclasses.replace(config, window=4)))
     train(config)
     assert last(run)["step"] == 14 and last(run)["config"]["window"] == 0
+
+
+def test_a_run_from_before_there_was_a_choice_of_order_goes_on_in_its_own(make):
+    whole, begun = make("whole", data_order="drawn"), make("begun", data_order="drawn")
+    train(whole)
+    with pytest.raises(RuntimeError, match="power is out"):
+        train(begun, at_step({6: crash}))
+    for path in checkpoint.step_files(Path(begun.out_dir)):
+        state = checkpoint.load(path)
+        assert state["config"].pop("data_order") == "drawn"
+        checkpoint.save(path, state)
+    train(make("begun", resume=True))
+    assert same_run(whole.out_dir, begun.out_dir) and last(begun.out_dir)["config"]["data_order"] == "drawn"
+    train(make("other"))
+    assert losses(make("other").out_dir) != losses(whole.out_dir)
 
 
 @pytest.mark.slow
@@ -1339,9 +1356,11 @@ def test_diff_from_a_run_made_before_there_were_windows(make, plain, capsys, tmp
     path = tmp_path / "old" / "config.yaml"
     text = path.read_text()
     fields = yaml.safe_load(text)
-    assert all(fields.pop(name, "absent") == value for name, value in SINCE.items())
+    assert all(fields.pop(name, "absent") == value for name, value in {**SINCE, "data_order": "feistel"}.items())
     assert fields["pos_options"].pop("qkv") == "dense"
     path.write_text(yaml.safe_dump(fields))
+    assert diff(capsys, make("mine"), tmp_path / "old") == (1, ["data_order: drawn there, feistel here"])
+    make = functools.partial(make, data_order="drawn")
     assert diff(capsys, make("mine"), tmp_path / "old")[0] == 0
     grouped = ["pos_options: {'qkv': 'dense'} there, {'qkv': 'grouped'} here"]
     assert diff(capsys, make("mine", pos_options={"qkv": "grouped"}), tmp_path / "old") == (1, grouped)

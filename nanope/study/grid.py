@@ -21,8 +21,8 @@
     question, decisions, reduced                # texts for the report
     scales: {cpu: {…}}                          # any of these keys again, for --scale cpu; arms, settings may be names
 
-A run's folder is named by arm, setting, seed and a digest of every field that is not train.py's default: another config
-is another folder.
+A run's folder is named by arm, setting, seed and a digest of every field that is not train.py's default (of data_order
+not "drawn", which older runs have): another config is another folder.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ import yaml
 from data.corpora import CORPORA
 from data.shards import given_path, unknown
 from data.tasks import task_named
-from nanope.config import SWITCHES, RunConfig, as_field, carried, check
+from nanope.config import SINCE, SWITCHES, RunConfig, as_field, carried, check
 from nanope.errors import nearest
 from nanope.evaluation.options import lengths_in_tokens
 from nanope.files import write_atomically
@@ -103,7 +103,9 @@ class Grid:
             baseline = next(iter(arms), None)
         made = {
             "name": given.get("name", path.stem),
-            "fields": config_of(path, given.pop("base", None)) | (given.get("fields") or {}),
+            "fields": {"data_order": RunConfig.data_order}
+            | config_of(path, given.pop("base", None))
+            | (given.get("fields") or {}),
             "settings": settings_of(
                 given.get("settings"), given.pop("grid", None) or {}, path, given.get("fields") or {}
             ),
@@ -115,14 +117,15 @@ class Grid:
 
     @classmethod
     def of_folder(cls, folder: Path) -> "Grid":
-        """The grid that a folder of runs, or of results, was made by."""
+        """The grid that a folder of runs, or of results, was made by. One that does not say the order of data was
+        written before there was a choice."""
         path = Path(folder) / "grid.yaml"
         if not path.is_file():
             raise ValueError(f"{folder} holds no grid.yaml: expected a folder that scripts/sweep.py made")
         content = {k: v for k, v in read_yaml_file(path).items() if v is not None}
         if odd := [k for k in content if k not in cls.__dataclass_fields__]:
             raise ValueError(f"{path}: unknown key {odd[0]!r}: expected what scripts/sweep.py wrote")
-        return cls(**content)
+        return cls(**content | {"fields": {"data_order": SINCE["data_order"]} | content.get("fields", {})})
 
     def write(self, folder: Path) -> None:
         """Write grid.yaml, without what is empty."""

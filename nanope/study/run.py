@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanope.config import ELSEWHERE, RunConfig
+from nanope.config import ELSEWHERE, SINCE, RunConfig
 from nanope.study.files import Files
 
 
@@ -27,9 +27,10 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Arm, setting, seed, and a digest of every field that is not train.py's default."""
-        given, defaults = dataclasses.asdict(self.config), RunConfig()
-        differ = {k: v for k, v in given.items() if v != getattr(defaults, k) and k not in ELSEWHERE}
+        """Arm, setting, seed, and a digest of every field that is not train.py's default, or not what runs had before
+        the field existed: so an older run keeps its name."""
+        given, defaults = dataclasses.asdict(self.config), vars(RunConfig()) | SINCE
+        differ = {k: v for k, v in given.items() if v != defaults[k] and k not in ELSEWHERE}
         trial = [] if self.tuning is None else ["tune"]
         rate = [] if self.tuning is None else [f"{self.tuning:g}"]
         words = filter(None, map(slug, [*trial, self.setting, self.arm, *rate]))

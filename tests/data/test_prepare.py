@@ -24,11 +24,13 @@ from preparing import (
     write_parquet,
 )
 
+from data.encode import encode_units
+from data.plan import Request, make_plan
 from data.prepare import main, prepare, unescaped
 from data.shards import DataError, open_data
 from data.summary import lengths_figure, quantile
 from data.tokenizer import load_tokenizer
-from data.units import Sizes
+from data.units import Sizes, cut_group
 from nanope import REPO
 
 # ---- what is made ----
@@ -258,3 +260,24 @@ def test_escapes_of_a_separator():
     for wrong in (r"\q", r"\x1", "end\\"):
         with pytest.raises(DataError, match=r"no escape begins with .*; a backslash is \\\\"):
             unescaped(wrong)
+
+
+@pytest.mark.parametrize("threads, ahead", [(1, False), (2, True)])
+def test_threads_have_the_next_unit_before_a_unit_ends(tmp_path, source, threads, ahead):
+    options = {"shard_tokens": 10**6, "val_tokens": None, "val_bytes": None, "long_tokens": 10, "skip_bad": False}
+    request = Request.checked("files", None, source, "byte", options)
+    _, found = request.files(None)
+    plan = make_plan(request, None, found, Sizes(least_unit=20_000))
+    units, events = cut_group(0, found, request.corpus, plan["unit_bytes"]), []
+
+    def coming():
+        for unit in units:
+            events.append(("asked for", unit.id.index))
+            yield unit
+
+    def done(unit):
+        events.append(("done", unit.id.index))
+
+    encode_units(coming(), tmp_path, plan, lambda *counts, found=False: None, done, threads)
+    assert [index for what, index in events if what == "done"] == [*range(len(units))] and len(units) > 2
+    assert (events.index(("asked for", 1)) < events.index(("done", 0))) == ahead

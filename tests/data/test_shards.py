@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from preparing import TEXTS, documents, files, write_jsonl
 from data.shard_writer import ShardWriter
 from data.shards import (
     FORMAT,
+    ORDERS,
     SCAN,
     DataError,
     Split,
@@ -88,24 +90,46 @@ def test_batch_is_inputs_and_next_tokens(tmp_path, source):
 # ---- order ----
 
 
-def slow_item(n_tokens, block_size, data_seed, item):
+def slow_feistel(raw, windows, at):
+    """The window at a place of an epoch, by a network of Python's whole numbers, whose first word is the offset's."""
+    total = max((windows - 1).bit_length(), 2)
+    low_bits = total // 2
+
+    def upper(x, bits):
+        x = x * 0xBF58476D1CE4E5B9 % 2**64
+        return (x ^ x >> 32) * 0x94D049BB133111EB % 2**64 >> 64 - bits
+
+    while True:
+        high, low = at >> low_bits, at % 2**low_bits
+        for i in range(1, 13, 2):
+            high ^= upper(low ^ raw[i], total - low_bits)
+            low ^= upper(high ^ raw[i + 1], low_bits)
+        at = high << low_bits | low
+        if at < windows:
+            return at
+
+
+def slow_item(n_tokens, block_size, data_seed, kind, item):
     """The definition in WindowOrder's docstring, one item at a time."""
     windows = (n_tokens - 1) // block_size
     epoch, at = item // windows, item % windows
-    raw = [int(r) for r in np.random.Philox(key=[data_seed, epoch]).random_raw(windows + 1)]
+    raw = [int(r) for r in np.random.Philox(key=[data_seed, epoch]).random_raw(max(windows, 12) + 1)]
     offset = raw[0] % ((n_tokens - 1) % block_size + 1)
-    return offset + sorted(range(windows), key=lambda j: raw[j + 1])[at] * block_size
+    if kind == "drawn":
+        return offset + sorted(range(windows), key=lambda j: raw[j + 1])[at] * block_size
+    return offset + slow_feistel(raw, windows, at) * block_size
 
 
+@pytest.mark.parametrize("kind", ORDERS)
 @pytest.mark.parametrize(
     "n_tokens, block_size", [(101, 10), (110, 10), (109, 10), (11, 10), (19, 10), (5, 1), (1000, 64)]
 )
-def test_order_is_the_definition(n_tokens, block_size):
+def test_order_is_the_definition(n_tokens, block_size, kind):
     windows = (n_tokens - 1) // block_size
-    order = WindowOrder(n_tokens, block_size, data_seed=5)
+    order = WindowOrder(n_tokens, block_size, data_seed=5, kind=kind)
     many = order.starts(0, 5 * windows + 3)
     assert many.dtype == np.int64
-    assert many.tolist() == [slow_item(n_tokens, block_size, 5, item) for item in range(len(many))]
+    assert many.tolist() == [slow_item(n_tokens, block_size, 5, kind, item) for item in range(len(many))]
     offsets = set()
     for epoch in range(5):
         starts = np.sort(many[epoch * windows : (epoch + 1) * windows])
@@ -115,18 +139,64 @@ def test_order_is_the_definition(n_tokens, block_size):
     if n_tokens in (109, 1000):
         assert len(offsets) > 1  # epochs cut the stream elsewhere
     for size in (1, 3, windows + 2):  # however it is asked, backwards too
-        fresh = WindowOrder(n_tokens, block_size, data_seed=5)
+        fresh = WindowOrder(n_tokens, block_size, data_seed=5, kind=kind)
         parts = [fresh.starts(at, min(size, len(many) - at)) for at in range(0, len(many), size)]
         assert np.array_equal(np.concatenate(parts), many)
         assert np.array_equal(fresh.starts(0, 1), many[:1])
     assert len(order.starts(3, 0)) == 0
 
 
-def test_order_depends_on_the_seed_and_never_changes():
-    one, two = (WindowOrder(10_001, 10, seed).starts(0, 2000) for seed in (1, 2))
+# Of epoch 0's end and epoch 1's start. Runs are resumed under other versions of numpy
+@pytest.mark.parametrize("kind, pinned", [("drawn", [7232, 8952, 9763, 5073]), ("feistel", [4302, 342, 8683, 3843])])
+def test_order_depends_on_the_seed_and_never_changes(kind, pinned):
+    one, two = (WindowOrder(10_001, 10, seed, kind).starts(0, 2000) for seed in (1, 2))
     assert not np.array_equal(one, two) and not np.array_equal(one[:1000], one[1000:])
-    pinned = [7232, 8952, 9763, 5073]  # runs are resumed under other versions of numpy
-    assert WindowOrder(10_005, 10, 7).starts(998, 4).tolist() == pinned
+    assert WindowOrder(10_005, 10, 7, kind).starts(998, 4).tolist() == pinned
+
+
+@pytest.mark.parametrize("windows", [*range(1, 35), 97, 127, 128, 129, 1021, 4096, 65_537, 2**20 + 1])
+def test_an_epoch_has_each_window_once(windows):
+    order, everyone = WindowOrder(windows + 1, 1, 3), np.arange(windows)
+    epochs = [order.starts(epoch * windows, windows) for epoch in range(2)]
+    assert all(np.array_equal(np.sort(epoch), everyone) for epoch in epochs)
+    if windows > 20:
+        assert not np.array_equal(*epochs)
+        assert (epochs[0] == epochs[1]).sum() < 10  # of two random orders, 1 in the mean
+        assert (np.diff(epochs[0]) == 1).sum() < 10  # likewise: neighbours do not stay together
+    if windows > 1000:
+        for a, b in ((epochs[0], everyone), (epochs[0][1:], epochs[0][:-1]), epochs):
+            assert abs(np.corrcoef(a, b)[0, 1]) < 5 / windows**0.5
+
+
+def chi_squared(counts):
+    """How many standard deviations the counts of equally likely cases are from what is expected of them."""
+    expected, degrees = counts.mean(), counts.size - 1
+    return (((counts - expected) ** 2 / expected).sum() - degrees) / (2 * degrees) ** 0.5
+
+
+def test_all_orders_are_equally_likely():
+    """All 24 of 4 windows; of 23 windows, a pair of places; of many, where the first tenth of an epoch lies."""
+    of_four = WindowOrder(5, 1, 1).starts(0, 4 * 1440).reshape(-1, 4)
+    assert abs(chi_squared(np.unique(of_four, axis=0, return_counts=True)[1])) < 4
+    places = WindowOrder(24, 1, 2).starts(0, 23 * 1500).reshape(-1, 23)[:, [0, 22]]
+    pairs = np.zeros((23, 23))
+    np.add.at(pairs, tuple(places.T), 1)
+    assert abs(chi_squared(pairs[~np.eye(23, dtype=bool)])) < 4
+    for windows in (100_003, 10**9 + 7):
+        first = WindowOrder(windows + 1, 1, 3).starts(0, 10_000)
+        assert abs(chi_squared(np.bincount(first * 100 // windows, minlength=100))) < 4
+
+
+def test_a_large_order_takes_no_memory():
+    """10^12 tokens: a batch over the edge of an epoch."""
+    tracemalloc.start()
+    try:
+        starts = WindowOrder(10**12 + 500, 1000, 1).starts(10**9 - 256, 512)
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+    finally:
+        tracemalloc.stop()
+    assert len({*starts[:256].tolist()}) == len({*starts[256:].tolist()}) == 256
+    assert starts.min() >= 0 and starts.max() < 10**12 and starts.max() > 9 * 10**11
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import yaml
 from studies import EVAL, SWEEPS, arguments_of, diverge, finish, write_grid
 
 from model import resolve
+from nanope import REPO
 from nanope.config import RunConfig
 from nanope.study import report
 from nanope.study.costs import model_cost
@@ -163,6 +164,25 @@ def test_a_grid_is_read_back_as_it_was_written(tmp_path):
         grid = Grid.read(path, scale)
         grid.write(tmp_path)
         assert Grid.of_folder(tmp_path) == grid
+
+
+def test_a_grid_from_before_there_was_a_choice_of_order_keeps_its_runs(tmp_path):
+    """A folder whose grid.yaml says nothing of it has the old order, whose runs have the names of then. A grid that is
+    begun now has other names: the two never mix."""
+    grid = Grid.read(write_grid(tmp_path / "g.yaml"))
+    grid.write(tmp_path)
+    path = tmp_path / "grid.yaml"
+    content = yaml.safe_load(path.read_text())
+    assert content["fields"].pop("data_order") == "feistel"
+    path.write_text(yaml.safe_dump(content))
+    then, files = Grid.of_folder(tmp_path), RunFolders(tmp_path)
+    drawn = Grid.read(tmp_path / "g.yaml", changes={"fields": {"data_order": "drawn"}})
+    assert {r.fields["data_order"] for r in then.runs(files)} == {"drawn"}
+    assert {r.name for r in then.runs(files)} == {r.name for r in drawn.runs(files)}
+    assert not {r.name for r in then.runs(files)} & {r.name for r in grid.runs(files)}
+    assert [*{r.name for r in Study.read(REPO / "results" / "quickstart").runs["", "rope"].values()}] == [
+        "rope-seed1-f34ca368"
+    ]
 
 
 # ---- the grids of configs/sweeps
