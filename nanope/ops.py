@@ -1,4 +1,4 @@
-"""What makes the model fast and exact, and is no part of GPT-2: dtypes, matrix products, the loss, rotation.
+"""What makes the model fast and exact, and is no part of GPT-2: dtypes, matrix products, GELU, the loss, rotation.
 
 Shapes: B batch, T positions, C model width, H heads, D head width, V vocabulary.
 """
