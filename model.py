@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 import schemes
 from nanope import attention, checks, convert, coordinates, hf
-from nanope.ops import Linear, double_device, linear_cross_entropy, linear_nll, wide
+from nanope.ops import Linear, double_device, gelu, linear_cross_entropy, linear_nll, wide
 from schemes import SCHEMES as SCHEMES  # for those who import it from here
 from schemes.base import Context, first_axis
 
@@ -131,7 +131,7 @@ class MLP(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x):
-        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        x = self.c_proj(gelu(self.c_fc(x)))
         return F.dropout(x, self.dropout, self.training)
 
 

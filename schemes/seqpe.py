@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanope.ops import Linear, no_autocast
+from nanope.ops import Linear, gelu, no_autocast
 from schemes.base import Scheme
 
 PIVOTS, CANDIDATES, SPAN = 16, 32, 256  # of the contrastive loss
@@ -56,7 +56,7 @@ class DigitEncoder(nn.Module):
             scores = split(layer["q"](h)) @ k.mT / k.size(-1) ** 0.5  # (N, heads, digits + 1, digits + 1)
             y = torch.softmax(scores if last else scores.masked_fill(future, -torch.inf), -1).to(v.dtype) @ v
             x = x + layer["proj"](y.transpose(1, 2).flatten(2))
-            x = x + layer["out"](F.gelu(layer["fc"](norm(x)), approximate="tanh"))
+            x = x + layer["out"](gelu(layer["fc"](norm(x))))
         return self.out(norm(x[:, -1]))
 
 

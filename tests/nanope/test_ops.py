@@ -9,6 +9,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from models import Calls, Largest, build, close, config, loss_and_gradients, relative_error, rows_of_logits, tokens
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model import GPT
 from nanope import REPO, ops
@@ -113,6 +114,80 @@ def test_memory_does_not_grow_with_the_number_of_lengths():
     if not done.stdout:
         pytest.skip("products do not go through oneDNN on this CPU")
     assert float(done.stdout) < 350  # MB; 700 without the limit
+
+
+# ------------------------------------------------------------------------------------------------
+# GELU, which eager float32 takes through exp2 where a CPU's tanh is slow: here on every CPU
+
+
+@pytest.fixture
+def slow_tanh(monkeypatch):
+    monkeypatch.setattr(ops, "tanh_is_slow", lambda: True)
+    monkeypatch.setattr(ops, "GELU_BLOCK", 10_007)  # several blocks, the last one shorter
+
+
+def test_gelu_and_its_derivative_are_those_of_float64(slow_tanh):
+    """Within 1e-6 wherever the function is curved, and beyond; with and without gradient the same bits."""
+    x, g = torch.linspace(-15, 15, 300_001), torch.linspace(-1, 1, 300_001)
+    exact, found = x.double().requires_grad_(), x.clone().requires_grad_()
+    expected, y = F.gelu(exact, approximate="tanh"), ops.gelu(found)
+    close(y.double(), expected, rtol=0, atol=1e-6)
+    expected.backward(g.double())
+    y.backward(g)
+    close(found.grad.double(), exact.grad, rtol=0, atol=1e-6)
+    assert torch.equal(ops.gelu(x), y)
+
+
+def test_gelu_of_extreme_values(slow_tanh):
+    ends = torch.tensor([0.0, -0.0, 1e-30, 20, -20, 1e10, -1e10, 3e38, -3e38, torch.inf, torch.nan])
+    x = ends.repeat(2000).requires_grad_()
+    y = ops.gelu(x)
+    close(y[: len(ends)], F.gelu(ends, approximate="tanh"), equal_nan=True)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    close(slope[:7], torch.tensor([0.5, 0.5, 0.5, 1, 0, 1, 0]))
+
+
+def test_gelu_keeps_as_much_as_its_input(slow_tanh):
+    """For the backward pass; and nothing where none follows."""
+    x, kept = torch.randn(128, 256), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+        ops.gelu(x)
+        ops.gelu(x.clone().requires_grad_())
+    assert kept == [x.nbytes]
+
+
+def test_gelu_is_pytorchs_elsewhere(slow_tanh):
+    """Another dtype, autocast, compiled code, fake tensors, torch.func, a part of a tensor, a few elements."""
+    x = torch.randn(64, 512)
+    with Calls("exp2") as own:
+        ops.gelu(x)
+    assert own.count
+    with Calls("exp2") as own:
+        for other in (x.double(), x.bfloat16(), x[:, 1:], x[:2]):
+            assert torch.equal(ops.gelu(other), F.gelu(other, approximate="tanh"))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            ops.gelu(x)
+        with ops.as_on("cuda"):
+            ops.gelu(x)
+        slope = torch.func.vmap(torch.func.grad(lambda x: ops.gelu(x).sum()))(x)
+    close(slope, torch.func.grad(lambda x: F.gelu(x, approximate="tanh").sum())(x))
+    with FakeTensorMode(), Calls("exp2") as fake:
+        ops.gelu(torch.empty(64, 512))
+    compiled = torch.compile(ops.gelu, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), F.gelu(x, approximate="tanh")) and own.count == fake.count == 0
+
+
+def test_the_mlp_of_a_model_takes_it(slow_tanh, monkeypatch):
+    """The loss and all gradients of a model whose MLPs are wide enough, against those with PyTorch's GELU."""
+    model, idx, targets = build("rope", torch.float32, block_size=64), tokens(64, B=4), tokens(64, B=4, seed=1)
+    with Calls("exp2") as own:
+        found = loss_and_gradients(model, model, idx, targets)
+    assert own.count == model.config.n_layer * -(-4 * 64 * 4 * 48 // (ops.GELU_BLOCK * torch.get_num_threads()))
+    monkeypatch.setattr(ops, "tanh_is_slow", lambda: False)
+    expected = loss_and_gradients(model, model, idx, targets)
+    close(found[0], expected[0], rtol=1e-5)
+    for name in expected[1]:
+        assert relative_error(found[1][name], expected[1][name]) < 1e-4, name
 
 
 # ------------------------------------------------------------------------------------------------
