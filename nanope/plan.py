@@ -183,16 +183,20 @@ def add_details(p: Plan, share: int) -> None:
     config, shape, rows = p.config, p.config.model_config(), p.micro_batch_size
     p.dtypes = devices(config)
     keep = p.accumulation > 1 or p.gpus > 1  # DDP's buckets hold the gradients from the first step on
+    ranks = p.gpus if config.fsdp else 1  # over which the model is divided
+    how = dict(keep_gradients=keep, again=config.activation_checkpointing, divided=ranks > 1)
     for kind, dtype in p.dtypes.items():
-        run = simulate(shape, rows, dtype, kind == "cuda", keep)
+        run = simulate(shape, rows, dtype, kind == "cuda", **how)
         if kind != "mps":  # whose attention saves what no other does
-            p.memory[kind] = memory(run, rows)
+            p.memory[kind] = memory(run, rows, ranks)
         if not p.products:
-            tokens = rows * config.block_size
-            p.products, p.elementwise = products(run, tokens), run.elementwise / tokens
+            tokens, again = rows * config.block_size, None
+            if config.activation_checkpointing:
+                run, again = simulate(shape, rows, dtype, kind == "cuda"), run
+            p.products, p.elementwise = products(run, tokens, again), (again or run).elementwise / tokens
         if kind == "cuda":  # linear in the batch where it fills the loss head's chunks: two points
             first = max(rows, -(-chunk_rows(config.vocab_size, torch.device("cuda")) // config.block_size))
-            low, high = (memory(simulate(shape, n, dtype, True, keep), n)["total"] for n in (first, 2 * first))
+            low, high = (memory(simulate(shape, n, dtype, True, **how), n, ranks)["total"] for n in (first, 2 * first))
             most = first + (CARDS[0] * 10**9 - low) * first // (high - low)
             p.largest_micro_batch = max([n for n in range(1, share + 1) if share % n == 0 and n <= most], default=0)
 
