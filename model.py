@@ -23,6 +23,7 @@ from typing import Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import schemes
 from nanope import attention, checks, convert, coordinates, hf
@@ -176,6 +177,7 @@ class GPT(nn.Module):
         self.lm_head.weight = self.transformer["wte"].weight
         self.losses, self.attend = dict(LOSSES), attention.attend  # tools and compile_parts put their own here
         self.fixed_constants, self.draw_seed = None, None  # set within parameters_fixed
+        self.activation_checkpointing = False  # in training, keep each block's input and compute the rest again
         # What each token is made of, for schemes that ask for coordinates in the text; see describe_tokens
         asked = any(blocks[group[0]].attn.pos.axes for group in self.groups)
         text = torch.zeros(config.vocab_size, coordinates.COLUMNS, dtype=torch.int32) if asked else None
@@ -302,8 +304,9 @@ class GPT(nn.Module):
             whole = first_axis(positions[self.table_group], places).round().to(torch.int64).to(idx.device)
             x = x + self.transformer["wpe"](whole).to(x.dtype)
         x = F.dropout(x, self.config.dropout, self.training)
+        again = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for block, own in zip(self.transformer["h"], self.contexts(ctx, positions, caches)):
-            x = block(x, own)
+            x = checkpoint(block, x, own, use_reentrant=False) if again else block(x, own)
         return self.transformer["ln_f"](x)
 
     def positions(self, ctx: Context, offset: int, caches: list[dict] | None) -> list[torch.Tensor]:

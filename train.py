@@ -29,7 +29,21 @@ from nanope import checkpoint, schedule
 from nanope.checkpoint import Keeper, Progress, build_model
 from nanope.config import RunConfig, check, parse, with_vocabulary, write_yaml
 from nanope.diff import differences
-from nanope.distributed import Ranks, autocast, compiler_works, data_parallel, pick_dtype, pinned, ranks_of, to_host
+from nanope.distributed import (
+    HostCopies,
+    Ranks,
+    accumulating,
+    autocast,
+    compiler_works,
+    data_parallel,
+    gathered,
+    pick_dtype,
+    pinned,
+    ranks_of,
+    shard,
+    to_host,
+    whole,
+)
 from nanope.errors import first_line
 from nanope.feed import Feed, Sampler, Validation, check_splits, diverged
 from nanope.initial import describe_tokens, initial_model
@@ -104,15 +118,19 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
     ranks.check_equal(state["step"] if state else 0, device, what)
     model, taken = (build_model(state), None) if state else initial_model(config, data.tokenizer_hash)
     describe_tokens(model, data)
-    model.to(device)
+    model.activation_checkpointing = config.activation_checkpointing
+    if sharded := config.fsdp and ranks.world > 1:
+        shard(model, ranks, device)
+    else:
+        model.to(device)
     if config.micro_batch_size in (None, "auto"):
         found = state["config"]["micro_batch_size"] if state else None
         if found and share % found == 0:
             micro = found
         elif device.type == "cuda":
-            micro = gpu_micro_batch(config.micro_batch_size, model, share, ranks, device, dtype)
+            micro = gpu_micro_batch(config, model, share, ranks, device, dtype)
     config = replace(config, micro_batch_size=micro, pos_options=model.config.pos_options)
-    validation = Validation(data.split("val"), config, micro, ranks, device)
+    validation = Validation(data.split("val"), config, micro, ranks, device, sharded)
 
     with contextlib.ExitStack() as closing:
         # ---- The run's folder, the optimizer, and the state of a checkpoint
@@ -126,7 +144,7 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
 
         # ---- What runs beside the model
         if config.compile and compiler_works(device):
-            model.compile_parts()
+            model.compile_parts(**({"mode": config.compile_mode} if config.compile_mode else {}))
         parallel = data_parallel(model, ranks, device)  # what forward and backward go through
         feed = Feed(data.split("train"), config, share, micro, ranks, device)
         closing.callback(feed.close)
@@ -134,7 +152,8 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
         facts = environment(config, model, device, dtype, ranks.world, data.hash)
         watched = progress.watched == progress.step
         log = closing.enter_context(Log(config, ranks, device, model.flops_per_token(), facts, progress.step, watched))
-        take = partial(checkpoint.snapshot, model, optimizer, scaler, config, data, progress)
+        copies = HostCopies(ranks.main)
+        take = partial(checkpoint.snapshot, model, optimizer, scaler, config, data, progress, copies)
         keeper = closing.enter_context(Keeper(config, progress, take, ranks, log, observe))
         stop = closing.enter_context(Stop())
         closing.enter_context(errors_explained(config, share, device))
@@ -154,14 +173,17 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
             step, lowest = progress.step, False
             seed_generators(step_seed(config, step, f"validation {ranks.rank}"))
             if step in (0, config.max_steps) or due(step, config.eval_interval):
-                loss = validation.loss(model, dtype, stop)
+                with gathered(model):
+                    loss = validation.loss(model, dtype, stop)
                 if loss is None:
                     return False
                 progress.val_loss = loss
                 log.validation(step, loss)
                 lowest = step > 0 and loss < progress.best_val_loss
-            if step and due(step, config.sample_interval) and ranks.main:
-                log.sample(step, sampler.text(model, step))
+            if step and due(step, config.sample_interval) and (ranks.main or sharded):
+                with gathered(model):
+                    text = sampler.text(model, step)
+                log.sample(step, text)
             progress.watched = step
             return lowest
 
@@ -183,10 +205,10 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
 
             # Forward and backward, a micro-batch at a time
             losses, auxiliaries = [], []
-            with model.parameters_fixed(step_seed(config, progress.step, "positions")):
+            with gathered(model), model.parameters_fixed(step_seed(config, progress.step, "positions")):
                 for i, (x, y, weight) in enumerate(feed.batches(progress.step)):  # (micro, T) int64 each
-                    last = i == share // micro - 1  # gradients are reduced over ranks once a step
-                    with contextlib.nullcontext() if last or ranks.world == 1 else parallel.no_sync():
+                    last = i == share // micro - 1  # DDP reduces gradients over ranks once a step
+                    with accumulating(parallel, last):
                         with autocast(device, dtype):
                             _, loss = parallel(x, y)
                             auxiliary = model.auxiliary()  # a loss of the scheme's own, or None
@@ -198,7 +220,7 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
 
             # Clip
             scaler.unscale_(optimizer)
-            gradient = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+            gradient = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
 
             # Step. One whose loss or gradient is not finite is skipped, by all ranks and on the device itself
             by_name = {"train/loss": losses} | ({"train/auxiliary": auxiliaries} if auxiliaries else {})
@@ -211,7 +233,7 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
                 optimizer.found_inf = (~finite).float()  # fused AdamW does nothing where this is 1
                 optimizer.step()  # not scaler.step(), which looks at the gradients alone
             scaler.update()  # float16: a lower scale where a gradient was not finite
-            optimizer.zero_grad(set_to_none=ranks.world == 1)  # with several they stay in DDP's buckets
+            optimizer.zero_grad(set_to_none=parallel is model)  # DDP's stay in its buckets
             progress.step += 1
             read = to_host(torch.cat((gradient.reshape(1), means)))
             pending.append(Outcome(progress.step, rate, read, [*by_name], losses))

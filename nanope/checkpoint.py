@@ -25,7 +25,7 @@ from data.shards import Data
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import GPT, GPTConfig
 from nanope.config import RunConfig
-from nanope.distributed import Ranks
+from nanope.distributed import HostCopies, Ranks, divided_as, is_divided, whole
 from nanope.errors import first_line
 from nanope.files import HashingFile, write_atomically
 from nanope.log import Log
@@ -51,10 +51,14 @@ def snapshot(
     config: RunConfig,
     data: Data,
     progress: Progress,
-) -> dict:
-    """What a checkpoint holds: tensors and plain types alone, copied to the host. Equal commands give equal files."""
+    copies: HostCopies,
+) -> Callable[[], dict]:
+    """Start to copy to the host what a checkpoint holds: tensors and plain types alone. The function that is returned
+    waits for it and returns it; it is good until the next snapshot into `copies`. Equal commands give equal files.
+
+    A model that is divided over ranks gives the same checkpoint: every rank must ask, and the first has it."""
     state = {
-        "model": model.state_dict(),
+        "model": model.state_dict(keep_vars=True),  # tied parameters are one object
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
         "step": progress.step,
@@ -66,14 +70,25 @@ def snapshot(
         "watched": progress.watched,
         "bad_steps": progress.bad_steps,
     }
-    return host_copy(state)
+    state, wait = host_copy(state, copies.copy), copies.finish()
+
+    def read() -> dict:
+        wait()
+        return state
+
+    return read
 
 
 def restore(state: dict, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> Progress:
     """Put a checkpoint's state into the optimizer and the scaler. Weight decay, betas and the like stay the config's.
     The model's weights come with build_model, and random generators are seeded anew for each step."""
     fields = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state["optimizer"])
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    own = {
+        i: {name: divided_as(t, parameters[i]) if t.dim() else t for name, t in of_one.items()}  # step is a number
+        for i, of_one in state["optimizer"]["state"].items()
+    }
+    optimizer.load_state_dict({**state["optimizer"], "state": own})
     for group, now in zip(optimizer.param_groups, fields):
         group.update(now)
     if state["scaler"]:  # empty where the run was not float16
@@ -82,21 +97,23 @@ def restore(state: dict, optimizer: torch.optim.Optimizer, scaler: torch.amp.Gra
     return Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})
 
 
-def host_copy(state, copies: dict | None = None):
-    """A copy of nested dicts and lists with every tensor's values on the CPU, which can be written while training goes
+def host_copy(state, copy: Callable[[torch.Tensor], torch.Tensor], copies: dict | None = None):
+    """A copy of nested dicts and lists with every tensor as `copy` gives it, which can be written while training goes
     on. Tied parameters stay tied: they are copied, and written, once. So are equal texts, which a resumed run has read
     one by one: equal states give equal files."""
     copies = {} if copies is None else copies
     if isinstance(state, torch.Tensor):
         same = state.data_ptr(), state.dtype, state.shape, state.stride()
+        if is_divided(state):  # known by itself: ranks must agree on what they gather, and their addresses differ
+            same = id(state)
         if not state.numel() or same not in copies:
-            copies[same] = state.detach().to("cpu", copy=True)
+            copies[same] = copy(whole(state.detach()))
         return copies[same]
     if isinstance(state, dict):
-        return {host_copy(k): host_copy(v, copies) for k, v in state.items()}
+        return {host_copy(k, copy): host_copy(v, copy, copies) for k, v in state.items()}
     if isinstance(state, str):
         return sys.intern(state)
-    return type(state)(host_copy(v, copies) for v in state) if isinstance(state, (list, tuple)) else state
+    return type(state)(host_copy(v, copy, copies) for v in state) if isinstance(state, (list, tuple)) else state
 
 
 # ---- a model from a checkpoint
@@ -305,14 +322,15 @@ class Keeper:
     A checkpoint that cannot be written, as on a full disk, does not end the run: there may be room the next time. Only
     where the last one cannot be written, also not at a second try, the run ends with an error.
 
-    take: returns what a checkpoint holds now. observe("write", step, path): called in the thread before each file.
+    take: starts to copy what a checkpoint holds now, on every rank, and returns the function that waits for it and
+    returns it. observe("write", step, path): called in the thread before each file.
     """
 
     def __init__(
         self,
         config: RunConfig,
         progress: Progress,
-        take: Callable[[], dict],
+        take: Callable[[], Callable[[], dict]],
         ranks: Ranks,
         log: Log,
         observe: Callable[[str, int, Path], None],
@@ -334,16 +352,17 @@ class Keeper:
         """Write step_N.pt, best.pt, both or neither, as of this moment. Training goes on meanwhile."""
         if not (step or best):
             return
-        self.writer.wait()  # at most one is being written
+        self.writer.wait()  # at most one is being written: the next one's copies go where its are
         progress, lowest = self.progress, self.progress.best_val_loss
         if best:
             progress.best_val_loss = progress.val_loss
+        read = self.take()
         if not self.ranks.main:
             return
-        state = self.take()
         keep = sys.maxsize if progress.bad_steps else self.keep  # no good one is removed for one among bad steps
 
         def write() -> None:
+            state = read()
             self.log.sync()  # a checkpoint never knows more steps than metrics.jsonl
             path = self.run / "best.pt"
             if best and not self.attempt(path, state, lambda: save(path, state)):
@@ -373,7 +392,7 @@ class Keeper:
         """Wait until everything is on the disk; `stopped_by` is the signal that ended the run, or 0. OSError where the
         last checkpoint could not be written, also not when tried again."""
         self.writer.wait()
-        if self.unwritten and self.ranks.main:
+        if self.ranks.first(self.unwritten is not None):
             self.save(step=True, best=False)
             self.writer.wait()
         step = self.progress.step

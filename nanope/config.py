@@ -25,7 +25,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 # Fields that a config made before they existed does not have, with the value that it means by that
 SINCE = {"window": 0, "pos_lr_matrices": False, "document_mask": False, "eot": None, "qk_norm": False}
 SINCE |= {"logit_scale": "none", "logit_scale_start": 0.168, "init_pos_from_config": False, "data_order": "drawn"}
-SINCE |= {"deterministic": False}
+SINCE |= {"deterministic": False, "compile_mode": None, "activation_checkpointing": False, "fsdp": False}
 
 # Fields of a model that change its attention, beside its scheme
 SWITCHES = ("window", "document_mask", "qk_norm", "logit_scale", "logit_scale_start")
@@ -33,7 +33,7 @@ SWITCHES = ("window", "document_mask", "qk_norm", "logit_scale", "logit_scale_st
 # Fields that do not change a result, beyond rounding. Where a run is and what it tells meanwhile:
 ELSEWHERE = ("out_dir", "resume", "device", "wandb", "verify_data")  # a study's names of runs do not depend on these
 ROUTINE = ("micro_batch_size", "compile", "rank_timeout", "checkpoint_interval", "keep_checkpoints", "log_interval")
-ROUTINE += ("sample_interval", "deterministic")
+ROUTINE += ("sample_interval", "deterministic", "compile_mode", "activation_checkpointing", "fsdp")
 # … and all of them: what is validated, and where the data lie, whose hash is compared apart
 NEUTRAL = (*ELSEWHERE, *ROUTINE, "eval_interval", "eval_tokens", "data_dir")
 
@@ -159,6 +159,14 @@ class RunConfig:
     rounded to TF32: faster, and carope's phases lose 2 to 3 digits by it."""
     compile: bool = False
     """torch.compile each block and the loss; falls back with a warning where no compiler works."""
+    compile_mode: Literal["max-autotune-no-cudagraphs"] | None = None
+    """torch.compile's mode: this one tries several kernels for each matrix product, which takes minutes once."""
+    activation_checkpointing: bool = False
+    """Keep of each block its input alone, and compute the rest again in the backward pass: about a third more
+    arithmetic for a fraction of the memory. The same bits."""
+    fsdp: bool = False
+    """Divide parameters, gradients and the optimizer's state over the ranks (PyTorch's FSDP2), for models that one
+    device does not hold. With one rank nothing is divided."""
     deterministic: bool = False
     """Equal commands give equal bits on a GPU too, at a cost in speed (docs/training.md); on a CPU they always do."""
     wandb: Literal["off", "online", "offline"] = "off"
@@ -372,6 +380,10 @@ def check(config: RunConfig) -> None:
         problems.append(
             f"batch_tokens {config.batch_tokens} must be a multiple of block_size {config.block_size}, such as {below}"
         )
+    if config.compile_mode and not config.compile:
+        problems.append(f"compile_mode {config.compile_mode} says how to compile: give compile true too")
+    if config.fsdp and config.micro_batch_size == "auto":
+        problems.append("micro_batch_size auto tries a model that is whole, which fsdp is not for: give a number")
     if config.init_pos_from_config and config.init_from is None:
         problems.append("init_pos_from_config says what of init_from's weights to leave: give init_from too")
     if problems:

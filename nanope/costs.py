@@ -5,6 +5,7 @@ every matrix product is counted. nanope/plan.py makes a plan of it.
 """
 
 import bisect
+import contextlib
 import weakref
 from collections import Counter
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from model import GPT, MLP, Attention, GPTConfig, LayerNorm
 from nanope import ops
 from nanope.attention import attend
-from nanope.distributed import autocast
+from nanope.distributed import autocast, drop_casts
 
 
 class Unfilled(GPT):
@@ -105,6 +106,12 @@ MORE_PRODUCTS = {
 }
 
 
+class Untracked(contextlib.nullcontext):
+    """In the place of torch's ModuleTracker, whose hooks would keep what activation checkpointing computes again."""
+
+    parents = ("Global",)
+
+
 class Products(FlopCounterMode):
     """FLOPs of all matrix products, and `attention`, of those within `attend`, which is nanope.attention.attend or
     stands for it."""
@@ -112,6 +119,7 @@ class Products(FlopCounterMode):
     def __init__(self, attend):
         super().__init__(display=False, custom_mapping=MORE_PRODUCTS)
         self.inner, self.attention, self.since = attend, 0, 0
+        self.mod_tracker = Untracked()
 
     def attend(self, scheme, q, k, v, *others):
         self.begin()
@@ -152,8 +160,17 @@ def measure(model: GPT, rows: int, dtype: torch.dtype, keep_gradients: bool) -> 
     return Pass(model, saved, meter.peak, products.get_total_flops(), products.attention, meter.elementwise)
 
 
-def simulate(config: GPTConfig, rows: int, dtype: torch.dtype, gpu: bool, keep_gradients: bool = False) -> Pass:
+def simulate(
+    config: GPTConfig,
+    rows: int,
+    dtype: torch.dtype,
+    gpu: bool,
+    keep_gradients: bool = False,
+    again: bool = False,
+    divided: bool = False,
+) -> Pass:
     """The pass that a CPU, or with `gpu` a CUDA GPU, would do in eager mode, on fake tensors: no memory, no arithmetic.
+    again: with activation checkpointing. divided: of a model that FSDP divides, as if it were whole.
 
     Fake tensors cannot be on a GPU that is not there. They are on the CPU, where autocast casts the same operations of
     this model. What a GPU does otherwise is put in: attention by the flash kernel, and the loss head's larger chunks.
@@ -163,6 +180,9 @@ def simulate(config: GPTConfig, rows: int, dtype: torch.dtype, gpu: bool, keep_g
         model = Unfilled(config)
         if gpu:
             model.attend = GPUAttention(dtype)
+        if divided:
+            drop_casts(model)
+        model.activation_checkpointing = again
         return measure(model, rows, dtype, keep_gradients)
 
 
@@ -199,6 +219,12 @@ class GPUAttention:
 # ---- by part
 
 
+def block_parameters(model: GPT) -> list[int]:
+    """Parameters of each block without the scheme's own, which FSDP gathers for it."""
+    blocks = model.transformer["h"]
+    return [sum(p.numel() for name, p in b.named_parameters() if not name.startswith("attn.pos.")) for b in blocks]
+
+
 def parameters(model: GPT) -> dict[str, int]:
     """{part: parameters}, with their total."""
     parts = dict.fromkeys(
@@ -217,8 +243,13 @@ def parameters(model: GPT) -> dict[str, int]:
     return {**{part: n for part, n in parts.items() if n}, "total": sum(parts.values())}
 
 
-def memory(run: Pass, rows: int) -> dict[str, int]:
-    """{part: bytes} of one rank, with their total, the peak.
+def memory(run: Pass, rows: int, ranks: int = 1) -> dict[str, int]:
+    """{part: bytes} of one rank, with their total, the peak. ranks: over which FSDP divides a model; `run` then has
+    kept gradients.
+
+    FSDP's `gathered` are what a rank has whole at a time: embedding, last norm and the schemes' own parameters, with
+    their gradients; of blocks the parameters of one and of its neighbour, which is being gathered, and a buffer for it;
+    the gradients of one, and those of its neighbour, which are being reduced.
 
     `temporary` is what the peak has beside the others: logits, gradients of activations; less than nothing where the
     others are not held at once. The total is what torch's allocator hands out: on a CPU in float32, 1.000 of it was
@@ -226,24 +257,34 @@ def memory(run: Pass, rows: int) -> dict[str, int]:
     the total, and 1.01 times with MALLOC_MMAP_THRESHOLD_=65536. In bfloat16 a CPU's kernels also copy weights: 1.08 at
     6 layers × 512, vocabulary 50,304.
     """
-    size = sum(4 * p.numel() for p in run.model.parameters())
+    whole = sum(4 * p.numel() for p in run.model.parameters())
     buffers = sum(b.numel() * b.element_size() for b in run.model.buffers())
-    windows = 2 * 8 * rows * run.model.config.block_size
+    windows, size = 2 * 8 * rows * run.model.config.block_size, -(-whole // ranks)
     parts = {"parameters": size + buffers, "gradients": size, "AdamW's moments": 2 * size, "input": windows}
+    if ranks > 1:
+        in_blocks = [4 * n for n in block_parameters(run.model)]
+        outside, most = whole - sum(in_blocks), max(in_blocks)
+        parts |= {"gathered parameters": outside + 3 * most, "gathered gradients": outside + 2 * most}
     for part in ("autocast's weights", "attention", "MLP", "norms", "residual stream", "loss head"):
         name = part if part in ("autocast's weights", "loss head") else f"activations: {part}"
         if part in run.saved:
             parts[name] = run.saved[part]
-    total = parts["parameters"] + parts["AdamW's moments"] + parts["input"] + run.peak
+    total = sum(parts[part] for part in ("parameters", "AdamW's moments", "input")) + run.peak
+    if ranks > 1:  # the peak has whole gradients
+        total += parts["gradients"] - whole + parts["gathered parameters"] + parts["gathered gradients"]
     return {**parts, "temporary": total - sum(parts.values()), "total": total}
 
 
-def windows_that_fit(shape: GPTConfig, sizes: list[int], dtype: torch.dtype, limit: float) -> int:
+def windows_that_fit(
+    shape: GPTConfig, sizes: list[int], dtype: torch.dtype, limit: float, again: bool = False, ranks: int = 1
+) -> int:
     """The largest of `sizes`, ascending numbers of windows a forward pass, with which a GPU's rank needs at most
-    `limit` bytes, by estimate; 0 where none does. Gradients lie there, as from the second pass of a step on."""
+    `limit` bytes, by estimate; 0 where none does. Gradients lie there, as from the second pass of a step on. again:
+    with activation checkpointing; ranks: over which the model is divided."""
 
     def fits(n: int) -> bool:
-        return memory(simulate(shape, n, dtype, True, True), n)["total"] <= limit
+        run = simulate(shape, n, dtype, True, keep_gradients=True, again=again, divided=ranks > 1)
+        return memory(run, n, ranks)["total"] <= limit
 
     if fits(sizes[-1]):
         return sizes[-1]
@@ -251,9 +292,10 @@ def windows_that_fit(shape: GPTConfig, sizes: list[int], dtype: torch.dtype, lim
     return sizes[found - 1] if found else 0
 
 
-def products(run: Pass, tokens: int) -> dict[str, float]:
+def products(run: Pass, tokens: int, again: Pass | None = None) -> dict[str, float]:
     """{part: FLOPs of matrix products a token}: forward and backward, as many as are executed, with their total. The
-    scheme's are what is left when those that every GPT-2 has are taken off."""
+    scheme's are what is left when those that every GPT-2 has are taken off. again: the same with activation
+    checkpointing."""
     c = run.model.config
     parts = {
         "attention projections": 6 * c.n_layer * 4 * c.n_embd**2,
@@ -264,4 +306,8 @@ def products(run: Pass, tokens: int) -> dict[str, float]:
     }
     everywhere = sum(parts[part] for part in ("attention projections", "MLP", "head and loss"))
     parts["positional scheme"] = (run.products - run.attention) / tokens - everywhere
-    return {**{part: n for part, n in parts.items() if n}, "total": run.products / tokens}
+    if again:
+        scores = (again.attention - run.attention) / tokens
+        parts["scores, computed again"] = scores
+        parts["others, computed again"] = (again.products - run.products) / tokens - scores
+    return {**{part: n for part, n in parts.items() if n}, "total": (again or run).products / tokens}

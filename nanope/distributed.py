@@ -8,6 +8,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -142,11 +143,14 @@ def lost_rank(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(word in str(error) for word in (*words, "NCCL", "Socket Timeout"))
 
 
+# ---- several ranks: DDP, where each has the whole model, and FSDP, where each has a part of it
+
+
 def data_parallel(model: torch.nn.Module, ranks: Ranks, device: torch.device) -> torch.nn.Module:
     """The module that forward and backward go through: with several ranks one that averages gradients over them, else
-    the model itself. compile_parts compiles the blocks one by one inside it: each block's gradients are reduced while
-    the blocks below still compute theirs."""
-    if ranks.world == 1:
+    the model itself; a model that `shard` has divided does it too. compile_parts compiles the blocks one by one inside
+    it: each block's gradients are reduced while the blocks below still compute theirs."""
+    if ranks.world == 1 or is_sharded(model):
         return model
     for p in model.parameters():  # in DDP's buckets from the first step on: else its passes would add up beside them
         p.grad = torch.zeros_like(p)
@@ -156,6 +160,100 @@ def data_parallel(model: torch.nn.Module, ranks: Ranks, device: torch.device) ->
         forward_sync_buffers=False,
         gradient_as_bucket_view=True,
     )
+
+
+@contextlib.contextmanager
+def accumulating(parallel: torch.nn.Module, last: bool):
+    """Around a micro-batch of a step. DDP averages gradients over the ranks after the `last` one. FSDP does after each:
+    until then every rank would hold all of them, 4 bytes a parameter, which it is there to avoid."""
+    waits = isinstance(parallel, DistributedDataParallel) and not last
+    with parallel.no_sync() if waits else contextlib.nullcontext():
+        yield
+    if last and is_sharded(parallel):
+        scalars = [p.grad for p in parallel.parameters() if not p.dim() and p.grad is not None]
+        if scalars:
+            means = torch.stack(scalars) / dist.get_world_size()
+            dist.all_reduce(means)
+            torch._foreach_copy_(scalars, list(means.unbind()))
+
+
+def shard(model: torch.nn.Module, ranks: Ranks, device: torch.device) -> None:
+    """Divide a GPT's parameters over the ranks, and with them gradients and the optimizer's state, by PyTorch's FSDP2.
+
+    Each parameter becomes a DTensor, of which a rank has the rows of its part, in float32. A block gathers its
+    parameters for its forward pass, again for its backward pass, and then reduces its gradients to their parts. The
+    numbers are DDP's up to rounding. The model comes from the host and goes to the device a block at a time.
+
+    Embedding, last norm and the schemes' own parameters are gathered within `gathered` alone: the loss and the hooks
+    of a scheme read them outside of a block, and layers may share them. Scalars stay whole, and `accumulating` averages
+    their gradients.
+    """
+    # Takes a second to import
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    scalars, blocks = {p for p in model.parameters() if not p.dim()}, model.transformer["h"]
+    for parameter in scalars:
+        parameter.data = parameter.data.to(device)
+    divide = partial(fully_shard, mesh=init_device_mesh(device.type, (ranks.world,)), ignored_params=scalars)
+    if own := [block.attn.pos for block in blocks if {*block.attn.pos.parameters()} - scalars]:
+        divide(own, reshard_after_forward=False)  # one group, since they may share parameters
+    for block in blocks:
+        divide(block, reshard_after_forward=True)
+    divide(model, reshard_after_forward=False)
+    for kept in (model, *own[:1]):
+        kept.set_reshard_after_backward(False, recurse=False)
+    drop_casts(model)
+
+
+def drop_casts(model: torch.nn.Module) -> None:
+    """Let autocast keep no weights in its dtype beyond their block, which uses each once. To the end of a forward pass
+    they would be a whole model on each rank."""
+    clear = torch.compiler.disable(lambda *_: torch.clear_autocast_cache())
+    for block in model.transformer["h"]:
+        block.register_forward_hook(clear)
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether `shard` has divided it."""
+    return hasattr(model, "unshard")
+
+
+@contextlib.contextmanager
+def gathered(model: torch.nn.Module):
+    """Around all that reads a model's parameters or goes through it: within it a model that `shard` has divided has
+    whole those that lie outside of blocks, and blocks gather their own. Every rank must take part in it, in every
+    forward pass, and in a step. Other models are whole anyway."""
+    kept = [m for m in (model, *(block.attn.pos for block in model.transformer["h"])) if is_sharded(m)]
+    for module in kept:
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in kept:
+            module.reshard()
+
+
+def is_divided(tensor: torch.Tensor) -> bool:
+    """Whether it is a DTensor, of which each rank has a part."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that is divided, for which every rank must ask. Another one is itself."""
+    return tensor.full_tensor() if is_divided(tensor) else tensor
+
+
+def divided_as(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A tensor that every rank has whole, such as a moment of AdamW in a checkpoint, divided as its parameter is. Where
+    that is whole, the tensor itself."""
+    if not is_divided(parameter):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = parameter.device_mesh, parameter.placements
+    part = torch.empty_like(parameter.detach(), dtype=tensor.dtype)
+    return part.copy_(distribute_tensor(tensor, mesh, placements, src_data_rank=None))  # each takes its own
 
 
 # ---- device and dtype
@@ -237,3 +335,43 @@ def to_host(values: torch.Tensor) -> Callable[[], list[float]]:
         return host.tolist()
 
     return wait
+
+
+class HostCopies:
+    """Copies of a run's tensors on the host, of one moment at a time.
+
+    A GPU makes them while the host goes on, into page-locked memory, which is kept for the next moment's. They are
+    ordered on the device: kernels that are launched later, as those of the next step, change a tensor after its copy.
+    Only the first rank (main) has copies.
+    """
+
+    def __init__(self, main: bool = True):
+        self.main, self.kept, self.count = main, [], 0
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Start to copy a tensor. A GPU's is there once `finish` says so."""
+        if not self.main:
+            return None
+        if tensor.device.type != "cuda":
+            return tensor.to("cpu", copy=True)
+        number, self.count = self.count, self.count + 1
+        host = self.kept[number] if number < len(self.kept) else None
+        if host is None or (host.shape, host.dtype, host.stride()) != (tensor.shape, tensor.dtype, tensor.stride()):
+            host = page_locked(tensor)
+            self.kept[number : number + 1] = [host]
+        return host.copy_(tensor, non_blocking=True)
+
+    def finish(self) -> Callable[[], None]:
+        """End a moment's copies; the function that is returned waits for them. The next moment's begin with the next
+        `copy`, and go where these are: nobody may read them any more."""
+        count, self.count = self.count, 0
+        if not count:
+            return lambda: None
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return arrived.synchronize
+
+
+def page_locked(tensor: torch.Tensor) -> torch.Tensor:
+    """Uninitialised page-locked memory for a copy of a tensor, with its strides where it has no gaps."""
+    return torch.empty_like(tensor, device="cpu", pin_memory=True)

@@ -172,9 +172,20 @@ def diverged(step: int, rate: float, losses: list[torch.Tensor], bad_steps: int,
 
 
 class Validation:
-    """Mean loss on fixed rows of the validation split, divided among ranks and summed in float64. Draws nothing."""
+    """Mean loss on fixed rows of the validation split, divided among ranks and summed in float64. Draws nothing.
 
-    def __init__(self, split: Split, config: RunConfig, at_a_time: int, ranks: Ranks, device: torch.device):
+    together: every rank takes part in each forward pass, as a model that is divided over them needs.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        config: RunConfig,
+        at_a_time: int,
+        ranks: Ranks,
+        device: torch.device,
+        together: bool = False,
+    ):
         if len(split) <= config.block_size and not split.masked:
             raise ValueError(
                 f"the val split of {config.data_dir} has {len(split)} tokens, "
@@ -182,8 +193,11 @@ class Validation:
             )
         self.rows = rows_of(split, config)
         count = max(1, min(self.rows.total, config.eval_tokens // config.block_size))
-        self.items = self.rows.spread(count)[ranks.rank :: ranks.world]
-        self.at_a_time, self.ranks, self.device, self.one_shape = at_a_time, ranks, device, config.compile
+        items = self.rows.spread(count)
+        self.items, self.first = items[ranks.rank :: ranks.world], items[:1]
+        self.longest = len(items[:: ranks.world]) if together else len(self.items)  # share of a rank
+        self.at_a_time, self.ranks, self.device, self.together = at_a_time, ranks, device, together
+        self.one_shape = config.compile
 
     @torch.no_grad()
     def loss(self, model: GPT, dtype: torch.dtype, stop: Stop | None = None) -> float | None:
@@ -191,19 +205,20 @@ class Validation:
         longer than a scheduler waits. stop.agreed then holds the signal, on every rank."""
         model.eval()
         total = torch.zeros(2, dtype=torch.float64)
-        for i in range(0, len(self.items), self.at_a_time):
-            if stop and stop.received:
+        for i in range(0, self.longest, self.at_a_time):
+            if stop and self.stopped(stop):
                 break
             items = self.items[i : i + self.at_a_time]
-            x, y = self.rows.read(items)
+            x, y = self.rows.read(items if len(items) else self.first)
             if self.one_shape:  # a shorter last batch would be compiled for itself
-                missing = self.at_a_time - len(items)
+                missing = self.at_a_time - len(x)
                 x, y = np.pad(x, ((0, missing), (0, 0))), np.pad(y, ((0, missing), (0, 0)), constant_values=-1)
             x, y = to_device((x, y), self.device)
             with autocast(self.device, dtype):
                 _, nll = model(x, y, reduction="none")
-            count = int(self.rows.targets(items).sum())
-            total += torch.tensor([nll.cpu().double().sum(), count], dtype=torch.float64)
+            if len(items):
+                count = int(self.rows.targets(items).sum())
+                total += torch.tensor([nll.cpu().double().sum(), count], dtype=torch.float64)
         model.train()
         total = torch.cat((total, torch.tensor(stop.flags() if stop else [], dtype=torch.float64)))
         nll, count, *flags = self.ranks.sum(total.to(self.device) if self.device.type == "cuda" else total).tolist()
@@ -211,6 +226,11 @@ class Validation:
             stop.agree(flags)
             return None
         return nll / count
+
+    def stopped(self, stop: Stop) -> bool:
+        """Whether this rank was told to stop, or any where all take part."""
+        told = bool(stop.received)
+        return bool(self.ranks.max(torch.tensor(told, device=self.device).int())) if self.together else told
 
 
 class Sampler:

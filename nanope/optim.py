@@ -97,14 +97,15 @@ def within(asked: str | None, share: int, block_size: int) -> list[int]:
 
 
 def gpu_micro_batch(
-    asked: str | None, model: GPT, share: int, ranks: Ranks, device: torch.device, dtype: torch.dtype
+    config: RunConfig, model: GPT, share: int, ranks: Ranks, device: torch.device, dtype: torch.dtype
 ) -> int:
     """What a micro_batch_size of null or auto is on this GPU, the least of all ranks. null goes by the estimate of
     train.py --plan. auto tries whether that fits, and then its neighbours. ValueError where not even one window
     does."""
     limit = USABLE * torch.cuda.get_device_properties(device).total_memory
-    found = max(1, windows_that_fit(model.config, within(asked, share, model.config.block_size), dtype, limit))
-    if asked == "auto":
+    sizes, divided = within(config.micro_batch_size, share, model.config.block_size), ranks.world if config.fsdp else 1
+    found = max(1, windows_that_fit(model.config, sizes, dtype, limit, config.activation_checkpointing, divided))
+    if config.micro_batch_size == "auto":
         found = largest_micro_batch(model, share, found, device, dtype)
     found = -int(ranks.max(torch.tensor(-found, device=device)))
     if not found:
@@ -158,10 +159,14 @@ def out_of_memory(error: Exception, config: RunConfig, share: int, device: torch
     """What to say when the memory was too small for a run with config.micro_batch_size of `share` windows at a time."""
     micro = config.micro_batch_size
     smaller = [n for n in divisors(share) if n < micro]
-    advice = "take a smaller model or block_size, or more ranks"
     if smaller:
         half = max(smaller, key=lambda n: (n <= micro // 2, n))  # the largest of at most half
-        advice = f"try --micro_batch_size {half}" + (", or --micro_batch_size auto" if device.type == "cuda" else "")
+        auto = device.type == "cuda" and not config.fsdp
+        advice = f"try --micro_batch_size {half}" + (", or --micro_batch_size auto" if auto else "")
+    else:
+        ways = [] if config.activation_checkpointing else ["--activation_checkpointing true"]
+        ways += [] if config.fsdp else ["--fsdp true on several ranks"]
+        advice = f"try {', or '.join(ways)}" if ways else "take a smaller model or block_size, or more ranks"
     return (
         f"out of memory at micro_batch_size {micro} ({micro} windows of {config.block_size} tokens) on {device}: "
         f"{advice}; the result does not depend on it. train.py --plan estimates the memory ({first_line(error)})"

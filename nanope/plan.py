@@ -183,10 +183,12 @@ def add_details(p: Plan, share: int, asked: int | str | None) -> None:
     """FLOPs by part, memory by part and the largest micro-batch, by passes on fake tensors. share: windows a step and
     rank; asked: the config's micro_batch_size. Where that is null or auto, it becomes what the largest card would
     take."""
-    shape = p.config.model_config()
-    p.dtypes = devices(p.config)
+    config, shape = p.config, p.config.model_config()
+    ranks = p.gpus if config.fsdp else 1  # over which the model is divided
+    p.dtypes = devices(config)
     if "cuda" in p.dtypes:
-        p.largest_micro_batch = windows_that_fit(shape, divisors(share), p.dtypes["cuda"], CARDS[0] * 10**9)
+        limit, again = CARDS[0] * 10**9, config.activation_checkpointing
+        p.largest_micro_batch = windows_that_fit(shape, divisors(share), p.dtypes["cuda"], limit, again, ranks)
         if asked in (None, "auto"):
             fitting = [n for n in within(asked, share, shape.block_size) if n <= p.largest_micro_batch]
             p.micro_batch_size = max(fitting, default=1)
@@ -194,13 +196,16 @@ def add_details(p: Plan, share: int, asked: int | str | None) -> None:
             p.config = dataclasses.replace(p.config, micro_batch_size=p.micro_batch_size)
     rows = p.micro_batch_size
     keep = p.accumulation > 1 or p.gpus > 1  # DDP's buckets hold the gradients from the first step on
+    how = dict(keep_gradients=keep, again=config.activation_checkpointing, divided=ranks > 1)
     for kind, dtype in p.dtypes.items():
-        run = simulate(shape, rows, dtype, kind == "cuda", keep)
+        run = simulate(shape, rows, dtype, kind == "cuda", **how)
         if kind != "mps":  # whose attention saves what no other does
-            p.memory[kind] = memory(run, rows)
+            p.memory[kind] = memory(run, rows, ranks)
         if not p.products:
-            tokens = rows * shape.block_size
-            p.products, p.elementwise = products(run, tokens), run.elementwise / tokens
+            tokens, again = rows * shape.block_size, None
+            if config.activation_checkpointing:
+                run, again = simulate(shape, rows, dtype, kind == "cuda"), run
+            p.products, p.elementwise = products(run, tokens, again), (again or run).elementwise / tokens
 
 
 # ---- as text

@@ -38,9 +38,12 @@ def flops_lines(p) -> list[str]:
         return lines
     lines += columns([(part, f"{n:,.0f}") for part, n in p.products.items()])
     executed, total = "  matrix products executed, forward and backward", p.products["total"]
+    if c.activation_checkpointing:
+        lines.append("  what is computed again, by activation checkpointing, does not count for MFU, by its convention")
     scores, square = p.products["attention scores"], c.n_layer * c.n_embd * c.block_size
     if scores in (12 * square, 14 * square):  # six products of T² scores, or a kernel that forms them a second time
-        masked = scores * (c.block_size - 1) / (2 * c.block_size)
+        all_scores = scores + p.products.get("scores, computed again", 0)
+        masked = all_scores * (c.block_size - 1) / (2 * c.block_size)
         lines.append(f"{executed}, all T² scores; without those that causality masks {total - masked:,.0f}")
     else:
         lines.append(f"{executed}; the scores are those of a window, or of some queries and the keys before them")
@@ -68,7 +71,8 @@ def memory_lines(p, cards: tuple[int, ...]) -> list[str]:
     names = {"cuda": "GPU", "cpu": "CPU"}
     parts = dict.fromkeys(part for m in p.memory.values() for part in m if part not in ("temporary", "total"))
     compiled = ", without torch.compile, which saves less" if p.config.compile else ""
-    lines = [f"memory of a rank at its peak{compiled}"]
+    divided = f", parameters divided over {p.gpus} (FSDP)" if p.config.fsdp and p.gpus > 1 else ""
+    lines = [f"memory of a rank at its peak{divided}{compiled}"]
     lines += columns(
         [("", *(f"{names[kind]}, {str(p.dtypes[kind]).removeprefix('torch.')}" for kind in p.memory))]
         + [(part, *(size(m.get(part, 0)) for m in p.memory.values())) for part in (*parts, "temporary", "total")]

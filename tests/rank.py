@@ -4,6 +4,7 @@ torchrun starts it by its file. `Rank` starts it without: forked from a process 
 takes most of the time of a short run.
 """
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -20,7 +21,7 @@ FORKS.set_forkserver_preload(["train", "torch._dynamo"])
 
 
 def main():
-    rank, once, batches = os.environ["RANK"], os.environ.get("ONCE"), 0
+    rank, once, batches, full = os.environ["RANK"], os.environ.get("ONCE"), 0, [False, True]
 
     def validating(model, arguments, options):
         nonlocal batches
@@ -31,6 +32,8 @@ def main():
     def observe(event, step, subject):
         if event == "folder":  # ranks need not look at the run's folder at the same moment
             time.sleep(float(os.environ.get("LATE", 0)) * int(rank))
+        if event == "write" and os.environ.get("NO_ROOM") == subject.name and full.pop():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(subject))
         if event == "ready":
             subject.register_forward_pre_hook(validating, with_kwargs=True)
         if event != "step":
@@ -53,6 +56,7 @@ def main():
         train.main(observe=observe)
     finally:
         print("reductions:", len(reductions), file=sys.stderr)
+        print("graphs:", torch._dynamo.utils.counters["stats"]["unique_graphs"], file=sys.stderr)
 
 
 def count_reductions():
@@ -74,23 +78,23 @@ def count_reductions():
     return reductions
 
 
-def forked(arguments, environment, said):
-    """What a forked process runs: `said` is the file of all that it prints."""
+def forked(arguments, environment, said, run=None):
+    """What a forked process runs, `run` or the training of a command line: `said` is the file of all that it prints."""
     file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.chdir(Path(said).parent)
     os.environ.update(environment)
     sys.argv = ["rank.py", *arguments]
-    main()
+    (run or main)()
 
 
 class Rank:
-    """A rank as a process of its own, in the folder `cwd`. It does not outlive `finish`."""
+    """A rank as a process of its own, in the folder `cwd`: it trains, or calls `run`. It does not outlive `finish`."""
 
-    def __init__(self, arguments, cwd, **environment):
+    def __init__(self, arguments, cwd, run=None, **environment):
         self.said = Path(cwd) / f"said_by_rank_{environment['RANK']}"
-        self.process = FORKS.Process(target=forked, args=(arguments, environment, self.said))
+        self.process = FORKS.Process(target=forked, args=(arguments, environment, self.said, run))
         self.process.start()
 
     def poll(self):

@@ -189,6 +189,26 @@ def test_compiled_parts_under_ddp(case):
 
 
 @pytest.mark.slow
+def test_compiled_blocks_that_are_computed_again_change_no_bit():
+    """With the block's dropout, which is drawn alike; by the same number of graphs."""
+    found, graphs = [], []
+    for again in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        model = build("comrope 4 ld", torch.float32, dropout=0.3)
+        model.activation_checkpointing = again
+        model.compile_parts(backend="aot_eager")
+        torch.manual_seed(1)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            run = [loss_and_gradients(model, model, tokens(BLOCK, seed=i), tokens(BLOCK, seed=i + 2)) for i in (0, 1)]
+        found.append(run)
+        graphs.append(counters["stats"]["unique_graphs"])
+    for (loss, there), (other, here) in zip(*found):
+        assert torch.equal(loss, other) and all(torch.equal(there[name], here[name]) for name in there)
+    assert graphs[0] == graphs[1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
 )

@@ -10,7 +10,8 @@ import pytest
 import torch
 from training import CPU, files_of, folders, one_thread, plain, same, small_files  # noqa: F401 - fixtures
 
-from nanope import checkpoint
+from nanope import checkpoint, distributed
+from nanope.distributed import HostCopies
 
 
 def test_equal_states_give_equal_files_also_once_read_from_one(tmp_path):
@@ -19,10 +20,11 @@ def test_equal_states_give_equal_files_also_once_read_from_one(tmp_path):
         "model": {"rope": torch.ones(2)},
         "step": 1,
     }
-    checkpoint.save(tmp_path / "a.pt", checkpoint.host_copy(state))
-    checkpoint.save(tmp_path / "b.pt", checkpoint.host_copy(checkpoint.load(tmp_path / "a.pt")))
+    copy = HostCopies().copy
+    checkpoint.save(tmp_path / "a.pt", checkpoint.host_copy(state, copy))
+    checkpoint.save(tmp_path / "b.pt", checkpoint.host_copy(checkpoint.load(tmp_path / "a.pt"), copy))
     texts = {"config": {"pos": "".join("rope"), "schedule": "".join("rope"), "n": [1, "".join("rope")]}}
-    checkpoint.save(tmp_path / "c.pt", checkpoint.host_copy(state | texts))
+    checkpoint.save(tmp_path / "c.pt", checkpoint.host_copy(state | texts, copy))
     assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes() == (tmp_path / "c.pt").read_bytes()
 
 
@@ -134,3 +136,65 @@ def test_checkpoints_that_are_deleted_while_one_is_written(tmp_path, monkeypatch
     for step in 9, 4, 5, 6:  # 9 was found damaged by the run that resumed before it
         checkpoint.save_step(tmp_path, {"model": {}, "config": {}, "step": step}, 2)
     assert [f.name for f in checkpoint.step_files(tmp_path)] == ["step_6.pt", "step_5.pt"]
+
+
+class LateCopy:
+    """Stands for a tensor on a GPU: its copies to the host arrive when the event is waited for, in the order in which
+    they were asked for among its changes."""
+
+    queue = []
+
+    def __init__(self, values):
+        self.on_host, self.device = values, torch.device("cuda")
+        self.shape, self.dtype, self.stride = values.shape, values.dtype, values.stride
+
+    def copied_into(self, host):
+        now = self.on_host.clone()
+        self.queue.append(lambda: host.copy_(now))
+
+
+class Arrival:
+    def record(self):
+        self.copies, LateCopy.queue = LateCopy.queue, []
+
+    def synchronize(self):
+        for copy in self.copies:
+            copy()
+
+
+def test_copies_of_a_gpu_arrive_before_they_are_read_and_reuse_their_memory(monkeypatch):
+    """A checkpoint has the values of its moment, whatever the next step does before the copies arrive, in memory that
+    is made once."""
+
+    class Host(torch.Tensor):
+        def copy_(self, tensor, non_blocking=False):
+            assert non_blocking
+            tensor.copied_into(self.as_subclass(torch.Tensor))
+            return self.as_subclass(torch.Tensor)
+
+    made = []
+
+    def page_locked(tensor):
+        made.append(torch.zeros(tensor.shape, dtype=tensor.dtype))
+        return made[-1].as_subclass(Host)
+
+    monkeypatch.setattr(distributed, "page_locked", page_locked)
+    monkeypatch.setattr(torch.cuda, "Event", Arrival)
+    copies, weights, moment = HostCopies(), torch.arange(4.0), torch.ones(2, 3)
+    for step in range(3):
+        copied = [copies.copy(LateCopy(weights)), copies.copy(LateCopy(moment))]
+        wait = copies.finish()
+        expected = weights.clone(), moment.clone()
+        weights += 1  # the next step, launched before the copies have arrived
+        moment *= 2
+        if step == 0:
+            assert not torch.equal(copied[0], expected[0])
+        wait()
+        assert all(map(torch.equal, copied, expected))
+    assert len(made) == 2
+    copies.copy(LateCopy(torch.ones(5)))  # of another shape
+    assert len(made) == 3 and made[-1].shape == (5,)
+
+
+def test_other_ranks_copy_nothing():
+    assert HostCopies(main=False).copy(torch.ones(2)) is None

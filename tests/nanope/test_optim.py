@@ -115,7 +115,7 @@ def gpu(monkeypatch, model, rows, reserved=10, memory=100, estimate=None):
 def test_the_largest_micro_batch(monkeypatch):
     """Whatever the estimate says; from a good one few are tried."""
     model = GPT(GPTConfig(16, 320, 1, 2, 16))
-    largest = lambda ranks: gpu_micro_batch("auto", model, 24, ranks, CPU, torch.float32)  # noqa: E731
+    largest = lambda ranks: gpu_micro_batch(RunConfig(micro_batch_size="auto"), model, 24, ranks, CPU, torch.float32)  # noqa: E731
     for rows, expected, estimate in ((1, 1, 24), (5, 4, 1), (7, 6, 12), (100, 24, 0)):
         hook, _ = gpu(monkeypatch, model, rows, estimate=estimate)
         with hook:
@@ -140,7 +140,7 @@ def test_the_usual_micro_batch_of_a_gpu(monkeypatch, gigabytes, expected):
     with torch.device("meta"):
         model = Unfilled(shape)
     hook, tried = gpu(monkeypatch, model, 0, memory=gigabytes * 10**9)
-    assert gpu_micro_batch(None, model, 256, Ranks(), CPU, torch.bfloat16) == expected and not tried
+    assert gpu_micro_batch(RunConfig(), model, 256, Ranks(), CPU, torch.bfloat16) == expected and not tried
     total = lambda n: memory(simulate(shape, n, torch.bfloat16, True, True), n)["total"]  # noqa: E731
     usable = 0.93 * gigabytes * 1e9
     assert total(expected) <= usable and (expected == 64 or total(2 * expected) > usable)

@@ -73,6 +73,7 @@ def test_gpt2_small_parameters_by_part():
 def allocated_by_a_real_step(config, micro_batches):
     """The most bytes that the CPU's allocator hands out at once in a step of training, beside parameters, moments."""
     model, idx = GPT(config.model_config()), ids()
+    model.activation_checkpointing = config.activation_checkpointing
     optimizer = make_optimizer(model, config)
 
     def step():
@@ -102,10 +103,10 @@ PLANNED = ["learned", "rope", "comrope", "carope", "alibi", "fox", "pope", "path
     "pos, accumulation",
     [("rope", 1), *(pytest.param(pos, n, marks=pytest.mark.slow) for n in (1, 4) for pos in PLANNED)],
 )
-def test_peak_is_what_the_allocator_hands_out(pos, accumulation):
+def test_peak_is_what_the_allocator_hands_out(pos, accumulation, **fields):
     """All of a step's memory; with accumulation the gradients lie there during the next forward pass. Kernels' own
     buffers, some kB, are not in the estimate."""
-    config = run(pos=pos, batch_tokens=accumulation * ROWS * LENGTH)
+    config = run(pos=pos, batch_tokens=accumulation * ROWS * LENGTH, **fields)
     p = plan(config)
     parts = p.memory["cpu"]
     real = allocated_by_a_real_step(p.config, min(accumulation, 2))
@@ -113,6 +114,48 @@ def test_peak_is_what_the_allocator_hands_out(pos, accumulation):
     assert sum(n for part, n in parts.items() if part != "total") == parts["total"]
     assert estimate == pytest.approx(real, rel=0.005)
     assert parts["gradients"] == parts["parameters"] == parts["AdamW's moments"] / 2 == 4 * p.parameters["total"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pos", ["rope", "fox", "path"])
+def test_peak_of_activation_checkpointing(pos):
+    """It is what a real step takes, and of blocks little is kept."""
+    fields = dict(activation_checkpointing=True, n_layer=6)
+    test_peak_is_what_the_allocator_hands_out(pos, 1, **fields)
+    here, there = (plan(run(pos=pos, **f)).memory["cpu"] for f in (fields, dict(n_layer=6)))
+    kept, whole = (sum(n for part, n in m.items() if part.startswith("activations")) for m in (here, there))
+    assert kept < (0.4 if pos == "path" else 0.15) * whole  # path keeps what it prepares
+
+
+@pytest.mark.slow
+def test_flops_that_are_computed_again():
+    """All of a block's forward products but its last one, which nothing is saved behind; MFU does not count them."""
+    config = run(pos="none", activation_checkpointing=True)
+    p, plain = plan(config), plan(run(pos="none"))
+    parts = p.products
+    assert parts["scores, computed again"] == 3 * 4 * 64 * LENGTH
+    assert parts["others, computed again"] == 3 * 2 * 8 * 64**2
+    assert parts["total"] == sum(n for part, n in parts.items() if part != "total")
+    assert p.flops_per_token == plain.flops_per_token and p.hours == plain.hours
+    assert "does not count for MFU" in show(p) and "again" not in show(plain)
+
+
+@pytest.mark.slow
+def test_memory_of_a_divided_model():
+    """What each of 8 ranks holds, at the width of GPT-2, and what it has whole: the embedding, and blocks."""
+    config = dataclasses.replace(SMALL, pos="learned", n_layer=3, micro_batch_size=1, vocab_size=50304)
+    fields = dict(fsdp=True, activation_checkpointing=True, device="cuda")
+    p = plan(dataclasses.replace(config, **fields), gpus=8)
+    parts, total = p.memory["cuda"], p.parameters["total"]
+    assert parts["parameters"] == parts["gradients"] == parts["AdamW's moments"] / 2 == total / 2
+    outside, block = 4 * 768 * (50304 + 1024 + 1), 4 * (12 * 768**2 + 2 * 768)
+    assert parts["gathered parameters"] == outside + 3 * block
+    assert parts["gathered gradients"] == outside + 2 * block
+    assert "autocast's weights" not in parts  # of one block at a time
+    assert sum(n for part, n in parts.items() if part != "total") == parts["total"]
+    assert "divided over 8 (FSDP)" in show(p)
+    alone = plan(dataclasses.replace(config, **fields), gpus=1).memory["cuda"]  # nothing to divide
+    assert alone["parameters"] == 4 * total and "gathered parameters" not in alone
 
 
 @pytest.mark.slow
