@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 import schemes
 from nanope import attention, checks, convert, coordinates, hf
-from nanope.ops import Linear, double_device, gelu, linear_cross_entropy, linear_nll, wide
+from nanope.ops import Linear, double_device, fuse_rotations, gelu, linear_cross_entropy, linear_nll, wide
 from schemes import SCHEMES as SCHEMES  # for those who import it from here
 from schemes.base import Context, first_axis
 
@@ -386,6 +386,7 @@ class GPT(nn.Module):
         # One graph a kind of layer and shape: of training, validation, and its shorter last batch
         limit = 8 * len(self.groups) * len({block.attn.window for block in self.transformer["h"]})
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
+        fuse_rotations()
         options = {"fullgraph": True, "dynamic": False, **options}
         for block in self.transformer["h"]:
             block.compile(**options)
@@ -434,19 +435,20 @@ class GPT(nn.Module):
         caches, new, training = [{} for _ in self.transformer["h"]], idx, self.training
         self.eval()
         try:
-            for _ in range(n):
-                logits = self.lm_head(self.hidden(new, caches)[:, -1]).float()  # (B, V)
-                if top_k is not None:
-                    kth = logits.topk(min(top_k, logits.size(1))).values[:, -1:]
-                    logits = logits.masked_fill(logits < kth, -math.inf)
-                if temperature == 0:
-                    new = logits.argmax(1, keepdim=True)
-                else:  # beyond the bounds float32 overflows, and the distribution is the same as at them
-                    logits = logits / min(max(temperature, 1e-30), 1e30)
-                    new = torch.multinomial(torch.softmax(logits, 1), 1, generator=generator)
-                idx = torch.cat((idx, new), 1)
-                if until is not None and until(idx):
-                    break
+            with self.parameters_fixed():
+                for _ in range(n):
+                    logits = self.lm_head(self.hidden(new, caches)[:, -1]).float()  # (B, V)
+                    if top_k is not None:
+                        kth = logits.topk(min(top_k, logits.size(1))).values[:, -1:]
+                        logits = logits.masked_fill(logits < kth, -math.inf)
+                    if temperature == 0:
+                        new = logits.argmax(1, keepdim=True)
+                    else:  # beyond the bounds float32 overflows, and the distribution is the same as at them
+                        logits = logits / min(max(temperature, 1e-30), 1e30)
+                        new = torch.multinomial(torch.softmax(logits, 1), 1, generator=generator)
+                    idx = torch.cat((idx, new), 1)
+                    if until is not None and until(idx):
+                        break
         finally:
             self.train(training)
         return idx

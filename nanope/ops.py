@@ -188,10 +188,46 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
 
 
 def chunk_rows(vocab_size: int, device: torch.device) -> int:
-    """Rows of logits that exist at a time: 2^23 elements (32 MB) on a CPU, where matrix products are at full speed
+    """Rows of logits that may exist at a time: 2^23 elements (32 MB) on a CPU, where matrix products are at full speed
     from about 160 rows on, and 2^28 on a GPU, where each chunk should be one large product."""
-    elements = 2**23 if kind_of(device) == "cpu" else 2**28
-    return max(16, elements // vocab_size // 16 * 16)
+    elements, step = (2**23, 16) if kind_of(device) == "cpu" else (2**28, TILE)
+    return max(step, elements // vocab_size // step * step)
+
+
+TILE = 128  # rows of a GPU's product that one thread block computes: a part of a tile takes the time of a whole one
+
+
+def equal_chunks(rows: int, most: int, device: torch.device) -> int:
+    """Rows of each chunk of `rows`, at most `most`. On a GPU chunks are equal, in whole tiles, up to half as large as
+    they might be: another shape is another choice of kernel. A CPU's are as large as they may be."""
+    count = max(1, -(-rows // most))
+    if kind_of(device) == "cpu":
+        return most
+    if rows % TILE == 0:
+        count = next((n for n in range(count, 2 * count) if rows // TILE % n == 0), count)
+    return min(most, -(-rows // count // TILE) * TILE)
+
+
+def softmax_and_lse(
+    logits: torch.Tensor, exact: torch.dtype, out: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax (n, V) and log-sum-exp (n, 1) of logits (n, V), in the dtype `exact`, which they may not have yet.
+
+    Compiled, both are one kernel: it reads logits as they are. Eager, the log-sum-exp comes from the largest
+    probability, which never underflows; it is found on a CPU by the faster amax, on a GPU without a pass over p."""
+    if torch.compiler.is_compiling():
+        logits = logits.to(exact)
+        peak = logits.amax(1, keepdim=True)
+        p = (logits - peak).exp()
+        total = p.sum(1, keepdim=True)
+        return p / total, peak + total.log()
+    if kind_of(logits.device) == "cpu":
+        peak = logits.amax(1, keepdim=True)
+        p = torch.softmax(logits, 1, dtype=exact, out=out)
+        return p, peak - p.amax(1, keepdim=True).log()
+    peak, at = logits.max(1, keepdim=True)
+    p = torch.softmax(logits, 1, dtype=exact, out=out)
+    return p, peak - p.gather(1, at).log()
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -220,26 +256,31 @@ class LinearCrossEntropy(torch.autograd.Function):
             rows = max(1, rows // 2)
         if compute_dtype == torch.float16:  # p.t() @ x sums over the chunk, and float16 ends at 65,504
             rows = min(rows, 2048)
+        rows = equal_chunks(h.size(0), rows, h.device)
+        compiling = torch.compiler.is_compiling()
         # Fresh memory costs a CPU page faults, a tenth of the whole loss: one buffer serves all chunks
-        reuse = h.device.type == "cpu" and compute_dtype == exact and not torch.compiler.is_compiling()
+        reuse = h.device.type == "cpu" and compute_dtype == exact and not compiling
         buffer = h.new_empty(min(rows, h.size(0)), weight.size(0)) if reuse and not fast else None
         for start in range(0, h.size(0), rows):
             part = slice(start, start + rows)
             x, target = h[part].to(compute_dtype), targets[part]
             if fast:
                 logits = Product.apply(x, head)
+            elif widens(x):  # written in float32 by the product, which saves a GPU's softmax a pass
+                logits = exact_product(x, head)
             else:
-                logits = torch.mm(x, head.t(), out=buffer[: x.size(0)] if reuse else None).to(exact)  # (n, V)
+                logits = torch.mm(x, head.t(), out=buffer[: x.size(0)] if reuse else None)  # (n, V)
             keep = target >= 0
             index = target.clamp_min(0).unsqueeze(1)  # (n, 1)
             target_logit = logits.gather(1, index)
-            peak = logits.amax(1, keepdim=True)
-            p = torch.softmax(logits, 1, out=logits if reuse else None)
-            # log-sum-exp from the largest probability, which never underflows
-            nll = peak - p.amax(1, keepdim=True).log() - target_logit
+            p, lse = softmax_and_lse(logits, exact, logits if logits.dtype == exact and not compiling else None)
+            nll = lse - target_logit
             total = total + (nll.squeeze(1) * keep).sum()
             if need_grad:
-                p.scatter_add_(1, index, torch.full_like(nll, -1.0))
+                if compiling:  # part of the kernel that makes p; a scatter would write p in float32 and read it again
+                    p = torch.where(torch.arange(p.size(1), device=p.device) == index, p - 1, p)
+                else:
+                    p.scatter_add_(1, index, torch.full_like(nll, -1.0))
                 p = p.to(compute_dtype)
                 keep = keep.unsqueeze(1).to(compute_dtype)
                 grad_h[part] = (Product.apply(p, head.t()) if fast else p @ head) * keep
@@ -289,8 +330,12 @@ def scoring_dtype(h: torch.Tensor) -> torch.dtype:
     """The dtype of the factors of `exact_product` for hidden states h: the head's where a product of that dtype can be
     had in float32, which is on CUDA in eager code, else float32 (h's dtype if wider)."""
     dtype = head_dtype(h)
-    fast = h.device.type == "cuda" and torch.version.cuda and not torch.compiler.is_compiling()
-    return dtype if fast else wide(dtype)
+    return dtype if widens(h) else wide(dtype)
+
+
+def widens(x: torch.Tensor) -> bool:
+    """Whether a product of 16-bit factors can be had in float32: on CUDA in eager code."""
+    return x.device.type == "cuda" and torch.version.cuda is not None and not torch.compiler.is_compiling()
 
 
 def exact_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -313,7 +358,7 @@ def linear_nll(h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> 
         keep = ... if torch.compiler.is_compiling() else targets >= 0
         scored, target = h[keep].reshape(-1, h.size(-1)).to(dtype), targets[keep].reshape(-1)  # (n, C), (n,)
         head = weight.to(dtype)
-        rows = chunk_rows(weight.size(0), h.device)
+        rows = equal_chunks(scored.size(0), chunk_rows(weight.size(0), h.device), h.device)
         parts = [
             F.cross_entropy(exact_product(x, head), y, ignore_index=-1, reduction="none")
             for x, y in zip(scored.split(rows), target.split(rows))
@@ -369,22 +414,48 @@ def rope_frequencies(width: int, base: float, device: torch.device | str = "cpu"
     return base ** (-torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
 
 
+def turns(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What a pair of channels is multiplied by to turn it, of cos and sin (..., D/2), for `turned`.
+
+    A complex number in eager mode, where one product of these is the fastest way. torch.compile has no complex code:
+    there it is (cos, cos) and (-sin, sin), by x·(cos, cos) + (x1, x0)·(-sin, sin). Turning back is of the same form,
+    and both become part of the kernels around them. x0 and x1 apart, stacked again, do not in the backward pass."""
+    if torch.compiler.is_compiling():
+        signs = torch.arange(-1, 2, 2, dtype=sin.dtype, device=sin.device)
+        return cos.unsqueeze(-1), sin.unsqueeze(-1) * signs
+    return (torch.complex(cos, sin),)
+
+
+def turned(x: torch.Tensor, by: tuple[torch.Tensor, ...], back: bool = False) -> torch.Tensor:
+    """Each channel pair (2i, 2i+1) of x (..., D) multiplied by `turns`, or by their conjugates to turn it `back`: in
+    x's dtype, computed in theirs."""
+    dtype = by[0].real.dtype if len(by) == 1 else by[0].dtype
+    pairs = x.to(dtype).unflatten(-1, (-1, 2))  # (..., D/2, 2)
+    if len(by) == 1:
+        y = torch.view_as_real(torch.view_as_complex(pairs) * (by[0].conj() if back else by[0]))
+    elif back:
+        y = pairs * by[0] + (pairs * by[1]).flip(-1)
+    else:
+        y = pairs * by[0] + pairs.flip(-1) * by[1]
+    y = y.flatten(-2)
+    # Not an idle .to(): compiled by torch 2.11, it loses the gradients of an autograd.Function that saves its result
+    return y if y.dtype == x.dtype else y.to(x.dtype)
+
+
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn each channel pair (2i, 2i+1) of x by an angle: (x0 + i·x1)·(cos + i·sin).
 
     x (..., D); cos, sin broadcastable to (..., D/2) in max(float32, model dtype) → (..., D) in x's dtype.
-    One complex product in eager mode, where it is the fastest way; real arithmetic under torch.compile,
-    whose inductor has no complex code.
     """
-    pairs = x.to(cos.dtype).unflatten(-1, (-1, 2))  # (..., D/2, 2)
-    if torch.compiler.is_compiling():
-        x0, x1 = pairs.unbind(-1)
-        turned = torch.stack((x0 * cos - x1 * sin, x0 * sin + x1 * cos), -1)
-    else:
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
-    turned = turned.flatten(-2)
-    # Not an idle .to(): compiled by torch 2.11, it loses the gradients of an autograd.Function that saves its result
-    return turned if turned.dtype == x.dtype else turned.to(x.dtype)
+    return turned(x, turns(cos, sin))
+
+
+def fuse_rotations() -> None:
+    """Let inductor put a rotation's backward pass into the kernel that joins the gradients of q, k and v. It writes an
+    intermediate result out from 30 operations on for a GPU, which that kernel exceeds; for a CPU from 50 on."""
+    import torch._inductor.config
+
+    torch._inductor.config.realize_opcount_threshold = 50
 
 
 def phase_gradient(y: torch.Tensor, g: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -402,15 +473,16 @@ class Turned(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, qk, phases, cos, sin):
-        y = rotate(qk, cos, sin)
-        ctx.save_for_backward(y, cos, sin)
-        ctx.phases = phases.shape, phases.dtype, phases.device
+        by = turns(cos, sin)
+        y = turned(qk, by)
+        ctx.save_for_backward(y, *by)
+        ctx.dtype, ctx.phases = cos.dtype, (phases.shape, phases.dtype, phases.device)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        y, cos, sin = ctx.saved_tensors
+        y, *by = ctx.saved_tensors
         shape, dtype, device = ctx.phases
-        grad_phases = phase_gradient(y, g, cos.dtype).sum_to_size(shape)
-        return rotate(g, cos, -sin), grad_phases.to(device, dtype), None, None
+        grad_phases = phase_gradient(y, g, ctx.dtype).sum_to_size(shape)
+        return turned(g, by, back=True), grad_phases.to(device, dtype), None, None

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 
 from nanope.ops import double_device, linear, no_autocast, rope_frequencies, rotate, wide
-from schemes._skew import SkewGradient, less_turns, skew_canonical_form
+from schemes._skew import SkewTurned, less_turns, skew_canonical_form
 from schemes.base import AXES, Scheme
 
 
@@ -173,16 +173,32 @@ class ComRoPE(Scheme):
         noise = noise.to(ctx.positions.device, non_blocking=True)
         return ctx.positions + (noise if self.axes else noise[:, 0])
 
+    @classmethod
+    def prepare(cls, layers, ctx):
+        """cos and sin of the angles (T or B, T, 1, H, D/2) of each layer on one axis. On several, where every token has
+        angles of its own, they are not kept for all layers: `encode` makes them."""
+        if layers[0].axes:
+            return None
+        with torch.no_grad():
+            return [
+                layer.cos_sin(layer.steps(ctx.positions), omega, ctx)
+                for layer, (_, omega) in zip(layers, ctx.constants)
+            ]
+
+    def cos_sin(self, steps, omega, ctx):
+        angles = (steps.detach().unsqueeze(-1) * omega).flatten(-2).unsqueeze(-3)  # (T or B, T, 1, H, D/2)
+        if self.axes:  # many: sine and cosine in the dtype of the pass
+            angles = less_turns(angles / (2 * math.pi)).to(ctx.dtype)
+        return ctx.cos_sin(angles)
+
     def encode(self, qk, x, ctx):
         Q, omega = ctx.constants
         with no_autocast(x.device):
             steps = self.steps(ctx.positions)
+            cos, sin = self.cos_sin(steps, omega, ctx) if self.axes else ctx.prepared
             if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (self.P, self.theta)):
-                qk = SkewGradient.apply(qk, self.generators(), steps, Q, omega, self.unit, ctx.dtype)
-        angles = (steps.detach().unsqueeze(-1) * omega).flatten(-2).unsqueeze(-3)  # (T or B, T, 1, H, D/2)
-        if steps.dim() == 4:  # many: sine and cosine in the dtype of the pass
-            angles = less_turns(angles / (2 * math.pi)).to(ctx.dtype)
-        return rotate(qk, *ctx.cos_sin(angles))
+                return SkewTurned.apply(qk, self.generators(), steps, Q, omega, cos, sin, self.unit)
+            return rotate(qk, cos, sin)
 
     @torch.no_grad()
     def as_rope(self, c_attn):

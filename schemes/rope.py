@@ -158,16 +158,16 @@ class RoPE(Scheme):
 
     @classmethod
     def prepare(cls, layers, ctx):
-        """cos and sin (T, 1, 1, D/2), (B, T, 1, 1, D/2) where documents restart; the same in all layers unless the
-        frequencies are explicit."""
-        return None if layers[0].explicit else [layers[0].angles(ctx)] * len(layers)
+        """cos and sin (T, 1, 1, D/2), (B, T, 1, 1, D/2) where documents restart; the same in all layers. Of explicit
+        frequencies, those of each layer: (T, 1, H, D/2) or (B, T, 1, H, D/2)."""
+        return [layer.angles(ctx) for layer in layers] if layers[0].explicit else [layers[0].angles(ctx)] * len(layers)
 
     def angles(self, ctx):
         frequencies = self.frequencies(double_device(ctx.device)).view(-1, self.head_width // 2)  # (1 or H, D/2)
         return ctx.cos_sin(ctx.positions[..., None, None, None] * frequencies)  # (T or B, T, 1, 1 or H, D/2) each
 
     def encode(self, qk, x, ctx):
-        return rotate(qk, *(self.angles(ctx) if self.explicit else ctx.prepared))
+        return rotate(qk, *ctx.prepared)
 
     def as_rope(self, c_attn):
         return c_attn.weight, c_attn.bias, self.frequencies().expand(self.n_head, -1)

@@ -4,6 +4,8 @@
     python scripts/bench.py eval                # evaluation by length, relative to a plain transformers loop
     python scripts/bench.py data --source …     # preparation of data, relative to tiktoken alone
     python scripts/bench.py feed --data_dir …   # reading of training's batches
+    python scripts/bench.py bytes               # what compiled kernels move on a GPU, which need not be there
+    python scripts/bench.py roofline            # an estimate of a GPU's speed from that
 
 Each kind has a --help of its own, and a file of its name in nanope/bench/.
 """
@@ -13,7 +15,7 @@ import sys
 
 import _root  # noqa: I001
 
-KINDS = ("train", "eval", "data", "feed")
+KINDS = ("train", "eval", "data", "feed", "bytes", "roofline")
 
 
 def main() -> None:

@@ -6,7 +6,20 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-from models import BLOCK, build, close, gradients, loss_and_gradients, relative_error, rows_of_logits, tokens
+from models import (
+    BLOCK,
+    WIDTH,
+    Calls,
+    build,
+    close,
+    gradients,
+    layer_context,
+    loss_and_gradients,
+    relative_error,
+    rows_of_logits,
+    tokens,
+    uncached,
+)
 from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 
@@ -249,6 +262,24 @@ def test_one_decomposition_a_step(case, decompositions):
     model = build(case, torch.float32)
     list(train(model, steps=3))
     assert len(decompositions) == 3 + 1  # the validation lies outside
+
+
+def test_one_decomposition_a_generate(decompositions):
+    """And the tokens are those of passes that each decompose anew."""
+    model = build("comrope")
+    found = model.generate(tokens(4), 5, temperature=0)
+    assert len(decompositions) == 1
+    assert torch.equal(found, uncached(model, tokens(4), 5, temperature=0)) and model.fixed_constants is None
+
+
+@pytest.mark.parametrize("case", ["comrope", "comrope 4 ld", "rope explicit", "rope", "lerope"])
+def test_blocks_compute_no_cosines(case):
+    """Tables of angles are made once a pass, outside of the blocks that are compiled."""
+    attn, x = build(case).transformer.h[0].attn, torch.randn(2, BLOCK, WIDTH, dtype=torch.float64)
+    ctx = layer_context(attn.pos, x)
+    with Calls("cos") as cosines:
+        attn.pos.encode(torch.randn(2, BLOCK, 2, 3, WIDTH // 3, dtype=torch.float64), x, ctx)
+    assert cosines.count == 0
 
 
 @pytest.mark.parametrize("case", ["comrope", "comrope 4 ld", "rope", "carope"])

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from model import GPT
 from nanope import REPO, ops
 from nanope.evaluation.scoring import score_head
-from nanope.ops import linear, linear_cross_entropy, linear_nll, rotate
+from nanope.ops import equal_chunks, linear, linear_cross_entropy, linear_nll, rotate, turned, turns
 
 # ------------------------------------------------------------------------------------------------
 # Products by oneDNN, which eager float32 takes on some CPUs: here on every CPU that has the operator
@@ -236,6 +236,47 @@ def test_fused_loss_with_gpt2s_vocabulary():
         close(a, b, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("rows", [100, 128, 16384, 16385, 65536, 128 * 41, 128 * 83])
+def test_chunks_of_a_gpu_are_equal_whole_tiles(rows):
+    most = 5248
+    with ops.as_on("cuda"):
+        assert ops.chunk_rows(50304, torch.device("cpu")) == most
+        size = equal_chunks(rows, most, torch.device("cpu"))
+    assert size % 128 == 0 and size <= most
+    if rows % 128 == 0 and rows != 128 * 83:  # 83 is a prime
+        assert rows % size == 0 and size > min(rows, most) / 2
+    assert equal_chunks(rows, most, torch.device("cpu")) == most
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_fused_loss_as_on_a_gpu(autocast, monkeypatch):
+    """Its chunks, and its log-sum-exp from the largest probability's place: the CPU's loss and gradients."""
+    h, weight, targets = loss_case(torch.float32, T=120, scale=20.0)
+    monkeypatch.setattr(ops, "chunk_rows", lambda vocab_size, device: 128)
+    found = []
+    for kind in ("cpu", "cuda"):
+        with ops.as_on(kind), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = linear_cross_entropy(h, weight, targets)
+        found.append((loss, *torch.autograd.grad(loss, (h, weight))))
+    for a, b in zip(*found):
+        close(a, b, rtol=1e-2 if autocast else 1e-6, atol=1e-3 if autocast else 1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_loss_equals_the_eager_one(autocast, monkeypatch):
+    """It subtracts 1 by `where` and sums exponentials itself."""
+    rows_of_logits(monkeypatch, 16)
+    h, weight, targets = loss_case(torch.float32, scale=20.0)
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, dynamic=False, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        losses = [loss(h, weight, targets) for loss in (linear_cross_entropy, compiled)]
+    (a, *first), (b, *second) = ((loss, *torch.autograd.grad(loss, (h, weight))) for loss in losses)
+    close(a, b, rtol=1e-5)
+    for x, y in zip(first, second):
+        assert relative_error(y, x) < (5e-3 if autocast else 1e-5)
+
+
 def test_fused_loss_of_nothing_is_nan():
     h, weight, targets = loss_case()
     assert linear_cross_entropy(h, weight, torch.full_like(targets, -1)).isnan()
@@ -345,6 +386,18 @@ def test_real_and_complex_rotation_are_equal(monkeypatch):
         close(a, b, atol=1e-13)
     matrices = reference.rotations(angles).expand(5, 2, 3, 8, 8)
     close(results[0][0], torch.einsum("tshij,btshj->btshi", matrices, x))
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_turned_back_is_the_gradient_of_turned(compiling, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    x = torch.randn(2, 5, 2, 3, 8, dtype=torch.float64, requires_grad=True)
+    angles, g = torch.randn(5, 1, 3, 4, dtype=torch.float64), torch.randn(2, 5, 2, 3, 8, dtype=torch.float64)
+    by = turns(angles.cos(), angles.sin())
+    y = turned(x, by)
+    close(turned(y, by, back=True), x)
+    close(turned(g, by, back=True), torch.autograd.grad(y, x, g)[0])
+    assert turned(x.float(), by).dtype == torch.float32
 
 
 @pytest.mark.parametrize("offset", [0.0, -60.0, -100.0])

@@ -12,6 +12,7 @@ from models import (
     BLOCK,
     LAYERS,
     WIDTH,
+    Calls,
     D,
     build,
     cases_of,
@@ -102,6 +103,23 @@ def test_skew_canonical_form(name):
     close(Q @ Q.mT, torch.eye(b, dtype=torch.float64).expand_as(A), atol=1e-13)
     form = reference.block_diagonal(omega[..., None, None] * reference.J)
     close(Q @ form @ Q.mT, A, atol=1e-13 * A.abs().max().item())
+
+
+@pytest.mark.parametrize("b", [2, 4, 8])
+def test_decomposition_of_graded_and_equal_frequencies(b):
+    """Down to 1e-16 of the largest, a third of them rounded and so often equal; without a question to the device, for
+    which a GPU's host would wait."""
+    draw = torch.Generator().manual_seed(0)
+    omega = 10.0 ** (-16 * torch.rand(500, b // 2, dtype=torch.float64, generator=draw))
+    omega[::3] = omega[::3].round(decimals=1)
+    frame = torch.linalg.qr(torch.randn(500, b, b, dtype=torch.float64, generator=draw))[0]
+    A = frame @ reference.block_diagonal(omega[..., None, None] * reference.J) @ frame.mT
+    A = (A - A.mT) / 2
+    with Calls("svd") as svd, Calls("_local_scalar") as asked:
+        Q, found = skew_canonical_form(A)
+    assert svd.count == asked.count == 0
+    close(Q @ Q.mT, torch.eye(b, dtype=torch.float64).expand_as(A), atol=1e-13)
+    close(Q @ reference.block_diagonal(found[..., None, None] * reference.J) @ Q.mT, A, atol=1e-13)
 
 
 def test_comrope_gradient_in_float32_at_length_1024():
