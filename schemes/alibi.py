@@ -17,6 +17,8 @@ class ALiBi(Scheme):
     Cost: 2 FLOPs a score; a bias, by FlexAttention on CUDA and dense chunks on a CPU.
     """
 
+    of_keys = True
+
     def slopes(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """(H,) float64."""
         power = 2 ** int(math.log2(self.n_head))

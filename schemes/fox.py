@@ -22,6 +22,7 @@ class FoX(Scheme):
     """
 
     undecayed = ("gate.bias",)
+    of_keys = True
 
     def __init__(self, config, layer, *, start: float = 0.0):
         super().__init__(config, layer)
