@@ -191,10 +191,10 @@ def attend_by_chunks(
 def without_cudnn(device: torch.device):
     """Context without cuDNN's attention, which is sdpa's first choice on Hopper. With a mask its gradient of q is NaN
     at some lengths (T mod 128 = 64, log-sum-exp below -88; pytorch #196678)."""
-    if device.type != "cuda":
+    if kind_of(device) != "cuda":
         return contextlib.nullcontext()
-    others = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
-    return torch.nn.attention.sdpa_kernel([*others])
+    others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return torch.nn.attention.sdpa_kernel(others)
 
 
 def of_bias(bias, B: int, H: int, device: torch.device) -> tuple[int, bool]:

@@ -66,7 +66,8 @@ class Context:
         else:
             old, room = self.cache[key], self.cache.get(f"room for {key}")
             if room is None or not room.continues(old, new.size(dim)):
-                room = self.cache[f"room for {key}"] = Room(old, dim, 2 * (old.size(dim) + new.size(dim)))
+                size = 2 * (old.size(dim) + new.size(dim))
+                room = self.cache[f"room for {key}"] = Room(old, dim, size + -size % 64)  # so that heads stay aligned
             self.cache[key] = room.append(new)
         return self.cache[key]
 
