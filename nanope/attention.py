@@ -44,6 +44,8 @@ def attend(scheme, q, k, v, x, ctx, window: int = 0, dropout: float = 0.0, chunk
     if way == "dense":
         return attend_densely(scheme, q, k, v, x, ctx, window, dropout, chunk)
     bias = scheme.bias(x, q, k, ctx)
+    if bias is None and way in ("blocks", "keys"):  # of a scheme that has one in other places
+        way = "chunks"
     if q.dtype != v.dtype:  # under autocast, of a scheme that computes in float32
         q, k = q.to(v.dtype), k.to(v.dtype)
     width, scale = v.size(-1), None
@@ -292,7 +294,7 @@ ROWS = 256  # queries whose mask is one row: so few that the bias of near keys, 
 
 def attend_by_keys(q, k, v, bias, ctx, scale: float | None) -> torch.Tensor:
     """As attend_by_chunks, of a bias `of_keys`: that of any two queries differs by one number for all keys, which the
-    softmax cancels. So a chunk of queries takes the bias of its first one, (B or 1, H, 1, N), as the mask of the kernel
+    softmax cancels. So a chunk of queries takes the bias of its first one, (B, H, 1, N), as the mask of the kernel
     that also is causal: no later token changes a bit. The keys before the chunk, which all of its queries see, are a
     second call; both are joined by their log-sum-exps.
 
@@ -304,7 +306,7 @@ def attend_by_keys(q, k, v, bias, ctx, scale: float | None) -> torch.Tensor:
         for i in range(0, T, ROWS):
             start, end = ctx.start + i, ctx.start + min(i + ROWS, T)
             batch, heads, _, n = indices(B, H, start, end, 0, q.device)
-            mask = bias(batch, heads, torch.full((1, 1), start, device=q.device), n).to(ctx.dtype).view(-1, H, 1, end)
+            mask = bias(batch, heads, torch.full((1, 1), start, device=q.device), n).to(ctx.dtype).expand(B, H, 1, -1)
             rows, own, past = q[:, :, i : i + ROWS], slice(start, end), slice(0, start)
             y, lse = flash(rows, k[:, :, own], v[:, :, own], 0.0, True, attn_mask=mask[..., own], scale=scale)
             if start:
