@@ -26,7 +26,7 @@ import torch
 
 from data.shards import Data, Split
 from data.tokenizer import Tokenizer
-from nanope.distributed import ranks_of
+from nanope.distributed import evaluation_dtype, ranks_of
 from nanope.evaluation.attention_by_distance import evaluate_attention
 from nanope.evaluation.compare import CONDITIONS, arms_of, choose_text, compare, comparison_table, tokens_for_all
 from nanope.evaluation.effective import effective_contexts
@@ -50,9 +50,9 @@ def main(arguments: list[str] | None = None) -> None:
     options, main_rank = Options.of(args), os.environ.get("RANK", "0") == "0"
     try:
         with ranks_of(args.device) as (ranks, device):
-            torch.set_float32_matmul_precision("highest")  # evaluation in float32 is float32
             batch_tokens = args.batch_tokens or (4096 if device.type == "cpu" else 65536)
-            compute = Compute(batch_tokens, getattr(torch, args.dtype), device, ranks)
+            dtype = evaluation_dtype(args.dtype, device)
+            compute = Compute(batch_tokens, dtype, device, ranks, args.dtype == "tf32")
             (compare_runs if args.compare else evaluate_one)(args, options, compute)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}" if main_rank else 1)
@@ -191,7 +191,7 @@ def evaluate(
     report |= {"stride": options.stride, "documents": count}
     report |= {"max_targets": options.max_targets, "seed": options.seed, "interval": METHOD}
     report |= {"block_size": block_size, "data_hash": data.hash, "tokenizer": data.manifest["tokenizer"]}
-    report |= compute.conditions(model)
+    report |= compute.conditions(model, options.lengths)
     report |= {"effective_context": effective_contexts(results, options.epsilon)} | chosen
     if "task" in options.protocol:
         results += evaluate_task(model, asked, data, options, compute, parts)

@@ -331,7 +331,7 @@ class GPT(nn.Module):
         layers, found = [block.attn for block in self.transformer["h"]], {}
         dropout = self.config.dropout if self.training else 0.0
         made = self.constants() if self.fixed_constants is None else self.fixed_constants
-        masks = attention.BlockMasks(ctx, dropout)
+        masks = attention.BlockMasks(ctx, dropout, caches is not None)
         for group, seen, constants in zip(self.groups, positions, made):
             members = [layers[i].pos for i in group]
             shared = dataclasses.replace(ctx, positions=seen, constants=constants)

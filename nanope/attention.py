@@ -3,14 +3,15 @@
     softmax(q kᵀ / √D + bias) v,  query m sees key n where n ≤ m, within a window of w where m - w < n, and with
                                   documents where both are of one
 
-What a scheme asks for decides the way:
-    nothing, or `encode`   the fused causal kernel (flash attention)
-    `bias`, a window,      on CUDA: FlexAttention, in training always, else where a dense mask of the batch would need
-    or documents           several chunks. Otherwise sdpa for a chunk of queries at a time, with a dense mask of those
-                           queries and the keys that they may see, fused. A bias with parameters, in training, goes
-                           through BiasedAttention on a CPU; several chunks of it, and of masks that are more than a
-                           chunk together, are computed again in the backward pass
-    `scores`, `weights`    no fused kernel: dense scores of a chunk of queries, computed again in the backward pass
+`way_of` decides the way, and `kernel` gives it a name:
+    causal   no bias, no window, no documents: the fused causal kernel (flash attention, cuDNN's on Hopper)
+    newest   one new token without a bias: it sees all keys, or the window's
+    flex     a bias, a window or documents on CUDA: FlexAttention
+    blocks   a bias with parameters, in training on a CPU: BiasedAttention
+    keys     a bias `of_keys`, without gradient on a CPU: the fused kernel, whose mask is one row for a chunk of queries
+    chunks   whatever is left: sdpa for a chunk of queries, with a dense mask of those and the keys that they may see.
+             Masks that are more than a chunk together are computed again in the backward pass
+    dense    `scores` or `weights` of a scheme's own: no fused kernel, dense scores of a chunk of queries
 
 Shapes: B batch, H heads, T queries of this pass, S = start + T keys, D width of a head's values.
 """
@@ -20,11 +21,13 @@ import functools
 import math
 
 import torch
+import torch.nn.attention
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
-from nanope.ops import kind_of, no_autocast
+from nanope.ops import kind_of, no_autocast, wide
 
 CHUNK = 2**24  # elements of a dense mask or of dense scores that exist at once: 64 MB in float32
 
@@ -37,17 +40,85 @@ def attend(scheme, q, k, v, x, ctx, window: int = 0, dropout: float = 0.0, chunk
     mask or of dense scores that exist at once.
     """
     window = 0 if window >= k.size(2) else window
-    if scheme.dense:
+    way = "flex" if ctx.block_mask is not None else way_here(scheme, q, ctx, window, dropout)
+    if way == "dense":
         return attend_densely(scheme, q, k, v, x, ctx, window, dropout, chunk)
     bias = scheme.bias(x, q, k, ctx)
+    if bias is None and way in ("blocks", "keys"):  # of a scheme that has one in other places
+        way = "chunks"
     if q.dtype != v.dtype:  # under autocast, of a scheme that computes in float32
         q, k = q.to(v.dtype), k.to(v.dtype)
-    width = v.size(-1)
-    if q.size(-1) == width:
-        return attend_fused(q, k, v, bias, ctx, window, dropout, chunk)
-    # Kernels want equal widths, and scores are divided by the root of a head's own
-    v = F.pad(v, (0, q.size(-1) - width))
-    return attend_fused(q, k, v, bias, ctx, window, dropout, chunk, width**-0.5)[..., :width]
+    width, scale = v.size(-1), None
+    if q.size(-1) != width:  # kernels want equal widths, and scores are divided by the root of a head's own
+        v, scale = F.pad(v, (0, q.size(-1) - width)), width**-0.5
+    if way == "causal":
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scale)
+    elif way == "newest":
+        if window:
+            k, v = k[:, :, -window:], v[:, :, -window:]
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
+    elif way == "flex":
+        y = flex_attend(q, k, v, bias, ctx.block_mask, scale)
+    elif way == "blocks":
+        y = attend_trained(q, k, v, bias, ctx, window, chunk, scale)
+    elif way == "keys":
+        y = attend_by_keys(q, k, v, bias, ctx, scale)
+    else:
+        y = attend_by_chunks(q, k, v, bias, ctx, window, dropout, chunk, scale)
+    return y if scale is None else y[..., :width]
+
+
+# ---- the way
+
+
+def way_of(
+    scheme,
+    device: torch.device,
+    dtype: torch.dtype,
+    length: int,
+    start: int = 0,
+    window: int = 0,
+    documents: bool = False,
+    dropout: float = 0.0,
+    grad: bool = True,
+    eager: bool = True,
+    flex: bool = True,
+) -> str:
+    """Which way a layer's attention goes, of those at the top of this file.
+
+    scheme: the layer's; dtype: of biases, ctx.dtype; length: T, behind `start` cached tokens; window: 0 where no query
+    reaches it; grad: whether gradients are asked for; eager: neither compiled nor within functorch's transforms; flex:
+    whether there is, or may be, a block mask.
+    """
+    masked = window > 0 or documents
+    if scheme.dense:
+        return "dense"
+    # MPS has let is_causal see future tokens (pytorch #195910): there the mask is explicit
+    if not scheme.biased and not masked and start == 0 and device.type != "mps":
+        return "causal"
+    if not scheme.biased and not documents and length == 1:
+        return "newest"
+    if flex and flex_fits(device, dtype, scheme.head_width, start, dropout):
+        return "flex"
+    if kind_of(device) == "cpu" and eager and not dropout:
+        if grad and trains_bias(scheme):
+            return "blocks"
+        if not grad and scheme.biased and scheme.of_keys and not masked and length > 1:
+            return "keys"
+    return "chunks"
+
+
+def way_here(scheme, q, ctx, window: int, dropout: float) -> str:
+    """way_of for one call of `attend` without a block mask."""
+    eager = not (q.is_meta or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    masks = {"window": window, "documents": ctx.documents is not None, "dropout": dropout}
+    grad = torch.is_grad_enabled()
+    return way_of(scheme, q.device, ctx.dtype, ctx.length, ctx.start, **masks, grad=grad, eager=eager, flex=False)
+
+
+def trains_bias(scheme) -> bool:
+    """Whether a bias of the scheme, or of a part of it, has parameters."""
+    return any(part.biased and next(part.parameters(), None) is not None for part in scheme.parts())
 
 
 @torch.no_grad()
@@ -85,30 +156,22 @@ def weights_by_layer(model, idx, caches: list[dict] | None = None) -> list[torch
     return found
 
 
-def attend_fused(
+# ---- dense masks
+
+
+def attend_by_chunks(
     q, k, v, bias, ctx, window: int, dropout: float, chunk: int, scale: float | None = None
 ) -> torch.Tensor:
-    """Attention by a fused kernel; bias: as Scheme.bias gives it, or None; scale: of scores, 1/√(width of q) where
-    None."""
+    """Attention of a chunk of queries at a time, with a dense mask; bias: as Scheme.bias gives it, or None; scale: of
+    scores, 1/√(width of q) where None."""
     documents = ctx.documents
-    plain = bias is None and not window and documents is None
-    # MPS has let is_causal see future tokens (pytorch #195910): there the mask is explicit
-    if plain and ctx.start == 0 and q.device.type != "mps":
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scale)
-    if bias is None and documents is None and ctx.length == 1:  # one new token sees every cached one, or the window's
-        if window:
-            k, v = k[:, :, -window:], v[:, :, -window:]
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
-    if ctx.block_mask is not None:
-        return flex_attend(q, k, v, bias, ctx.block_mask, scale)
     B, H, T, S = q.size(0), q.size(1), ctx.length, k.size(2)
-    eager = bias is not None and torch.is_grad_enabled() and differentiates(q, dropout)
-    share, trained = of_bias(bias, B, H, q.device) if eager or B * H * T * S > chunk else (1, False)
-    if eager and trained:
-        return attend_trained(q, k, v, bias, ctx, window, chunk, scale)
+    share, trained = of_bias(bias, B, H, q.device) if B * H * T * S > chunk else (1, False)
     share, heads = share if documents is None else B, 1 if bias is None else H  # of masks
     rows = queries_at_a_time(share, heads, T, S, window, chunk)
     rows = rows if documents is None else min(rows, 128)
+    if kind_of(q.device) == "cuda" and rows > 16:
+        rows -= rows % 16  # its kernel copies a mask whose rows are not aligned
     # No fused kernel gives a mask's gradient, and no masks are kept that are more than a chunk together
     again = trained or share * heads * T * (min(S, 2 * max(window, 128)) if window else S) > chunk
 
@@ -120,11 +183,20 @@ def attend_fused(
             # large at a distance, to bfloat16
             mask = bias(*pairs).to(ctx.dtype).masked_fill(~mask, -math.inf).expand(B, H, -1, -1)
             parts = [t.to(mask.dtype) for t in parts]
-        with no_autocast(q.device):
+        with no_autocast(q.device), without_cudnn(q.device):
             y = F.scaled_dot_product_attention(*parts, attn_mask=mask, dropout_p=dropout, scale=scale)
         return y.to(v.dtype)
 
     return by_chunks(part, (q, k, v), T, rows, again and torch.is_grad_enabled())
+
+
+def without_cudnn(device: torch.device):
+    """Context without cuDNN's attention, which is sdpa's first choice on Hopper. With a mask its gradient of q is NaN
+    at some lengths (T mod 128 = 64, log-sum-exp below -88; pytorch #196678)."""
+    if kind_of(device) != "cuda":
+        return contextlib.nullcontext()
+    others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return torch.nn.attention.sdpa_kernel(others)
 
 
 def of_bias(bias, B: int, H: int, device: torch.device) -> tuple[int, bool]:
@@ -140,13 +212,6 @@ def of_bias(bias, B: int, H: int, device: torch.device) -> tuple[int, bool]:
 # ---- a bias with parameters, in training on a CPU
 
 BLOCK = 64  # queries: their scores of a sequence are in a CPU's cache, and causality saves 3/8 of those at T = 256
-
-
-def differentiates(q, dropout: float) -> bool:
-    """Whether BiasedAttention may be used: on a CPU, in eager code, without dropout."""
-    if kind_of(q.device) != "cpu" or q.is_meta or dropout or torch.compiler.is_compiling():
-        return False
-    return not torch._C._are_functorch_transforms_active()
 
 
 class BiasedAttention(torch.autograd.Function):
@@ -204,7 +269,7 @@ class BiasedAttention(torch.autograd.Function):
 
 
 def attend_trained(q, k, v, bias, ctx, window: int, chunk: int, scale: float | None) -> torch.Tensor:
-    """As attend_fused, by BiasedAttention. Its weights are at most `chunk` elements, or are computed again."""
+    """As attend_by_chunks, by BiasedAttention. Its weights are at most `chunk` elements, or are computed again."""
     B, H, T, S = q.size(0), q.size(1), ctx.length, k.size(2)
     rows = queries_at_a_time(B, H, T, S, window, chunk)
     scale = q.size(-1) ** -0.5 if scale is None else scale
@@ -220,6 +285,35 @@ def attend_trained(q, k, v, bias, ctx, window: int, chunk: int, scale: float | N
             return BiasedAttention.apply(*parts, scale, blocks, *biases).to(v.dtype)
 
     return by_chunks(part, (q, k, v), T, rows, again=True)
+
+
+# ---- a bias of the keys alone, without gradient on a CPU
+
+ROWS = 256  # queries whose mask is one row: so few that the bias of near keys, from the first query, is small
+
+
+def attend_by_keys(q, k, v, bias, ctx, scale: float | None) -> torch.Tensor:
+    """As attend_by_chunks, of a bias `of_keys`: that of any two queries differs by one number for all keys, which the
+    softmax cancels. So a chunk of queries takes the bias of its first one, (B, H, 1, N), as the mask of the kernel
+    that also is causal: no later token changes a bit. The keys before the chunk, which all of its queries see, are a
+    second call; both are joined by their log-sum-exps.
+
+    In float32 a score has the rounding error of a bias that is up to ROWS tokens longer.
+    """
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    B, H, T, found = q.size(0), q.size(1), ctx.length, []
+    with no_autocast(q.device):
+        for i in range(0, T, ROWS):
+            start, end = ctx.start + i, ctx.start + min(i + ROWS, T)
+            batch, heads, _, n = indices(B, H, start, end, 0, q.device)
+            mask = bias(batch, heads, torch.full((1, 1), start, device=q.device), n).to(ctx.dtype).expand(B, H, 1, -1)
+            rows, own, past = q[:, :, i : i + ROWS], slice(start, end), slice(0, start)
+            y, lse = flash(rows, k[:, :, own], v[:, :, own], 0.0, True, attn_mask=mask[..., own], scale=scale)
+            if start:
+                before, other = flash(rows, k[:, :, past], v[:, :, past], attn_mask=mask[..., past], scale=scale)
+                y = torch.lerp(y, before, torch.sigmoid(other - lse).unsqueeze(-1).to(y.dtype))
+            found.append(y)
+    return torch.cat(found, 2)
 
 
 # ---- scores or weights of a scheme's own
@@ -312,39 +406,54 @@ def queries_at_a_time(share: int, H: int, T: int, S: int, window: int, chunk: in
 # ---- FlexAttention
 
 
-def flex_fits(device: torch.device, start: int, dropout: float, scores: int) -> bool:
-    """Whether a bias, a window or documents go through FlexAttention; scores: those of a batch, B·H·T·S. It compiles
-    for each shape, which is worth it in training and where they are many."""
-    fits = device.type == "cuda" and start == 0 and dropout == 0
-    return fits and (torch.is_grad_enabled() or scores > CHUNK)
+def flex_fits(device: torch.device, dtype: torch.dtype, width: int, start: int, dropout: float) -> bool:
+    """Whether a bias, a window or documents go through FlexAttention: on CUDA, without a cache and dropout, and within
+    the limits of its kernels (torch 2.13): heads of 16 channels or more, and no float64. More than 256 channels exceed
+    a GPU's shared memory in float32."""
+    return device.type == "cuda" and start == 0 and dropout == 0 and 16 <= width <= 256 and dtype != torch.float64
 
 
 class BlockMasks:
-    """The masks with which attention goes through FlexAttention in one forward pass, one a window."""
+    """The masks with which attention goes through FlexAttention in one forward pass, one a window. A prompt that is to
+    be continued, `cached`, has another length each time, for which FlexAttention would be compiled: it takes none."""
 
-    def __init__(self, ctx, dropout: float):
-        self.ctx, self.made, self.dropout = ctx, {}, dropout
+    def __init__(self, ctx, dropout: float, cached: bool = False):
+        self.ctx, self.made, self.dropout, self.cached = ctx, {}, dropout, cached
 
     def of(self, scheme, window: int):
         """A layer's mask, or None where its attention goes another way."""
-        window = 0 if window >= self.ctx.length else window
-        needed = window or self.ctx.documents is not None or scheme.claims("bias")
-        scores = self.ctx.idx.size(0) * scheme.n_head * self.ctx.length**2
-        if scheme.dense or not needed or not flex_fits(self.ctx.device, self.ctx.start, self.dropout, scores):
+        ctx, documents = self.ctx, self.ctx.documents is not None
+        window = 0 if window >= ctx.length else window
+        masks = {"window": window, "documents": documents, "dropout": self.dropout}
+        if self.cached or way_of(scheme, ctx.device, ctx.dtype, ctx.length, ctx.start, **masks) != "flex":
             return None
-        if self.ctx.documents is None:
-            return causal_block_mask(self.ctx.length, window, self.ctx.device)
+        if not documents:
+            return causal_block_mask(ctx.length, window, ctx.device)
         if window not in self.made:
-            self.made[window] = document_block_mask(self.ctx.documents, window)
+            self.made[window] = document_block_mask(ctx.documents, window)
         return self.made[window]
 
 
 @functools.lru_cache(maxsize=8)
 def causal_block_mask(length: int, window: int, device: torch.device):
-    """FlexAttention's mask, made outside compiled blocks and kept: building it costs more than using it."""
+    """FlexAttention's mask, made outside compiled blocks and kept. It is made of its blocks: create_block_mask would
+    form (length, length) elements."""
     import torch.nn.attention.flex_attention as flex
 
-    return flex.create_block_mask(lambda b, h, m, n: visible(m, n, window), None, None, length, length, device=device)
+    size = flex._DEFAULT_SPARSE_BLOCK_SIZE
+    first = torch.arange(0, length, size, device=device)
+    m, n = first.view(-1, 1), first.view(1, -1)  # the first query and the first key of each block
+    least, most = m - n - (size - 1), m - n + (size - 1)  # distances in a block
+    some, whole = most >= 0, (least >= 0) & (torch.maximum(m, n) + size <= length)
+    if window:
+        some, whole = some & (least < window), whole & (most < window)
+    blocks = []
+    for kind in (some & ~whole, whole):
+        kind = kind.to(torch.int32)[None, None]
+        order = kind.argsort(dim=-1, descending=True, stable=True)
+        blocks += [kind.sum(-1, dtype=torch.int32), order.to(torch.int32)]
+    seen = {"mask_mod": lambda b, h, m, n: visible(m, n, window), "seq_lengths": (length, length)}
+    return flex.BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=size, **seen)
 
 
 def document_block_mask(documents: torch.Tensor, window: int):
@@ -381,23 +490,37 @@ def flex_attend(q, k, v, bias, block_mask, scale: float | None) -> torch.Tensor:
 # ---- which kernel it is
 
 
-def kernel(model, dtype: torch.dtype, training: bool = True) -> str:
-    """The kernels that the attention of a GPT's layers takes at block_size, for records and reports; dtype:
-    autocast's."""
-    device, layers = model.lm_head.weight.device, [block.attn for block in model.transformer["h"]]
-    return ", ".join(dict.fromkeys(kernel_of_layer(attn, model.config, device, dtype, training) for attn in layers))
+def kernel(model, dtype: torch.dtype, length: int | None = None, training: bool = True) -> str:
+    """The kernels that the attention of a GPT's layers takes in a pass over `length` tokens, block_size where None, for
+    records and reports. dtype: autocast's."""
+    weight, config = model.lm_head.weight, model.config
+    length, dropout = length or config.block_size, config.dropout * training
+
+    def name(block) -> str:
+        pos, window = block.attn.pos, block.attn.window if block.attn.window < length else 0
+        asked = {"window": window, "documents": config.document_mask, "dropout": dropout, "grad": training}
+        eager = block._compiled_call_impl is None
+        way = way_of(pos, weight.device, wide(weight.dtype), length, **asked, eager=eager)
+        if way == "causal":
+            return f"sdpa {backend(pos, length, dropout, weight.device, dtype, training)}"
+        if way == "chunks":
+            masks = ("a dense bias" * pos.biased, "documents" * config.document_mask, "a window" * (window > 0))
+            return f"sdpa with {' and '.join(filter(None, masks)) or 'a causal mask'}, by chunks"
+        return NAMES[way]
+
+    return ", ".join(dict.fromkeys(map(name, model.transformer["h"])))
 
 
-def kernel_of_layer(attn, config, device: torch.device, dtype: torch.dtype, training: bool) -> str:
-    if attn.pos.dense:
-        return "dense scores, by chunks"
-    windowed = 0 < attn.window < config.block_size
-    if attn.pos.claims("bias") or windowed or config.document_mask:
-        if device.type == "cuda" and not (training and config.dropout):
-            return "flex_attention" if training else "flex_attention, at short lengths sdpa by chunks"
-        if attn.pos.claims("bias"):
-            return "sdpa with a dense bias, by chunks"
-        return "sdpa in documents, by chunks" if config.document_mask else "sdpa in a window, by chunks"
-    q = torch.empty(1, config.n_head, config.block_size, config.n_embd // config.n_head, device=device, dtype=dtype)
-    choice = torch._fused_sdp_choice(q, q, q, None, config.dropout if training else 0.0, True)
-    return f"sdpa {torch.nn.attention.SDPBackend(choice).name.lower()}"
+NAMES = {  # of the ways that are one kernel
+    "flex": "flex_attention",
+    "blocks": "blocks of queries with a trained bias",
+    "keys": "sdpa flash_attention with a bias of the keys",
+    "newest": "sdpa of one query",
+    "dense": "dense scores, by chunks",
+}
+
+
+def backend(scheme, length: int, dropout: float, device: torch.device, dtype: torch.dtype, training: bool) -> str:
+    """Which of its kernels sdpa takes for a causal pass."""
+    q = torch.empty(1, scheme.n_head, length, scheme.head_width, device=device, dtype=dtype, requires_grad=training)
+    return SDPBackend(torch._fused_sdp_choice(q, q, q, None, dropout, True)).name.lower()

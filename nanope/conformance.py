@@ -210,6 +210,17 @@ def chunks(case: Case) -> None:
         assert same, f"the gradient of {name} differs where queries come in chunks"
 
 
+def evaluation(case: Case) -> None:
+    """Without gradient, where attention may take other kernels, the logits are the same."""
+    model, tokens = case.model(), case.tokens(case.longest)
+    plain = model(tokens)[0]
+    with torch.no_grad():
+        assert not far(model(tokens)[0], plain), (
+            "without gradient the logits differ: `of_keys` is for a bias that differs between any two queries by one "
+            "number for all keys"
+        )
+
+
 def gradients(case: Case) -> None:
     """Every parameter has a gradient, and it is that of finite differences, but for an auxiliary loss."""
     model, tokens = case.model().train(), case.tokens()
@@ -318,6 +329,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
         lengths,
         far_positions,
         chunks,
+        evaluation,
         gradients,
         low_precision,
         saving,

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from model import GPT, MLP, Attention, GPTConfig, LayerNorm
 from nanope import ops
-from nanope.attention import attend
+from nanope.attention import attend, way_of
 from nanope.distributed import autocast, drop_casts
 
 
@@ -196,13 +196,11 @@ class GPUAttention:
         self.dtype, self.held = dtype, []
 
     def __call__(self, scheme, q, k, v, x, ctx, window: int, dropout: float) -> torch.Tensor:
-        if scheme.dense:
-            return attend(scheme, q, k, v, x, ctx, window, dropout)
         window = 0 if window >= k.size(2) else window
-        bias = scheme.bias(x, q, k, ctx)
-        if (bias is not None or window or ctx.documents is not None) and dropout:  # FlexAttention has no dropout
+        masks = {"window": window, "documents": ctx.documents is not None, "dropout": dropout}
+        if way_of(scheme, torch.device("cuda"), ctx.dtype, ctx.length, **masks) not in ("causal", "flex"):
             return attend(scheme, q, k, v, x, ctx, window, dropout)
-        self.held.append(bias)  # FlexAttention saves the tensors that it captured
+        self.held.append(scheme.bias(x, q, k, ctx))  # FlexAttention saves the tensors that it captured
         width = v.size(-1)
         if q.size(-1) > width:  # kernels want equal widths
             v = F.pad(v, (0, q.size(-1) - width))

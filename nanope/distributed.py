@@ -81,6 +81,9 @@ def ranks_of(device_name: str, timeout: float = 600.0, tf32: bool = False, deter
         torch.backends.cuda.matmul.allow_tf32 = tf32
         if deterministic:
             be_deterministic()
+        # sdpa takes cuDNN's attention first on compute capability 9 and 10, and passes it over where results must be
+        # deterministic. On 10 it has spoilt generations silently (pytorch #193893)
+        torch.backends.cuda.enable_cudnn_sdp(torch.cuda.get_device_capability(device)[0] != 10)
     if ranks.world > 1:
         cuda, wait = device.type == "cuda", datetime.timedelta(seconds=timeout)
         store = fresh_store(ranks, wait)
@@ -283,6 +286,14 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
             raise ValueError(f"dtype tf32 needs a CUDA device, not {device.type}: choose float32")
         return torch.float32
     return getattr(torch, name)
+
+
+def evaluation_dtype(name: str, device: torch.device) -> torch.dtype:
+    """pick_dtype for a command that scores. Products in float32 are float32 unless `name` is tf32, then in the whole
+    process."""
+    dtype = pick_dtype(name, device)
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    return dtype
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

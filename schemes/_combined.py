@@ -44,6 +44,8 @@ class Combined(Scheme):
         self.extends = all(part.extends for part in parts.values())
         self.longest = min((part.longest for part in parts.values() if part.longest), default=None)
         self.dense = any(part.dense for part in parts.values())
+        self.biased = any(part.biased for part in parts.values())
+        self.of_keys = all(part.of_keys for part in parts.values() if part.biased)
         encoders = [name for name, part in parts.items() if part.claims("encode")]
         for name, then in zip(encoders, encoders[1:]):
             if parts[name].wider:

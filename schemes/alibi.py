@@ -14,8 +14,11 @@ class ALiBi(Scheme):
     Parameters: none.
     Beyond block_size: yes, by construction.
     Cache: nothing of its own.
-    Cost: 2 FLOPs a score; a bias, by FlexAttention on CUDA and dense chunks on a CPU.
+    Cost: 2 FLOPs a score; a bias, by FlexAttention on CUDA, and on a CPU by dense chunks in training and a row of keys
+        in evaluation.
     """
+
+    of_keys = True
 
     def slopes(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """(H,) float64."""

@@ -55,9 +55,20 @@ class Context:
         return f"pos.{self.part}{name}"
 
     def appended(self, key: str, new: torch.Tensor, dim: int) -> torch.Tensor:
+        """`joined`, by the name in the cache. Without gradient the cached tensor is a view of a larger one, where later
+        tokens have room: a token costs its own size, not that of the cache."""
         if self.cache is None:
             return new
-        self.cache[key] = torch.cat((self.cache[key], new), dim) if key in self.cache else new
+        if key not in self.cache:
+            self.cache[key] = new
+        elif torch.is_grad_enabled() or self.cache[key].dtype != new.dtype:
+            self.cache[key] = torch.cat((self.cache[key], new), dim)
+        else:
+            old, room = self.cache[key], self.cache.get(f"room for {key}")
+            if room is None or not room.continues(old, new.size(dim)):
+                size = 2 * (old.size(dim) + new.size(dim))
+                room = self.cache[f"room for {key}"] = Room(old, dim, size + -size % 64)  # so that heads stay aligned
+            self.cache[key] = room.append(new)
         return self.cache[key]
 
     def accumulated(self, name: str, new: torch.Tensor, modulus: float | None = None) -> torch.Tensor:
@@ -95,6 +106,28 @@ class Context:
         return torch.Generator().manual_seed(self.seed if self.seed is not None else torch.initial_seed())
 
 
+class Room:
+    """A tensor with room for more along one dimension, and how much of it is filled."""
+
+    def __init__(self, first: torch.Tensor, dim: int, size: int):
+        shape = [*first.shape]
+        shape[dim] = size
+        self.whole, self.dim, self.filled = first.new_empty(shape), dim, 0
+        self.append(first)
+
+    def continues(self, seen: torch.Tensor, more: int) -> bool:
+        """Whether `seen` is all that is filled, untouched by a scheme and by another copy of the cache, with room for
+        `more`."""
+        same = seen.data_ptr() == self.whole.data_ptr() and seen.size(self.dim) == self.filled
+        return same and self.filled + more <= self.whole.size(self.dim)
+
+    def append(self, new: torch.Tensor) -> torch.Tensor:
+        """All that is filled, with `new` behind it."""
+        self.whole.narrow(self.dim, self.filled, new.size(self.dim)).copy_(new)
+        self.filled += new.size(self.dim)
+        return self.whole.narrow(self.dim, 0, self.filled)
+
+
 AXES = ("token", "line", "sentence", "byte")  # coordinates of a token in its text; nanope/coordinates.py
 
 
@@ -125,6 +158,8 @@ class Scheme(nn.Module):
     sole: tuple[str, ...] = ()  # hooks that no other scheme of a combination may override
     # What the channels are that `encode` adds behind a head's D: part of the score, or a bias, which no scale reaches
     wider: Literal["", "score", "bias"] = ""
+    # Whether the bias of any two queries differs by one number for all keys, as in slope · (n - m); softmax cancels it
+    of_keys: bool = False
     axes: tuple[str, ...] = ()  # coordinates that positions have, of AXES, "token" first; () for positions alone
 
     def __init__(self, config, layer: int):
@@ -132,6 +167,7 @@ class Scheme(nn.Module):
         self.layer, self.n_head, self.n_embd = layer, config.n_head, config.n_embd
         self.head_width = config.n_embd // config.n_head
         self.dense = self.claims("scores") or self.claims("weights")  # leaves the fused attention kernels
+        self.biased = self.claims("bias")
 
     # ---- hooks
 

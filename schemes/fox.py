@@ -18,10 +18,11 @@ class FoX(Scheme):
     Parameters: gate.weight (H, C), N(0, 0.02²); gate.bias (H,), start. Not decayed: gate.bias.
     Beyond block_size: yes, by construction.
     Cache: sums of the gates' logs (B, S, H), and the last in float64.
-    Cost: 2·C·H FLOPs a token; a bias, whose dense form on a CPU takes B·H·T² numbers.
+    Cost: 2·C·H FLOPs a token; a bias, whose dense form, for training on a CPU, takes B·H·T² numbers.
     """
 
     undecayed = ("gate.bias",)
+    of_keys = True
 
     def __init__(self, config, layer, *, start: float = 0.0):
         super().__init__(config, layer)

@@ -27,7 +27,8 @@ def model_options(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint", default=nothing, help="last, best, or a step number (default: last)")
     text = "tokens of an input, of which longer ones keep the last (default: the training length)"
     add("--max_length", type=int, default=nothing, help=text)
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default=nothing, help="of autocast (default: float32)")
+    text = "of autocast; tf32 is float32 with a GPU's products in TF32 (default: float32)"
+    add("--dtype", choices=("float32", "tf32", "bfloat16", "float16"), default=nothing, help=text)
     add("--scaling", choices=SCALINGS, default=nothing, help="of frequencies (default: none)")
     add("--factor", type=float, default=nothing, help="of --scaling: new context over training length")
 

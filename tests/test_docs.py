@@ -129,7 +129,7 @@ def test_the_page_on_schemes_names_every_hook_and_every_check():
         r"`(?:ctx\.)?(\w+)(?:\([\w, =]*\))?`", " ".join(row[0] for row in table_under(page, "| `ctx.`"))
     ):
         assert hasattr(schemes.Context, name) or name in {f.name for f in dataclasses.fields(schemes.Context)}, name
-    for attribute in ("extends", "longest", "reach", "axes", "undecayed", "shared", "sole", "wider"):
+    for attribute in ("extends", "longest", "reach", "axes", "undecayed", "shared", "sole", "wider", "of_keys"):
         assert f"`{attribute}`" in page and hasattr(Scheme, attribute)
     checks = ", ".join(row[0] for row in table_under(page, "| check |")).replace(" ", "_").split(",_")
     assert sorted(checks) == sorted(CHECKS)

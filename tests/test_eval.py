@@ -46,6 +46,13 @@ def test_report_names_its_conditions(data, tmp_path, capsys):  # noqa: F811
     assert {"stride", "dtype", "backend", "seed", "targets_sha256"} <= report.keys()
 
 
+def test_tf32_is_of_gpus(data, tmp_path):  # noqa: F811
+    run = tmp_path / "run"
+    save_run(run, data)
+    with pytest.raises(SystemExit, match="^error: dtype tf32 needs a CUDA device, not cpu: choose float32$"):
+        main(arguments(run, "--dtype", "tf32", "--device", "cpu"))
+
+
 def test_shift_needs_no_lengths(data, tmp_path, capsys):  # noqa: F811
     run = tmp_path / "run"
     save_run(run, data)

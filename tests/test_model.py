@@ -3,6 +3,7 @@
 What holds for every positional scheme is in tests/schemes/.
 """
 
+import itertools
 import json
 
 import pytest
@@ -27,6 +28,7 @@ from models import (
 )
 
 from model import GPT, GPTConfig
+from nanope import attention
 
 # ------------------------------------------------------------------------------------------------
 # Config and inputs: errors name the thing
@@ -146,6 +148,20 @@ def test_generate_computes_each_token_once_and_keeps_the_mode():
     with pytest.raises(ValueError):
         model.generate(torch.full((1, 4), VOCAB), 5)
     assert model.training, "the mode is restored after an error too"
+
+
+def test_a_token_does_not_copy_the_cache():
+    """Keys are moved at each doubling: 7 times for 400 tokens."""
+    model, places = build("rope"), []
+
+    def attend(scheme, q, k, *rest):
+        if scheme.layer == 0:
+            places.append(k.data_ptr())
+        return attention.attend(scheme, q, k, *rest)
+
+    with attention.attending(model, attend):
+        model.generate(tokens(4), 400, temperature=0)
+    assert len(places) == 400 and sum(a != b for a, b in itertools.pairwise(places)) <= 7
 
 
 def test_generate_ends_where_until_says_so():

@@ -19,12 +19,12 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 from tqdm import tqdm
 
 from nanope import checkpoint
-from nanope.distributed import autocast, pick_device
+from nanope.distributed import autocast, evaluation_dtype, pick_device
 from nanope.errors import nearest
 from nanope.evaluation.scoring import score_tokens
 
 OPTIONS = "run, checkpoint, max_length, dtype, device, batch_size, max_batch_size, scaling, factor"
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "tf32", "bfloat16", "float16")
 MAX_GEN_TOKS = 256  # of a request that does not say; hf has the same
 # Further options of generation, as they are without any effect; the last three have none where nothing is sampled
 NEUTRAL = {"num_beams": 1, "repetition_penalty": 1, "length_penalty": 1, "top_p": 1, "min_p": 0, "typical_p": 1}
@@ -64,7 +64,7 @@ class NanopeLM(TemplateLM):
 
     run: its folder, or a checkpoint file; checkpoint: last, best or a step
     max_length: of inputs, in tokens; longer ones lose tokens on the left (default: the training length)
-    dtype: of autocast, float32, bfloat16 or float16; device: auto, or a torch device
+    dtype: of autocast, float32, bfloat16 or float16, or tf32 on a GPU; device: auto, or a torch device
     batch_size: requests at a time, or auto: 4,096 tokens on a CPU, else 65,536, at most max_batch_size requests
     scaling, factor: of the frequencies, as in eval.py
 
@@ -97,7 +97,8 @@ class NanopeLM(TemplateLM):
         # The harness also knows auto:N
         self.batch_size = "auto" if str(batch_size).startswith("auto") else count_of("batch_size", batch_size)
         self.max_batch_size = max_batch_size
-        self._device, self.dtype = pick_device(str(device)), getattr(torch, dtype)
+        self._device = pick_device(str(device))
+        self.dtype = evaluation_dtype(dtype, self._device)
         self.open(str(run), str(checkpoint), scaling, factor)
         self.max_length = count_of("max_length", self.model.config.block_size if max_length is None else max_length)
         self.model.check_length(self.max_length)

@@ -130,7 +130,8 @@ def make_parser(description: str = "") -> Parser:
     add("--resamples", type=int, help="has no effect any more: intervals are t intervals, without a bootstrap")
     add("--seed", type=int, default=0, help="seed of the probe and of the examples of task (default: 0)")
     add("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of autocast (default: float32)")
+    text = "of autocast; tf32 is float32 with a GPU's products in TF32 (default: float32)"
+    add("--dtype", choices=("float32", "tf32", "bfloat16", "float16"), default="float32", help=text)
     add(
         "--json",
         type=given_path,

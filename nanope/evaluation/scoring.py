@@ -7,15 +7,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.shards import Split
 from model import GPT
 from nanope.attention import kernel
 from nanope.distributed import Ranks, autocast
-from nanope.evaluation.models import Model
+from nanope.evaluation.models import Model, why_not
 from nanope.evaluation.protocols import Windows
-from nanope.ops import by_onednn, chunk_rows, exact_product, no_autocast, scoring_dtype, wide
+from nanope.ops import by_onednn, chunk_rows, exact_product, kind_of, no_autocast, scoring_dtype, wide
+
+BLOCK = 128  # tokens of a block of FlexAttention
 
 
 @dataclass(frozen=True)
@@ -27,24 +30,43 @@ class Compute:
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
     ranks: Ranks = field(default_factory=Ranks)
+    tf32: bool = False  # products in float32 are in TF32, on a GPU
 
     @property
     def silent(self) -> bool | None:
         """tqdm's `disable`: other ranks show no progress, nor does the first where there is no terminal."""
         return None if self.ranks.main else True
 
-    def conditions(self, model: Model) -> dict:
-        """What figures may depend on beyond the model and the tokens, for a report."""
-        library = "transformers, scaled_dot_product_attention"
+    def conditions(self, model: Model, lengths: list[int]) -> dict:
+        """What figures at these lengths may depend on beyond the model and the tokens, for a report."""
         return {
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": "tf32" if self.tf32 else str(self.dtype).removeprefix("torch."),
             "device": str(model.lm_head.weight.device),
-            "backend": kernel(model, self.dtype, training=False) if isinstance(model, GPT) else library,
+            "backend": kernels(model, self.dtype, lengths),
             "batch_tokens": self.batch_tokens,
             "ranks": self.ranks.world,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
+
+
+def kernels(model: Model, dtype: torch.dtype, lengths: list[int]) -> str:
+    """The kernels of attention at each of some lengths, as one text; without the lengths where all have the same."""
+    if not isinstance(model, GPT):
+        return "transformers, scaled_dot_product_attention"
+    at = {}
+    for length in lengths:
+        at.setdefault(kernel(model, dtype, whole_blocks(model, length), training=False), []).append(str(length))
+    return "; ".join(name if len(at) == 1 else f"{name} at {', '.join(found)}" for name, found in at.items())
+
+
+def whole_blocks(model: Model, length: int) -> int:
+    """How many tokens a window of `length` is given to the model as. On CUDA windows are filled up behind their end to
+    whole blocks of attention, where the scheme can do it: no causal model notices, kernels like such sizes, and each
+    other size would be compiled."""
+    blocks = -(-length // BLOCK) * BLOCK
+    fill = isinstance(model, GPT) and kind_of(model.lm_head.weight.device) == "cuda" and why_not(model, blocks) is None
+    return blocks if fill else length
 
 
 @torch.no_grad()
@@ -98,7 +120,8 @@ def score_kept(
     device = model.lm_head.weight.device
     tokens = torch.from_numpy(tokens)
     with autocast(device, dtype):
-        h = model.hidden(tokens[:, :-1].to(device))  # (B, L, C)
+        inputs = F.pad(tokens[:, :-1], (0, whole_blocks(model, keep.size(1)) - keep.size(1)))
+        h = model.hidden(inputs.to(device))[:, : keep.size(1)]  # (B, L, C)
         nll, hits = score_head(h[keep.to(device)], model.lm_head.weight, tokens[:, 1:][keep].to(device))
     return nll.cpu().double().numpy(), hits.cpu().numpy()
 

@@ -1,5 +1,7 @@
 """nanope/attention.py: a bias by FlexAttention and by dense chunks of queries; attention weights."""
 
+import dataclasses
+
 import pytest
 import reference
 import torch
@@ -15,11 +17,17 @@ from models import (
     all_cases_fast_without_options,
     build,
     close,
+    config,
+    extends,
     layer_context,
     tokens,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import schemes
+from model import GPT, resolve
 from nanope import attention
+from nanope.ops import as_on
 
 
 @pytest.mark.slow
@@ -33,6 +41,128 @@ def test_bias_by_flex_attention_equals_the_dense_path(monkeypatch):
     fast = attention.attend(pos, q, k, v, x, layer_context(pos, x, block_mask=block_mask))
     close(fast, dense, atol=2e-5)
     assert not torch.allclose(fast, F.scaled_dot_product_attention(q, k, v, is_causal=True), atol=1e-2)
+
+
+# ---- the way, and its name
+
+
+class Ran(TorchDispatchMode):
+    """How the fused kernel ran: "causal", with "masks", or with a row of "keys" for all queries."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+            mask, causal = (kwargs or {}).get("attn_mask"), len(args) > 4 and args[4]
+            if mask is not None or causal:  # seqpe's encoder has neither
+                self.found.add("causal" if mask is None else "keys" if causal else "masks")
+        return func(*args, **(kwargs or {}))
+
+
+EVIDENCE = {  # of a name's beginning
+    "sdpa flash_attention with a bias of the keys": {"keys"},
+    "sdpa flash_attention": {"causal"},
+    "sdpa with": {"masks"},
+    "blocks of queries": {"blocks"},
+    "dense scores": set(),
+}
+
+
+@pytest.mark.parametrize("fields", [{}, {"window": 5}, {"document_mask": True, "eot": 7}, {"window": BLOCK}])
+@all_cases_fast_without_options
+def test_the_kernel_that_is_named_is_the_one_that_runs(case, fields, monkeypatch):
+    """In training and in evaluation, at block_size and beyond."""
+    forward = attention.BiasedAttention.forward
+    model, length = build(case, torch.float32, **fields), 2 * BLOCK if extends(case) else BLOCK
+    for size in {BLOCK, length}:
+        for training in (True, False):
+            name = attention.kernel(model, torch.float32, size, training)
+            with torch.set_grad_enabled(training), Ran() as ran:
+                found = lambda *args, ran=ran: ran.found.add("blocks") or forward(*args)  # noqa: E731
+                monkeypatch.setattr(attention.BiasedAttention, "forward", staticmethod(found))
+                model.train(training)(tokens(size))
+            evidence = next(kinds for start, kinds in EVIDENCE.items() if name.startswith(start))
+            assert ran.found == evidence, name
+
+
+def test_the_name_of_a_mixed_model_and_of_a_compiled_one():
+    model = GPT(config(["rope", "fox"], window=[0, 4]))
+    assert attention.kernel(model, torch.float32) == "sdpa flash_attention, blocks of queries with a trained bias"
+    model.compile_parts(backend="eager")
+    assert attention.kernel(model, torch.float32) == (
+        "sdpa flash_attention, sdpa with a dense bias and a window, by chunks"
+    )
+
+
+def cuda(case, length=256, dtype=torch.float32, **more):
+    fields = {name: more.pop(name) for name in ("n_head", "n_embd") if name in more}
+    pos = schemes.make(resolve(config(case, **fields)), 0)
+    return attention.way_of(pos, torch.device("cuda"), dtype, length, **more)
+
+
+def test_the_ways_of_cuda():
+    """By construction: nothing runs."""
+    assert cuda("rope") == cuda("rope", grad=False) == cuda("gape") == "causal"
+    assert cuda("path") == cuda("stickbreaking", window=9) == "dense"
+    assert cuda("rope", 1, start=9) == cuda("rope", 1, start=9, window=4) == "newest"
+    for case in ("alibi", "fox", "rope+alibi", "t5"):
+        for length in (1, 40, 256, 1000, 65536):
+            assert cuda(case, length) == cuda(case, length, grad=False) == "flex"
+        # What FlexAttention's kernels do not have
+        assert cuda(case, n_head=4, n_embd=32) == cuda(case, dropout=0.1) == cuda(case, dtype=torch.float64) == "chunks"
+        assert cuda(case, n_head=1, n_embd=512) == cuda(case, start=9) == "chunks"
+    assert cuda("rope", window=9) == cuda("rope", documents=True) == cuda("rope", n_embd=96, window=9) == "flex"
+    assert cuda("rope", window=9, dropout=0.1) == cuda("rope", documents=True, n_head=4, n_embd=32) == "chunks"
+
+
+def test_prompts_and_small_heads_have_no_block_masks():
+    """Asked of the model's own contexts, as on a GPU."""
+    for fields, cached, made in (({}, False, True), ({}, True, False), ({"n_head": 4, "n_embd": 32}, False, False)):
+        pos, x = build("alibi", **fields).transformer.h[0].attn.pos, torch.randn(2, 40, 48)
+        ctx = dataclasses.replace(layer_context(pos, x), dtype=torch.float32, device=torch.device("cuda"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention, "causal_block_mask", lambda *_: "made")
+            assert attention.BlockMasks(ctx, 0.0, cached).of(pos, 0) == ("made" if made else None)
+
+
+@pytest.mark.parametrize("length", [1, 127, 128, 129, 300, 512, 1000])
+@pytest.mark.parametrize("window", [0, 1, 5, 128, 129, 200, 600])
+def test_block_masks_are_those_of_create_block_mask(length, window):
+    if window >= length:
+        return
+    ours = attention.causal_block_mask(length, window, torch.device("cpu"))
+    theirs = flex.create_block_mask(ours.mask_mod, None, None, length, length, device="cpu")
+    assert ours.shape == theirs.shape and ours.BLOCK_SIZE == theirs.BLOCK_SIZE
+    assert torch.equal(ours.to_dense(), theirs.to_dense())
+    for name in ("kv", "full_kv", "q", "full_q"):
+        counts, other = getattr(ours, f"{name}_num_blocks"), getattr(theirs, f"{name}_num_blocks")
+        assert torch.equal(counts, other) and counts.dtype == other.dtype, name
+        blocks, others = getattr(ours, f"{name}_indices"), getattr(theirs, f"{name}_indices")
+        for row, count in enumerate(counts[0, 0].tolist()):
+            assert torch.equal(blocks[0, 0, row, :count], others[0, 0, row, :count]), name
+
+
+def test_a_long_block_mask_forms_few_elements():
+    with Largest() as largest:
+        attention.causal_block_mask(2**16, 4096, torch.device("cpu"))
+    assert largest.elements <= (2**16 / 128 + 1) ** 2
+
+
+@pytest.mark.slow
+def test_masks_without_cudnn_are_compiled_in_one_graph():
+    """As on CUDA, where sdpa must not take cuDNN's kernel with a mask."""
+    model, idx = build("rope", window=5, dropout=0.1), tokens(BLOCK)
+    with as_on("cuda"):
+        model.compile_parts(backend="aot_eager")
+        model(idx, idx)[1].backward()
+        seen = []
+        inside = lambda *_, **__: seen.append(torch.backends.cuda.cudnn_sdp_enabled())  # noqa: E731
+        with attention.without_cudnn(idx.device):
+            inside()
+        inside()
+    assert seen == [False, True]
 
 
 # ---- weights_of

@@ -7,7 +7,7 @@ import math
 import pytest
 import reference
 import torch
-from models import Largest, build, close, config, layer_context, refused, tokens
+from models import LAYERS, Largest, build, close, config, layer_context, refused, shaken, tokens
 
 from model import GPT
 from nanope import attention
@@ -142,7 +142,7 @@ def test_long_sums_against_float64(case, most):
 
 @pytest.mark.parametrize("case", ["t5", "fox"])
 @pytest.mark.parametrize("window, start", [(0, 0), (70, 0), (0, 30)])
-def test_a_trained_bias_in_blocks_equals_sdpa(case, window, start, monkeypatch):
+def test_a_trained_bias_in_blocks_equals_sdpa(case, window, start):
     """Values and gradients of 150 queries, in blocks of 64 and in chunks; with a window; behind a cache."""
     pos, T, S = first(build(case)), 150, 150 + start
     x = torch.randn(2, S, pos.n_embd, dtype=torch.float64)
@@ -150,15 +150,71 @@ def test_a_trained_bias_in_blocks_equals_sdpa(case, window, start, monkeypatch):
     g = torch.randn(2, pos.n_head, T, 16, dtype=torch.float64)
     whole = layer_context(pos, x)
     found = []
-    for differentiates, chunk in ((True, 2**24), (True, 2 * pos.n_head * S * 50), (False, 2**24)):
-        monkeypatch.setattr(attention, "differentiates", lambda *_, answer=differentiates: answer)
+    for blocks, chunk in ((True, 2**24), (True, 2 * pos.n_head * S * 50), (False, 2**24)):
         bias = pos.bias(x, q, k, whole)
         ctx = layer_context(pos, x[:, start:], start)
-        y = attention.attend_fused(q[:, :, start:], k, v, bias, ctx, window, 0.0, chunk)
+        if blocks:
+            y = attention.attend_trained(q[:, :, start:], k, v, bias, ctx, window, chunk, None)
+        else:
+            y = attention.attend_by_chunks(q[:, :, start:], k, v, bias, ctx, window, 0.0, chunk)
         found.append((y, *torch.autograd.grad(y, (q, k, v, *pos.parameters()), g)))
     for own in found[:2]:
         for a, b in zip(own, found[2]):
             close(a, b)
+
+
+# ---- a bias of the keys alone
+
+
+OF_KEYS = pytest.mark.parametrize("case", ["alibi", "fox", "rope+alibi", "alibi+fox", "gape+alibi"])
+
+
+def of_keys(case, dtype=torch.float64, **shape):
+    model = shaken(config(case, **shape), dtype)
+    assert attention.kernel(model, dtype, training=False) == "sdpa flash_attention with a bias of the keys"
+    return model
+
+
+@OF_KEYS
+@pytest.mark.parametrize("rows", [7, 256])
+def test_a_bias_of_the_keys_equals_the_dense_one(case, rows, monkeypatch):
+    """In chunks of 7 queries, which do not divide the 40 tokens; behind a cache; with gradient it is the dense one."""
+    monkeypatch.setattr(attention, "ROWS", rows)
+    model, idx = of_keys(case), tokens(40, B=3)
+    dense = model.hidden(idx)
+    with torch.no_grad():
+        close(model.hidden(idx), dense)
+        caches = [{} for _ in range(LAYERS)]
+        pieces = [model.hidden(piece, caches) for piece in idx.split([3, 20, 1, 16], 1)]
+        close(torch.cat(pieces, 1), dense)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case, most", [("alibi", 1e-5), ("rope+alibi", 1e-5), ("fox", 3e-4)])
+def test_a_bias_of_the_keys_in_float32(case, most):
+    """2,048 tokens at 16 times the training length: losses against the dense form in float64. fox's sums are float32 in
+    either form. No scores, nor a mask, of all queries and keys; a later token changes no bit."""
+    shape = {"block_size": 128, "n_head": 4, "n_embd": 128, "vocab_size": 256}
+    idx = tokens(2049, V=256)
+    inputs, targets = idx[:, :-1], idx[:, 1:]
+    with torch.no_grad(), Largest() as largest:
+        ours = of_keys(case, torch.float32, **shape)(inputs, targets, reduction="none")[1]
+    assert largest.elements < 2048**2
+    exact = of_keys(case, **shape)(inputs, targets, reduction="none")[1]
+    close(ours.double(), exact.detach(), atol=most)
+    with torch.no_grad():
+        changed = inputs.index_fill(1, torch.tensor([2000]), 7)
+        again = of_keys(case, torch.float32, **shape)(changed, targets, reduction="none")[1]
+    assert torch.equal(again[:, :2000], ours[:, :2000]) and not torch.equal(again[:, 2000:], ours[:, 2000:])
+
+
+@OF_KEYS
+def test_a_bias_of_the_keys_under_autocast(case):
+    model, idx = of_keys(case, torch.float32), tokens(40)
+    with torch.autocast("cpu", torch.bfloat16):
+        dense = model.hidden(idx)
+        with torch.no_grad():
+            close(model.hidden(idx), dense, atol=0.1)
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ WRONG = {
     "Unused": "gradients",
     "WrongGradient": "gradients",
     "ChunksAlone": "chunks",
+    "KeysInVain": "evaluation",
     "ByLayer": "compilation",
     "Breaks": "compilation",
     "Untyped": "options_are_announced",

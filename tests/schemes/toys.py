@@ -207,6 +207,15 @@ class ChunksAlone(Scheme):
         return super().scores(q, k, x, rows, ctx) * (1 + rows.start)
 
 
+class KeysInVain(Scheme):
+    """evaluation"""
+
+    of_keys = True
+
+    def bias(self, x, q, k, ctx):
+        return lambda batch, head, m, n: -((m - n) ** 2) / 50
+
+
 class ByLayer(Scheme):
     """compilation"""
 

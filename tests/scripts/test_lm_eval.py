@@ -203,6 +203,7 @@ def test_what_cannot_be_evaluated_is_one_line(byte_data, tasks, tmp_path, run_co
         (["--run", "nowhere"], "own_text", "error: no run nowhere"),
         (["--run", run], "own_nothing", "error: Tasks not found: own_nothing"),
         (["--run", run, "--max_length", 48], "own_text", "error: learned positions end at block_size 24"),
+        (["--run", run, "--dtype", "tf32", "--device", "cpu"], "own_text", "error: dtype tf32 needs a CUDA device"),
         (["--run", run], "own_empty", "error: task own_empty wants generation from an empty context"),
         (["--run", run, "--apply_chat_template"], "own_text", "error: a run of train.py has no chat template"),
     ):

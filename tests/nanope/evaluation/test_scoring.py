@@ -11,6 +11,7 @@ from evaluating import evaluate, model, rows
 
 from model import GPT, GPTConfig
 from nanope import REPO
+from nanope.evaluation import scoring
 from nanope.evaluation.scoring import Compute, score_head, score_tokens
 
 
@@ -31,6 +32,31 @@ def test_batches_do_not_change_the_figures(data):
         for n in (64, 10_000)
     )
     assert first == pytest.approx(second, abs=1e-6)
+
+
+@pytest.mark.parametrize("pos", ["rope", "alibi", "carope", "fox", "path", "xpos", "learned"])
+def test_windows_filled_up_as_on_a_gpu_have_the_same_figures(pos, monkeypatch):
+    """To whole blocks of attention, where the scheme goes as far; learned's table ends at 200."""
+    gpt, sizes = GPT(GPTConfig(200, 64, 2, 2, 16, pos=pos), seed=0).eval(), []
+    tokens, scored = np.random.default_rng(0).integers(0, 64, (2, 151)), np.array([150, 20])
+    gpt.transformer.wte.register_forward_pre_hook(lambda module, args: sizes.append(args[0].size(1)))
+    plain, hits = score_tokens(gpt, tokens, scored)
+    monkeypatch.setattr(scoring, "kind_of", lambda device: "cuda")
+    filled, same = score_tokens(gpt, tokens, scored)
+    assert sizes == [150, 150 if pos == "learned" else 256]
+    assert np.abs(filled - plain).max() < 1e-5 and np.array_equal(hits, same)
+
+
+def test_a_report_names_the_kernel_of_each_length(monkeypatch):
+    gpt = GPT(GPTConfig(16, 64, 2, 2, 16, pos="rope", window=32), seed=0)
+    assert Compute().conditions(gpt, [16, 32])["backend"] == "sdpa flash_attention"
+    assert Compute().conditions(gpt, [16, 32, 64, 128])["backend"] == (
+        "sdpa flash_attention at 16, 32; sdpa with a window, by chunks at 64, 128"
+    )
+    assert (
+        Compute().conditions(gpt, [16])["dtype"] == "float32"
+        and Compute(tf32=True).conditions(gpt, [16])["dtype"] == "tf32"
+    )
 
 
 @pytest.mark.slow
