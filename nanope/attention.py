@@ -289,7 +289,7 @@ def attend_trained(q, k, v, bias, ctx, window: int, chunk: int, scale: float | N
 
 # ---- a bias of the keys alone, without gradient on a CPU
 
-ROWS = 256  # queries whose mask is one row: so few that the bias of near keys, from the first query, is small
+ROWS = 192  # queries whose mask is one row: so few that the bias of near keys, from the first query, is small
 
 
 def attend_by_keys(q, k, v, bias, ctx, scale: float | None) -> torch.Tensor:

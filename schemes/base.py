@@ -61,7 +61,7 @@ class Context:
             return new
         if key not in self.cache:
             self.cache[key] = new
-        elif torch.is_grad_enabled() or self.cache[key].dtype != new.dtype:
+        elif torch.is_grad_enabled() or torch.compiler.is_compiling() or self.cache[key].dtype != new.dtype:
             self.cache[key] = torch.cat((self.cache[key], new), dim)
         else:
             old, room = self.cache[key], self.cache.get(f"room for {key}")

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model import GPT, SCHEMES, GPTConfig
 from nanope.costs import MORE_PRODUCTS, parameters, products, simulate
 from nanope.distributed import autocast
+from schemes._skew import SWEEPS
 
 CPU = torch.device("cpu")
 # Small models. The vocabulary is large enough for the loss head to work in chunks: 2^23 / 20,032 = 418 rows
@@ -100,7 +101,9 @@ def test_flops_by_hand(pos, dtype, gpu):
         b = 8
         frame = 8 * b * C**2  # Qᵀ W_q and Qᵀ W_k, and the same for the weights' gradient
         moments = 4 * b * C * TOKENS  # M_m = Σ g yᵀ of q and k
-        tridiagonal = 12 * b**2 * (b - 2) + b**3  # b - 2 reflections of A from both sides and of Q from one; Q V, Q U
+        tridiagonal = 6 * b**3 * (b - 2) + b**3  # b - 2 reflections of A from both sides and of Q from one; Q V, Q U
+        n = b // 2
+        tridiagonal += SWEEPS * (n - 1) * 2 * n**3 + 4 * n**3 * (n - 1)  # Jacobi: Gram matrices; reflections of M V, U
         gradient = 4 * b**3  # Q E Qᵀ
         added = L * (frame + moments + C // b * (tridiagonal + gradient))
     assert count.products == TOKENS * (6 * L * 12 * C**2 + 6 * VOCAB * C) + count.attention + added
