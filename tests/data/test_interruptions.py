@@ -81,8 +81,11 @@ def test_killed_at_random_moments(corpus, whole, tmp_path):
     while killed < 3:
         fault = ["os.rename", r"\.json$", 0, "slow down"]
         process = start(out, "--workers", rng.choice([1, 2]), source=corpus[0], fault=fault)
+        if killed:  # the first at any moment; the others once there is something to keep
+            while process.poll() is None and not times(tmp_path / "out.partial", "*.bin"):
+                time.sleep(0.01)
         try:
-            process.wait(rng.uniform(0.2 * span, span))
+            process.wait(rng.uniform(0, 0.3 * span) if killed else rng.uniform(0.2 * span, span))
             assert process.returncode == 0, process.stderr.read()
             shutil.rmtree(out)  # it was faster; once more from the beginning
             span *= 0.8
