@@ -11,6 +11,7 @@ from models import LAYERS, Largest, build, close, config, layer_context, refused
 
 from model import GPT
 from nanope import attention
+from schemes.alibi import ALiBi
 from schemes.fox import FoX
 from schemes.t5 import first_distances
 
@@ -215,6 +216,31 @@ def test_a_bias_of_the_keys_under_autocast(case):
         dense = model.hidden(idx)
         with torch.no_grad():
             close(model.hidden(idx), dense, atol=0.1)
+
+
+def test_a_bias_of_the_keys_with_channels_that_are_no_neighbours():
+    """As an `encode` may leave them. The kernel itself would take them for neighbours."""
+    pos, x = first(build("alibi")), torch.randn(2, 40, 48, dtype=torch.float64)
+    q, k, v = torch.randn(3, 2, pos.n_head, 16, 40, dtype=torch.float64).mT
+    ctx = layer_context(pos, x)
+    bias = pos.bias(x, q, k, ctx)
+    with torch.no_grad():
+        dense = attention.attend_by_chunks(q, k, v, bias, ctx, 0, 0.0, attention.CHUNK)
+        close(attention.attend_by_keys(q, k, v, bias, ctx, None), dense)
+
+
+def test_another_bias_is_not_of_the_keys_unless_it_says_so():
+    class Square(ALiBi):
+        def bias(self, x, q, k, ctx):
+            return lambda batch, head, m, n: -((m - n) ** 2) / 50
+
+    class Twice(ALiBi):
+        of_keys = True
+
+        def bias(self, x, q, k, ctx):
+            return lambda batch, head, m, n: (n - m) / 4
+
+    assert [cls.of_keys for cls in (ALiBi, Square, Twice, type("Same", (ALiBi,), {}))] == [True, False, True, True]
 
 
 @pytest.mark.slow
