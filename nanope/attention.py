@@ -51,12 +51,11 @@ def attend(scheme, q, k, v, x, ctx, window: int = 0, dropout: float = 0.0, chunk
     width, scale = v.size(-1), None
     if q.size(-1) != width:  # kernels want equal widths, and scores are divided by the root of a head's own
         v, scale = F.pad(v, (0, q.size(-1) - width)), width**-0.5
-    if way == "causal":
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scale)
-    elif way == "newest":
-        if window:
+    if way in ("causal", "newest"):
+        if way == "newest" and window:
             k, v = k[:, :, -window:], v[:, :, -window:]
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
+        with without_cudnn(q.device, ctx.cache is not None):
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=way == "causal", dropout_p=dropout, scale=scale)
     elif way == "flex":
         y = flex_attend(q, k, v, bias, ctx.block_mask, scale)
     elif way == "blocks":
@@ -98,7 +97,7 @@ def way_of(
         return "causal"
     if not scheme.biased and not documents and length == 1:
         return "newest"
-    if flex and flex_fits(device, dtype, scheme.head_width, start, dropout):
+    if flex and flex_fits(scheme, device, dtype, start, dropout):
         return "flex"
     if kind_of(device) == "cpu" and eager and not dropout:
         if grad and trains_bias(scheme):
@@ -170,7 +169,7 @@ def attend_by_chunks(
     share, heads = share if documents is None else B, 1 if bias is None else H  # of masks
     rows = queries_at_a_time(share, heads, T, S, window, chunk)
     rows = rows if documents is None else min(rows, 128)
-    if kind_of(q.device) == "cuda" and rows > 16:
+    if kind_of(q.device) == "cuda" and 16 < rows < T:
         rows -= rows % 16  # its kernel copies a mask whose rows are not aligned
     # No fused kernel gives a mask's gradient, and no masks are kept that are more than a chunk together
     again = trained or share * heads * T * (min(S, 2 * max(window, 128)) if window else S) > chunk
@@ -190,10 +189,13 @@ def attend_by_chunks(
     return by_chunks(part, (q, k, v), T, rows, again and torch.is_grad_enabled())
 
 
-def without_cudnn(device: torch.device):
-    """Context without cuDNN's attention, which is sdpa's first choice on Hopper. With a mask its gradient of q is NaN
-    at some lengths (T mod 128 = 64, log-sum-exp below -88; pytorch #196678)."""
-    if kind_of(device) != "cuda":
+def without_cudnn(device: torch.device, needed: bool = True):
+    """Context without cuDNN's attention, which is sdpa's first choice on Hopper, where that is needed.
+
+    With a mask its gradient of q is NaN at some lengths (T mod 128 = 64, log-sum-exp below -88; pytorch #196678). With
+    a cache each token has another number of keys, and cuDNN makes a plan for each shape, which took 0.4 s on a B200
+    (FunASR #3704)."""
+    if not needed or kind_of(device) != "cuda":
         return contextlib.nullcontext()
     others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     return torch.nn.attention.sdpa_kernel(others)
@@ -301,6 +303,7 @@ def attend_by_keys(q, k, v, bias, ctx, scale: float | None) -> torch.Tensor:
     In float32 a score has the rounding error of a bias that is up to ROWS tokens longer.
     """
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))  # it takes for granted what sdpa asks
     B, H, T, found = q.size(0), q.size(1), ctx.length, []
     with no_autocast(q.device):
         for i in range(0, T, ROWS):
@@ -406,11 +409,12 @@ def queries_at_a_time(share: int, H: int, T: int, S: int, window: int, chunk: in
 # ---- FlexAttention
 
 
-def flex_fits(device: torch.device, dtype: torch.dtype, width: int, start: int, dropout: float) -> bool:
+def flex_fits(scheme, device: torch.device, dtype: torch.dtype, start: int, dropout: float) -> bool:
     """Whether a bias, a window or documents go through FlexAttention: on CUDA, without a cache and dropout, and within
     the limits of its kernels (torch 2.13): heads of 16 channels or more, and no float64. More than 256 channels exceed
-    a GPU's shared memory in float32."""
-    return device.type == "cuda" and start == 0 and dropout == 0 and 16 <= width <= 256 and dtype != torch.float64
+    a GPU's shared memory in float32; those that are `wider` are up to twice as wide."""
+    fits = 16 <= scheme.head_width <= (128 if scheme.wider else 256)
+    return fits and device.type == "cuda" and start == 0 and dropout == 0 and dtype != torch.float64
 
 
 class BlockMasks:
@@ -473,7 +477,7 @@ def compiled_flex_attention():
     import torch.nn.attention.flex_attention as flex
 
     # Each length of an evaluation is another shape, and beyond the limit it would run uncompiled, with all scores
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
     return torch.compile(flex.flex_attention, dynamic=False)
 
 

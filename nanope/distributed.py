@@ -81,9 +81,6 @@ def ranks_of(device_name: str, timeout: float = 600.0, tf32: bool = False, deter
         torch.backends.cuda.matmul.allow_tf32 = tf32
         if deterministic:
             be_deterministic()
-        # sdpa takes cuDNN's attention first on compute capability 9 and 10, and passes it over where results must be
-        # deterministic. On 10 it has spoilt generations silently (pytorch #193893)
-        torch.backends.cuda.enable_cudnn_sdp(torch.cuda.get_device_capability(device)[0] != 10)
     if ranks.world > 1:
         cuda, wait = device.type == "cuda", datetime.timedelta(seconds=timeout)
         store = fresh_store(ranks, wait)
@@ -273,6 +270,10 @@ def pick_device(name: str, ranks: Ranks | None = None) -> torch.device:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda":
+        # sdpa takes cuDNN's attention first on compute capability 9 and 10, and passes it over where results must be
+        # deterministic. On 10 it has spoilt generations silently (pytorch #193893)
+        torch.backends.cuda.enable_cudnn_sdp(torch.cuda.get_device_capability(device)[0] != 10)
     return device
 
 

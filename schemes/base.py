@@ -112,20 +112,21 @@ class Room:
     def __init__(self, first: torch.Tensor, dim: int, size: int):
         shape = [*first.shape]
         shape[dim] = size
-        self.whole, self.dim, self.filled = first.new_empty(shape), dim, 0
+        self.whole, self.dim = first.new_empty(shape), dim
+        self.filled = self.whole.narrow(dim, 0, 0)
         self.append(first)
 
     def continues(self, seen: torch.Tensor, more: int) -> bool:
-        """Whether `seen` is all that is filled, untouched by a scheme and by another copy of the cache, with room for
-        `more`."""
-        same = seen.data_ptr() == self.whole.data_ptr() and seen.size(self.dim) == self.filled
-        return same and self.filled + more <= self.whole.size(self.dim)
+        """Whether `seen` is all that is filled, with room for `more`. It is not where a scheme has changed it, where
+        some of the sequences were chosen, and where another copy of the cache has gone on."""
+        return seen is self.filled and seen.size(self.dim) + more <= self.whole.size(self.dim)
 
     def append(self, new: torch.Tensor) -> torch.Tensor:
         """All that is filled, with `new` behind it."""
-        self.whole.narrow(self.dim, self.filled, new.size(self.dim)).copy_(new)
-        self.filled += new.size(self.dim)
-        return self.whole.narrow(self.dim, 0, self.filled)
+        filled, more = self.filled.size(self.dim), new.size(self.dim)
+        self.whole.narrow(self.dim, filled, more).copy_(new)
+        self.filled = self.whole.narrow(self.dim, 0, filled + more)
+        return self.filled
 
 
 AXES = ("token", "line", "sentence", "byte")  # coordinates of a token in its text; nanope/coordinates.py
@@ -161,6 +162,11 @@ class Scheme(nn.Module):
     # Whether the bias of any two queries differs by one number for all keys, as in slope · (n - m); softmax cancels it
     of_keys: bool = False
     axes: tuple[str, ...] = ()  # coordinates that positions have, of AXES, "token" first; () for positions alone
+
+    def __init_subclass__(cls, **arguments):
+        super().__init_subclass__(**arguments)
+        if "bias" in vars(cls) and "of_keys" not in vars(cls):  # what holds of a bias need not hold of its successor
+            cls.of_keys = False
 
     def __init__(self, config, layer: int):
         super().__init__()

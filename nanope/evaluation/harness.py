@@ -264,7 +264,7 @@ class NanopeLM(TemplateLM):
             return not going
 
         idx = torch.tensor(prompts, device=self._device)  # (B, T)
-        with torch.no_grad(), self.model.parameters_fixed(), autocast(self._device, self.dtype):
+        with autocast(self._device, self.dtype):
             out = self.model.generate(idx, wish.tokens, wish.temperature, wish.top_k, until=all_ended)
         texts = []
         for ids in out[:, start:].tolist():

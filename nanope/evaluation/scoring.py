@@ -62,9 +62,12 @@ def kernels(model: Model, dtype: torch.dtype, lengths: list[int]) -> str:
 
 def whole_blocks(model: Model, length: int) -> int:
     """How many tokens a window of `length` is given to the model as. On CUDA windows are filled up behind their end to
-    whole blocks of attention, where the scheme can do it: no causal model notices, kernels like such sizes, and each
-    other size would be compiled."""
-    blocks = -(-length // BLOCK) * BLOCK
+    one of few sizes, where the scheme can do it: no causal model notices, kernels like such sizes, and each other size
+    would be compiled. They are powers of 2 from 16 on, then multiples of a block of attention, and beyond 1,024 tokens
+    four between two powers of 2."""
+    power = 1 << (length - 1).bit_length()
+    block = max(16, min(power, BLOCK), power // 8)
+    blocks = -(-length // block) * block
     fill = isinstance(model, GPT) and kind_of(model.lm_head.weight.device) == "cuda" and why_not(model, blocks) is None
     return blocks if fill else length
 

@@ -115,6 +115,9 @@ def test_the_ways_of_cuda():
         assert cuda(case, n_head=1, n_embd=512) == cuda(case, start=9) == "chunks"
     assert cuda("rope", window=9) == cuda("rope", documents=True) == cuda("rope", n_embd=96, window=9) == "flex"
     assert cuda("rope", window=9, dropout=0.1) == cuda("rope", documents=True, n_head=4, n_embd=32) == "chunks"
+    # q and k of pope are twice as wide as a head
+    assert cuda("pope", n_head=1, n_embd=128, window=9) == cuda("rope", n_head=1, n_embd=192, window=9) == "flex"
+    assert cuda("pope", n_head=1, n_embd=192, window=9) == "chunks"
 
 
 def test_prompts_and_small_heads_have_no_block_masks():
@@ -148,6 +151,37 @@ def test_a_long_block_mask_forms_few_elements():
     with Largest() as largest:
         attention.causal_block_mask(2**16, 4096, torch.device("cpu"))
     assert largest.elements <= (2**16 / 128 + 1) ** 2
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Of sdpa's, as on CUDA: whether each might have taken cuDNN's kernel."""
+    found, sdpa = [], F.scaled_dot_product_attention
+
+    def attention(*args, **options):
+        found.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return sdpa(*args, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    with as_on("cuda"):
+        yield found
+
+
+def test_cudnn_is_not_for_passes_with_a_cache(calls):
+    """It makes a plan for each number of keys."""
+    model = build("rope", torch.float32)
+    model(tokens(BLOCK))
+    assert calls == [True] * LAYERS
+    calls.clear()
+    model.generate(tokens(4), 3)
+    assert calls == [False] * 3 * LAYERS
+
+
+def test_queries_that_fit_are_not_divided_on_a_gpu(calls):
+    """40 are no multiple of 16; two chunks would be computed again in the backward pass."""
+    model = build("t5", torch.float32, dropout=0.1)
+    model(tokens(40))
+    assert len(calls) == LAYERS
 
 
 @pytest.mark.slow

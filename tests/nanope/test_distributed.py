@@ -1,10 +1,11 @@
 """What ranks share."""
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from model import GPT, GPTConfig
-from nanope.distributed import Ranks, data_parallel
+from nanope.distributed import Ranks, data_parallel, pick_device
 
 IDX = torch.arange(32).view(2, 16)
 
@@ -26,3 +27,15 @@ def test_gradients_lie_in_buckets_alone(tmp_path):
             assert len(held()) == 1 and all(p.grad.eq(0).all() for p in model.parameters())
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("capability", "allowed"), [((8, 0), True), ((9, 0), True), ((10, 3), False)])
+def test_no_command_takes_cudnns_attention_on_capability_10(capability, allowed, monkeypatch):
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.tensor(0.0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        assert pick_device("cuda") == torch.device("cuda", 0)
+        assert torch.backends.cuda.cudnn_sdp_enabled() == allowed
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)

@@ -22,6 +22,7 @@ from models import (
     gradients,
     loss_and_gradients,
     relative_error,
+    shaken,
     tokens,
     uncached,
 )
@@ -145,6 +146,17 @@ def test_room_in_the_cache_changes_no_bit(case, monkeypatch):
     for a, b in zip(ours, hidden(), strict=True):
         # Products depend on where in memory gape's heads of 18 channels begin
         close(a, b, atol=1e-5 if case.startswith("gape") else 0.0)
+
+
+def test_some_sequences_of_a_cache_go_on():
+    """As a search keeps the best: the cache of the first of two, which has room behind it."""
+    model, idx, caches = shaken(config("rope+fox")), tokens(8), [{} for _ in range(LAYERS)]
+    with torch.no_grad():
+        for piece in idx[:, :7].split([4, 1, 2], 1):
+            model.hidden(piece, caches)
+        for cache in caches:
+            cache.update({name: value[:1] for name, value in cache.items() if isinstance(value, torch.Tensor)})
+        close(model.hidden(idx[:1, 7:], caches), model.hidden(idx[:1])[:, 7:])
 
 
 @all_cases_fast_without_options

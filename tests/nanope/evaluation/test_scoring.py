@@ -47,6 +47,16 @@ def test_windows_filled_up_as_on_a_gpu_have_the_same_figures(pos, monkeypatch):
     assert np.abs(filled - plain).max() < 1e-5 and np.array_equal(hits, same)
 
 
+@pytest.mark.parametrize("length, size", [
+    (1, 16), (16, 16), (17, 32), (100, 128), (129, 256), (1000, 1024), (1025, 1280), (1536, 1536), (5000, 5120),
+])  # fmt: skip
+def test_windows_are_filled_up_to_few_sizes(length, size, monkeypatch):
+    gpt = GPT(GPTConfig(200, 64, 2, 2, 16, pos="rope"), seed=0)
+    assert scoring.whole_blocks(gpt, length) == length
+    monkeypatch.setattr(scoring, "kind_of", lambda device: "cuda")
+    assert scoring.whole_blocks(gpt, length) == size
+
+
 def test_a_report_names_the_kernel_of_each_length(monkeypatch):
     gpt = GPT(GPTConfig(16, 64, 2, 2, 16, pos="rope", window=32), seed=0)
     assert Compute().conditions(gpt, [16, 32])["backend"] == "sdpa flash_attention"
