@@ -302,7 +302,7 @@ def _read_manifest(folder: Path) -> tuple[dict, str]:
 # ---- order ----
 
 
-ROUNDS = 12  # of `feistel`; with fewer, orders of less than ten windows are not equally likely
+ROUNDS = 12  # of `feistel`. With 8 the orders of 6 windows are not equally likely; with 12 those of 5 are, within 4 %
 
 
 def feistel(count: int, bits: np.random.Philox) -> Callable[[np.ndarray], np.ndarray]:

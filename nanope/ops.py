@@ -258,6 +258,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             rows = min(rows, 2048)
         rows = equal_chunks(h.size(0), rows, h.device)
         compiling = torch.compiler.is_compiling()
+        in_place = not compiling and kind_of(h.device) != "mps"  # Metal's graphs promise nothing of a softmax in place
         # Fresh memory costs a CPU page faults, a tenth of the whole loss: one buffer serves all chunks
         reuse = h.device.type == "cpu" and compute_dtype == exact and not compiling
         buffer = h.new_empty(min(rows, h.size(0)), weight.size(0)) if reuse and not fast else None
@@ -273,7 +274,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             keep = target >= 0
             index = target.clamp_min(0).unsqueeze(1)  # (n, 1)
             target_logit = logits.gather(1, index)
-            p, lse = softmax_and_lse(logits, exact, logits if logits.dtype == exact and not compiling else None)
+            p, lse = softmax_and_lse(logits, exact, logits if logits.dtype == exact and in_place else None)
             nll = lse - target_logit
             total = total + (nll.squeeze(1) * keep).sum()
             if need_grad:

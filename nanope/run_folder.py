@@ -43,11 +43,12 @@ def find_state(config: RunConfig, data_hash: str, ranks: Ranks) -> dict | None:
 
 
 def as_begun(config: RunConfig, state: dict | None) -> RunConfig:
-    """The config, with the order of data of the checkpoint to resume from where that was made before there was a
-    choice."""
-    if state is None or "data_order" in state["config"]:
-        return config
-    return replace(config, data_order=SINCE["data_order"])
+    """The config, with the older order of data where the checkpoint to resume from has that, be it recorded or from
+    before there was a choice: a run goes on in it without being told, however often it is resumed."""
+    older = SINCE["data_order"]
+    if state and state["config"].get("data_order", older) == older:
+        config = replace(config, data_order=older)
+    return config
 
 
 def check_resumable(state: dict, config: RunConfig, data_hash: str) -> None:

@@ -14,9 +14,13 @@ SWEEPS = 6  # of Jacobi's rotations. In float64 5 were enough for 20,000 hard 4Ã
 def reflection(x: torch.Tensor, size: int) -> torch.Tensor:
     """H (..., size, size), symmetric and orthogonal, that maps a column whose last entries are x (..., n) to one in
     which only the first of these is left. The entries before stay. Where x = 0, H = I."""
+    tiny = torch.finfo(x.dtype).tiny
+    x = x / x.abs().amax(-1, keepdim=True).clamp_min(
+        tiny
+    )  # else squares of a rounding error's rounding error underflow
     norm, first = x.norm(dim=-1, keepdim=True), x[..., :1]
     v = torch.cat((first + torch.where(first < 0, -norm, norm), x[..., 1:]), -1)
-    v = v / v.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    v = v / v.norm(dim=-1, keepdim=True).clamp_min(tiny)
     v = F.pad(v, (size - x.size(-1), 0)).unsqueeze(-1)
     return torch.eye(size, dtype=x.dtype, device=x.device) - 2 * v * v.mT
 
@@ -40,7 +44,8 @@ def svd_of_small(M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
         a, b = a * cos + b * sin, b * cos - a * sin
         round_robin = (a[..., :1], b[..., :1], a[..., 1:-1], b[..., 1:], a[..., -1:])
         X = torch.cat(round_robin if n > 2 else (a, b), -1)
-    G, V = X.split(n, -2)
+    order = X[..., :n, :].norm(dim=-2).argsort(-1, descending=True)  # columns that vanish are last: G becomes diagonal
+    G, V = X.gather(-1, order.unsqueeze(-2).expand_as(X)).split(n, -2)
     U = torch.eye(n, dtype=M.dtype, device=M.device).expand_as(M)
     for k in range(n - 1):
         H = reflection(G[..., k:, k], n)

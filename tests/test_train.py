@@ -1216,7 +1216,9 @@ def test_a_run_from_before_there_was_a_choice_of_order_goes_on_in_its_own(make):
         state = checkpoint.load(path)
         assert state["config"].pop("data_order") == "drawn"
         checkpoint.save(path, state)
-    train(make("begun", resume=True))
+    train(make("begun", resume=True), at_step({9: kill(signal.SIGTERM)}))
+    assert last(begun.out_dir)["step"] == 10 and last(begun.out_dir)["config"]["data_order"] == "drawn"
+    train(make("begun", resume=True))  # and again, now that it is recorded
     assert same_run(whole.out_dir, begun.out_dir) and last(begun.out_dir)["config"]["data_order"] == "drawn"
     train(make("other"))
     assert losses(make("other").out_dir) != losses(whole.out_dir)

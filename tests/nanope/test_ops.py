@@ -262,6 +262,16 @@ def test_fused_loss_as_on_a_gpu(autocast, monkeypatch):
         close(a, b, rtol=1e-2 if autocast else 1e-6, atol=1e-3 if autocast else 1e-7)
 
 
+@pytest.mark.parametrize("kind, in_place", [("cpu", True), ("cuda", True), ("mps", False)])
+def test_where_the_softmax_of_the_loss_is_in_place(kind, in_place):
+    """Not on MPS, whose graphs do not promise that it may be. The loss is the same."""
+    h, weight, targets = loss_case(torch.float32)
+    with ops.as_on(kind), Calls("softmax.int_out") as written:
+        loss = linear_cross_entropy(h, weight, targets)
+    assert bool(written.count) == in_place
+    close(loss, plain_loss(h, weight, targets), rtol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compiled_loss_equals_the_eager_one(autocast, monkeypatch):

@@ -122,6 +122,19 @@ def test_decomposition_of_graded_and_equal_frequencies(b):
     close(Q @ reference.block_diagonal(found[..., None, None] * reference.J) @ Q.mT, A, atol=1e-13)
 
 
+@pytest.mark.parametrize("b", [4, 8])
+def test_decomposition_of_sparse_generators(b):
+    """Channels that turn with any others, or not at all: columns vanish, and rounding errors of rounding errors do."""
+    draw = torch.Generator().manual_seed(0)
+    there = torch.rand(5000, b, b, generator=draw) < torch.rand(5000, 1, 1, generator=draw)
+    P = there * torch.randn(5000, b, b, dtype=torch.float64, generator=draw)
+    P[::2] = P[::2].sign()
+    A = P - P.mT
+    Q, omega = skew_canonical_form(A)
+    close(Q @ Q.mT, torch.eye(b, dtype=torch.float64).expand_as(A), atol=1e-13)
+    close(Q @ reference.block_diagonal(omega[..., None, None] * reference.J) @ Q.mT, A, atol=1e-13)
+
+
 def test_comrope_gradient_in_float32_at_length_1024():
     """The path that training takes: P's gradient in float32 arithmetic stays close to the float64 one."""
     results = []
