@@ -179,7 +179,8 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
                     return False
                 progress.val_loss = loss
                 log.validation(step, loss)
-                lowest = step > 0 and loss < progress.best_val_loss
+                # As the first rank has it, which goes back to the one before where best.pt could not be written
+                lowest = ranks.first(step > 0 and loss < progress.best_val_loss)
             if step and due(step, config.sample_interval) and (ranks.main or sharded):
                 with gathered(model):
                     text = sampler.text(model, step)
