@@ -138,17 +138,17 @@ def test_two_ranks_resume_exactly(make, tmp_path):
 
 @pytest.mark.slow
 def test_compiled_blocks_that_are_computed_again(make, tmp_path):
-    """Compiled by as many graphs as under DDP, in bfloat16: the same curve."""
-    fields = dict(max_steps=4, micro_batch_size=2, n_layer=2, compile=True, dtype="bfloat16", pos="comrope")
+    """In bfloat16: DDP's curve, by a graph of all layers and one of each loss, in training and in validation, and the
+    one that tries the compiler."""
+    fields = dict(max_steps=4, micro_batch_size=2, n_layer=2, dtype="bfloat16", pos="carope")
     ddp = make("ddp", **fields)
-    fsdp = make("fsdp", fsdp=True, activation_checkpointing=True, **fields)
-    graphs = [
-        [line for line in train_by_ranks(config, tmp_path, BACKEND="aot_eager").splitlines() if "graphs: " in line]
-        for config in (ddp, fsdp)
-    ]
-    assert graphs[0] == graphs[1] and len(graphs[0]) == 2 and "graphs: 0" not in graphs[0]
+    fsdp = make("fsdp", fsdp=True, activation_checkpointing=True, compile=True, **fields)
+    train_by_ranks(ddp, tmp_path)
+    assert train_by_ranks(fsdp, tmp_path, BACKEND="aot_eager").count("graphs: 5\n") == 2
     for key in ("train/loss", "val/loss", "grad_norm"):
-        assert losses(fsdp.out_dir, key) == pytest.approx(losses(ddp.out_dir, key), rel=1e-5)
+        assert losses(fsdp.out_dir, key) == pytest.approx(
+            losses(ddp.out_dir, key), rel=2e-4 if key == "grad_norm" else 1e-5
+        )
 
 
 @pytest.mark.slow
