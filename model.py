@@ -383,7 +383,7 @@ class GPT(nn.Module):
 
         # A block is the grain that overlaps: without this, dynamo cuts its graph again at the sizes of DDP's buckets
         torch._dynamo.config.optimize_ddp = False
-        # One graph a kind of layer and shape: of training, validation, and its shorter last batch
+        # One graph a kind of layer, shape and mode: training, validation, sampling
         limit = 8 * len(self.groups) * len({block.attn.window for block in self.transformer["h"]})
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
         fuse_rotations()

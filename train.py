@@ -144,7 +144,7 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
 
         # ---- What runs beside the model
         if config.compile and compiler_works(device):
-            model.compile_parts(**({"mode": config.compile_mode} if config.compile_mode else {}))
+            model.compile_parts(mode=config.compile_mode)
         parallel = data_parallel(model, ranks, device)  # what forward and backward go through
         feed = Feed(data.split("train"), config, share, micro, ranks, device)
         closing.callback(feed.close)
@@ -179,7 +179,8 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
                     return False
                 progress.val_loss = loss
                 log.validation(step, loss)
-                lowest = step > 0 and loss < progress.best_val_loss
+                # As the first rank has it, which goes back to the one before where best.pt could not be written
+                lowest = ranks.first(step > 0 and loss < progress.best_val_loss)
             if step and due(step, config.sample_interval) and (ranks.main or sharded):
                 with gathered(model):
                     text = sampler.text(model, step)
@@ -299,7 +300,7 @@ def modes(parser) -> None:
     text = "Print parameters, FLOPs, memory and hours of the run; train nothing."
     parser.add_argument("--plan", action="store_true", help=text)
     text = "With --plan: a table of all schemes at the run's shape."
-    parser.add_argument("--schemes", action="store_true", help=text)
+    parser.add_argument("--schemes", action="store_true", default=None, help=text)
     parser.add_argument("--gpus", type=int, help="With --plan: the number of GPUs (default: the ranks of this launch).")
     text = "With --plan: the model FLOPs utilisation to expect (default: a guess by GPU)."
     parser.add_argument("--mfu", type=float, help=text)
@@ -313,7 +314,7 @@ def main(arguments: list[str] | None = None, observe: Callable = unobserved) -> 
     after a signal from a scheduler, which asks it to start the job again; with 130 after Ctrl-C."""
     try:
         config, mode = parse(arguments, modes)
-        of_plan = [name for name in ("schemes", "gpus", "mfu", "price_per_hour") if mode[name] not in (None, False)]
+        of_plan = [name for name in ("schemes", "gpus", "mfu", "price_per_hour") if mode[name] is not None]
         if of_plan and not mode["plan"]:
             raise ValueError(
                 f"--{of_plan[0]} goes with --plan, which trains nothing; without it this would start a run"

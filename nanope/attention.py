@@ -98,7 +98,9 @@ def way_of(
     if not scheme.biased and not documents and length == 1:
         return "newest"
     if flex and flex_fits(scheme, device, dtype, start, dropout):
-        return "flex"
+        # It adds up gradients of what a bias has captured by atomics, and does not say so (torch 2.13)
+        if not (torch.are_deterministic_algorithms_enabled() and trains_bias(scheme)):
+            return "flex"
     if kind_of(device) == "cpu" and eager and not dropout:
         if grad and trains_bias(scheme):
             return "blocks"

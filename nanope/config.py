@@ -168,7 +168,7 @@ class RunConfig:
     """Divide parameters, gradients and the optimizer's state over the ranks (PyTorch's FSDP2), for models that one
     device does not hold. With one rank nothing is divided."""
     deterministic: bool = False
-    """Equal commands give equal bits on a GPU too, at a cost in speed (docs/training.md); on a CPU they always do."""
+    """Equal commands give equal bits on CUDA too, at a cost in speed (docs/training.md); on a CPU they always do."""
     wandb: Literal["off", "online", "offline"] = "off"
     """Weights & Biases; project and entity from WANDB_PROJECT and WANDB_ENTITY. Never asks for a login."""
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import sys
 
 import numpy as np
 import torch
@@ -104,14 +105,23 @@ def gpu_micro_batch(
     does."""
     limit = USABLE * torch.cuda.get_device_properties(device).total_memory
     sizes, divided = within(config.micro_batch_size, share, model.config.block_size), ranks.world if config.fsdp else 1
-    found = max(1, windows_that_fit(model.config, sizes, dtype, limit, config.activation_checkpointing, divided))
+    try:
+        found = max(1, windows_that_fit(model.config, sizes, dtype, limit, config.activation_checkpointing, divided))
+    except RuntimeError as error:  # of a scheme from outside that looks at values, which fake tensors do not have
+        found = resolve_batch(config, ranks)[1]
+        if ranks.main:
+            text = f"warning: what fits the GPU cannot be estimated with {model.config.pos}: {first_line(error)}"
+            print(text, file=sys.stderr)
     if config.micro_batch_size == "auto":
-        found = largest_micro_batch(model, share, found, device, dtype)
+        try:
+            found = largest_micro_batch(model, share, found, device, dtype)
+        except torch.OutOfMemoryError:  # gradients and moments alone
+            found = 0
     found = -int(ranks.max(torch.tensor(-found, device=device)))
     if not found:
         raise ValueError(
             f"not even one window of {model.config.block_size} tokens fits the memory of "
-            f"{torch.cuda.get_device_name(device)}: take a smaller model or block_size"
+            f"{torch.cuda.get_device_name(device)}: {without_smaller_batches(config)}"
         )
     return found
 
@@ -164,10 +174,15 @@ def out_of_memory(error: Exception, config: RunConfig, share: int, device: torch
         auto = device.type == "cuda" and not config.fsdp
         advice = f"try --micro_batch_size {half}" + (", or --micro_batch_size auto" if auto else "")
     else:
-        ways = [] if config.activation_checkpointing else ["--activation_checkpointing true"]
-        ways += [] if config.fsdp else ["--fsdp true on several ranks"]
-        advice = f"try {', or '.join(ways)}" if ways else "take a smaller model or block_size, or more ranks"
+        advice = without_smaller_batches(config)
     return (
         f"out of memory at micro_batch_size {micro} ({micro} windows of {config.block_size} tokens) on {device}: "
         f"{advice}; the result does not depend on it. train.py --plan estimates the memory ({first_line(error)})"
     )
+
+
+def without_smaller_batches(config: RunConfig) -> str:
+    """What to try where the memory is too small for one window."""
+    ways = [] if config.activation_checkpointing else ["--activation_checkpointing true"]
+    ways += [] if config.fsdp else ["--fsdp true on several ranks"]
+    return f"try {', or '.join(ways)}" if ways else "take a smaller model or block_size, or more ranks"

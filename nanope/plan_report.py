@@ -60,8 +60,8 @@ def batch_lines(p) -> list[str]:
         f"{p.accumulation} × micro_batch_size {p.micro_batch_size}",
         f"  {c.max_steps:,} steps, {p.tokens:,} tokens{epochs}; {p.flops:.3g} FLOPs; "
         f"validation adds {p.validation:.1%}",
-        f"  checkpoint {size(p.checkpoint)}, as much host memory for a snapshot of it; {size(files * p.checkpoint)} of "
-        f"disk for {files} (kept, best, being written)",
+        f"  checkpoint {size(p.checkpoint)}, as much host memory for a copy of it (page-locked on a GPU: up to twice); "
+        f"{size(files * p.checkpoint)} of disk for {files} (kept, best, being written)",
     ]
 
 

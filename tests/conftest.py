@@ -21,7 +21,8 @@ if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-SLOWEST = ("test_train.py", "test_sweep.py", "test_train_ranks.py", "test_conformance.py", "test_interruptions.py")
+SLOWEST = ("test_train.py", "test_sweep.py", "test_train_ranks.py", "test_fsdp.py", "test_conformance.py")
+SLOWEST += ("test_interruptions.py",)
 
 
 def pytest_collection_modifyitems(items):

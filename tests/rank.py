@@ -17,7 +17,7 @@ import torch
 import train
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["train", "torch._dynamo"])
+FORKS.set_forkserver_preload(["train", "torch._dynamo", "torch.distributed.fsdp"])
 
 
 def main():

@@ -16,7 +16,7 @@ from training import all_lines, finish, folders, last, losses, make, one_thread,
 
 from model import SCHEMES
 from nanope import checkpoint
-from nanope.distributed import accumulating, gathered, ranks_of, shard, whole
+from nanope.distributed import accumulating, gathered, is_sharded, ranks_of, shard, whole
 from train import train
 
 # Every scheme, and options with which layers share parameters, or with other parameters
@@ -25,39 +25,37 @@ DIVIDED += ["selective base gate bias", "comrope axes ld"]
 FIELDS = dict(n_layer=2, n_head=1, micro_batch_size=2, checkpoint_interval=5, keep_checkpoints=99, rank_timeout=30.0)
 
 
-def averaged_gradients(model, run, world, micro_batches):
-    """The norm of all gradients, and each, of a step of `run` over the micro-batches of each of `world` ranks."""
-    for of_rank in micro_batches:
-        with gathered(model), model.parameters_fixed(3):
-            for i, (x, y) in enumerate(of_rank):
-                with accumulating(run, i == len(of_rank) - 1):
-                    loss, more = run(x, y)[1], model.auxiliary()
-                    (loss if more is None else loss + more).backward()
-    for p in model.parameters():
-        p.grad /= world
+def averaged_gradients(model, micro_batches):
+    """The norm of all gradients, and each, of a step over this rank's micro-batches, averaged over the two ranks."""
+    with gathered(model), model.parameters_fixed(3):
+        for i, (x, y) in enumerate(micro_batches):
+            with accumulating(model, i == len(micro_batches) - 1):
+                loss, more = model(x, y)[1], model.auxiliary()
+                (loss if more is None else loss + more).backward()
+    if not is_sharded(model):
+        for p in model.parameters():
+            dist.all_reduce(p.grad.div_(2))
     norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1))
     return norm, {name: whole(p.grad) for name, p in model.named_parameters()}
 
 
 def every_scheme():
-    """On each of two ranks, in float64: the gradients of a divided model are those of a whole one that takes both
-    ranks' micro-batches. Every other one computes its blocks again."""
+    """On each of two ranks, in float64: the gradients of a divided model are the means of those of two whole ones.
+    Every other one computes its blocks again."""
     torch.set_num_threads(1)
     with ranks_of("cpu", 60.0) as (ranks, device):
+        seeds = [4 * ranks.rank + i for i in range(2)]
+        batches = [(tokens(BLOCK, seed=seed), tokens(BLOCK, seed=seed + 2)) for seed in seeds]
         for number, case in enumerate(DIVIDED):
             fields = dict(document_mask=True, eot=3) if number % 5 == 4 else {}
-            batches = [
-                [(tokens(BLOCK, seed=4 * r + i), tokens(BLOCK, seed=4 * r + i + 2)) for i in range(2)] for r in (0, 1)
-            ]
-            plain = build(case, **fields)
-            expected = averaged_gradients(plain, plain, 2, batches)
+            expected = averaged_gradients(build(case, **fields), batches)
             model = build(case, **fields)
             model.activation_checkpointing = number % 2 == 1
             names, count = list(model.state_dict()), model.parameter_count()
             shard(model, ranks, device)
             held = sum(p.to_local().numel() for p in model.parameters() if p.dim())
             assert held < 0.52 * count and model.parameter_count() == count, case
-            found = averaged_gradients(model, model, 1, [batches[ranks.rank]])
+            found = averaged_gradients(model, batches)
             assert list(model.state_dict()) == names and list(found[1]) == list(expected[1]), case
             for name, gradient in {"norm": found[0], **found[1]}.items():
                 other = expected[1].get(name, expected[0])
@@ -140,14 +138,23 @@ def test_two_ranks_resume_exactly(make, tmp_path):
 
 @pytest.mark.slow
 def test_compiled_blocks_that_are_computed_again(make, tmp_path):
-    """Compiled by as many graphs as under DDP, in bfloat16: the same curve."""
-    fields = dict(max_steps=4, micro_batch_size=2, n_layer=2, compile=True, dtype="bfloat16", pos="comrope")
+    """In bfloat16: DDP's curve, by a graph of all layers and one of each loss, in training and in validation, and the
+    one that tries the compiler."""
+    fields = dict(max_steps=4, micro_batch_size=2, n_layer=2, dtype="bfloat16", pos="carope")
     ddp = make("ddp", **fields)
-    fsdp = make("fsdp", fsdp=True, activation_checkpointing=True, **fields)
-    graphs = [
-        [line for line in train_by_ranks(config, tmp_path, BACKEND="aot_eager").splitlines() if "graphs: " in line]
-        for config in (ddp, fsdp)
-    ]
-    assert graphs[0] == graphs[1] and len(graphs[0]) == 2 and "graphs: 0" not in graphs[0]
+    fsdp = make("fsdp", fsdp=True, activation_checkpointing=True, compile=True, **fields)
+    train_by_ranks(ddp, tmp_path)
+    assert train_by_ranks(fsdp, tmp_path, BACKEND="aot_eager").count("graphs: 5\n") == 2
     for key in ("train/loss", "val/loss", "grad_norm"):
-        assert losses(fsdp.out_dir, key) == pytest.approx(losses(ddp.out_dir, key), rel=1e-5)
+        assert losses(fsdp.out_dir, key) == pytest.approx(
+            losses(ddp.out_dir, key), rel=2e-4 if key == "grad_norm" else 1e-5
+        )
+
+
+@pytest.mark.slow
+def test_a_best_checkpoint_that_could_not_be_written(make, tmp_path):
+    """The first rank forgets it. All of them write the next one, which is no lower, and none waits for the others."""
+    still = dict(learning_rate=1e-30, min_lr=0.0, eval_interval=2, max_steps=8)
+    config = make(**FIELDS | still | dict(pos="none", checkpoint_interval=0, fsdp=True))
+    assert train_by_ranks(config, tmp_path, NO_ROOM="best.pt").count("could not be written") == 1
+    assert len(set(losses(config.out_dir, "val/loss"))) == 1 and checkpoint.find(config.out_dir, "best").exists()

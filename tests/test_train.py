@@ -1138,7 +1138,8 @@ def test_bad_command_lines(command, tmp_path):
     assert "n_layer" in command("--n_layer")
     assert "stray" in command("stray")
     assert "--n_lay" in command("--n_lay", 3)  # no abbreviations: a field is named or it is wrong
-    for option in (["--schemes"], ["--gpus", 8], ["--price_per_hour", 2.5]):  # without --plan a run would start
+    # Without --plan a run would start
+    for option in (["--schemes"], ["--gpus", 8], ["--mfu", 0], ["--price_per_hour", 2.5]):
         assert f"{option[0]} goes with --plan" in command(*option, "--out_dir", tmp_path / "run")
     assert "two questions" in command("--plan", "--diff", tmp_path)
     assert not list(tmp_path.iterdir())

@@ -120,6 +120,16 @@ def test_the_ways_of_cuda():
     assert cuda("pope", n_head=1, n_embd=192, window=9) == "chunks"
 
 
+def test_what_is_deterministic_on_cuda():
+    """FlexAttention sums gradients of what a bias has captured by atomics: there a trained bias has dense masks."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert cuda("rope") == "causal" and cuda("alibi") == cuda("rope", window=9) == "flex"
+        assert cuda("kerple") == cuda("fox") == cuda("rope+fox") == "chunks"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_prompts_and_small_heads_have_no_block_masks():
     """Asked of the model's own contexts, as on a GPU."""
     for fields, cached, made in (({}, False, True), ({}, True, False), ({"n_head": 4, "n_embd": 32}, False, False)):

@@ -133,6 +133,18 @@ def test_the_largest_micro_batch(monkeypatch):
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_model_whose_gradients_alone_are_too_large(monkeypatch):
+    model = GPT(GPTConfig(16, 320, 1, 2, 16))
+    gpu(monkeypatch, model, 100, estimate=0)
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(torch, "empty_like", full)
+    with pytest.raises(ValueError, match="not even one window .*: try --activation_checkpointing true, or --fsdp true"):
+        gpu_micro_batch(RunConfig(micro_batch_size="auto"), model, 24, Ranks(), CPU, torch.float32)
+
+
 @pytest.mark.parametrize("gigabytes, expected", [(85, 64), (8, 32), (1, 4)])
 def test_the_usual_micro_batch_of_a_gpu(monkeypatch, gigabytes, expected):
     """At most 65,536 tokens, and no more than the plan says that its memory holds; nothing is tried."""
@@ -144,6 +156,17 @@ def test_the_usual_micro_batch_of_a_gpu(monkeypatch, gigabytes, expected):
     total = lambda n: memory(simulate(shape, n, torch.bfloat16, True, True), n)["total"]  # noqa: E731
     usable = 0.93 * gigabytes * 1e9
     assert total(expected) <= usable and (expected == 64 or total(2 * expected) > usable)
+
+
+def test_a_scheme_that_cannot_be_estimated_has_the_usual_micro_batch(monkeypatch, tmp_path, capsys):
+    """One that reads values, which fake tensors do not have."""
+    path = tmp_path / "reads.py"
+    text = "from schemes.base import Scheme\n\nclass Reads(Scheme):\n    def encode(self, qk, x, ctx):\n"
+    path.write_text(text + "        return qk * (2.0 if x.sum().item() > 0 else 1.0)\n")
+    model = GPT(GPTConfig(1024, 320, 1, 2, 32, pos=f"{path}:Reads"))
+    gpu(monkeypatch, model, 0, memory=10**11)
+    assert gpu_micro_batch(RunConfig(), model, 512, Ranks(), CPU, torch.bfloat16) == 16
+    assert "cannot be estimated with" in capsys.readouterr().err
 
 
 def test_seeds_depend_on_seed_step_and_what_is_drawn():
