@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model import GPTConfig
-from nanope.costs import Unfilled
+from nanope.costs import GPUAttention, Unfilled
 from nanope.ops import as_on, fuse_rotations, linear_cross_entropy
 
 DEVICE = SimpleNamespace(  # what Inductor asks of an H100 SXM (sm_90)
@@ -71,7 +70,7 @@ def block_graphs(pos, options: dict, rows: int, length: int, width: int = 768, h
     """A block of a scheme, its forward and its backward pass in bfloat16, for `rows` windows of `length` tokens."""
     with FakeTensorMode(), as_on("cuda"), torch.autocast("cpu", torch.bfloat16):
         model = Unfilled(GPTConfig(length, 64, 1, heads, width, pos=pos, pos_options=options))
-        model.attend, found = flash, []
+        model.attend, found = GPUAttention(torch.bfloat16), []
         model.transformer["h"][0].compile(backend=capturing(found), fullgraph=True, dynamic=False)
         model(torch.zeros(rows, length, dtype=torch.int64))[0].sum().backward()
     return found
@@ -85,15 +84,6 @@ def loss_graphs(tokens: int, vocabulary: int = 50304, width: int = 768) -> list[
         loss = torch.compile(linear_cross_entropy, backend=capturing(found), fullgraph=True, dynamic=False)
         loss(h, weight, torch.zeros(tokens, dtype=torch.int64)).backward()
     return found
-
-
-def flash(scheme, q, k, v, x, ctx, window: int, dropout: float) -> torch.Tensor:
-    """Stands for nanope.attention.attend: the flash kernel, to which scores and weights of a scheme's own mean
-    nothing."""
-    width = v.size(-1)
-    v = F.pad(v, (0, q.size(-1) - width)) if q.size(-1) > width else v
-    q, k, v = (t.to(torch.bfloat16) for t in (q, k, v))
-    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout, True)[0][..., :width]
 
 
 # ---- how

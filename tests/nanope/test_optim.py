@@ -115,7 +115,8 @@ def gpu(monkeypatch, model, rows, reserved=10, memory=100, estimate=None):
 def test_the_largest_micro_batch(monkeypatch):
     """Whatever the estimate says; from a good one few are tried."""
     model = GPT(GPTConfig(16, 320, 1, 2, 16))
-    largest = lambda ranks: gpu_micro_batch(RunConfig(micro_batch_size="auto"), model, 24, ranks, CPU, torch.float32)  # noqa: E731
+    auto = RunConfig(micro_batch_size="auto")
+    largest = lambda ranks: gpu_micro_batch(auto, model, 24, ranks, CPU, torch.float32)  # noqa: E731
     for rows, expected, estimate in ((1, 1, 24), (5, 4, 1), (7, 6, 12), (100, 24, 0)):
         hook, _ = gpu(monkeypatch, model, rows, estimate=estimate)
         with hook:
