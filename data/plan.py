@@ -62,7 +62,7 @@ class Request:
             raise DataError(f"corpus {name} needs --source PATH: {corpus.description}")
         if options.get("val_tokens") is not None and options.get("val_bytes") is not None:
             raise DataError("--val_tokens and --val_bytes both say how much validation to aim at; give one")
-        if name in ("builtin", "hub", "task") and source is not None:
+        if name in ("builtin", "builtin-verses", "hub", "task") and source is not None:
             raise DataError(f"corpus {name} takes no --source; for your own text take the corpus `files`")
         if name == "hub" and not (wanted and wanted.dataset):
             raise DataError("corpus hub needs --dataset NAME, a name on the hub or a folder")

@@ -25,7 +25,7 @@ class Sizes:
     unit: int = 2**27  # bytes of text: a unit is a 64th of the corpus, but not more than this
     least_unit: int = 2**22  # nor less than this
     survey: int = 2**26  # bytes of text; a smaller source is read once before, so that no side of the split is empty
-    processes: int = 2**29  # bytes of text; less is done in threads: processes take a second to start, and end unevenly
+    processes: int = 2**25  # bytes of text; less is done in threads, which share a core's time badly but start at once
     batch: int = 2**20  # characters tokenized between two reports of progress
     piece: int = PIECE  # characters; a longer document is tokenized in pieces
 

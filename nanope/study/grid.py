@@ -7,7 +7,8 @@
     arms:                                       # what is compared; a list of schemes will do
       rope: {pos: rope}
       comrope, block 2: {pos: comrope, pos_options: {block: 2}}
-    settings: {short: {block_size: 256}}        # optional: what all arms are compared under; may have base and data
+    settings: {short: {block_size: 256}}        # optional: what all arms are compared under; may have base and data.
+                                                # `arm` in its pos is the arm's scheme: {pos: [arm, arm, arm, none]}
     grid: {weight_decay: [0, 0.1]}              # optional: every combination of these fields is a setting
     seeds: 3                                    # 1, 2, 3, or a list; seed = data_seed: the arms of a seed are paired
     baseline: rope                              # default: the first arm
@@ -44,7 +45,7 @@ from nanope.files import write_atomically
 from nanope.study.files import Files
 from nanope.study.run import Run, slug
 from nanope.values import read_yaml_file
-from schemes import label, problems_of
+from schemes import label, problems_of, short, single
 
 PER_RUN = ("out_dir", "seed", "data_seed", "resume")  # a grid sets none of these: they are what tells its runs apart
 WRITTEN_OUT = ("base", "grid", "scales")  # keys of a grid file that a Grid no longer has
@@ -204,7 +205,8 @@ class Grid:
     def fields_of(self, setting: str, arm: str) -> dict:
         """Fields of train.py for a setting and an arm, without seeds. Paths are relative to the repository."""
         own = {k: v for k, v in self.settings[setting].items() if k != "data"}
-        fields, arm = {**self.fields, **own}, self.arms[arm]
+        arm = placed(self.arms[arm], own.pop("pos", None))
+        fields = {**self.fields, **own}
         if "pos" in arm and fields.get("pos_options"):  # made for another scheme
             fields["pos_options"], _ = carried(fields["pos_options"], fields.get("pos", "rope"), arm["pos"])
         fields |= arm
@@ -333,6 +335,20 @@ def select(mapping: dict, names: list, key: str) -> dict:
     if bad := [n for n in names if n not in mapping]:
         raise ValueError(f"{key} has no {bad[0]!r}{nearest(bad[0], mapping)} (it has {', '.join(mapping)})")
     return {n: mapping[n] for n in names}
+
+
+def placed(arm: dict, pattern: str | list | None) -> dict:
+    """An arm's fields under a setting's pos, in which the word `arm` stands for the arm's scheme."""
+    if pattern is None:
+        return arm
+    entries, pos = [pattern] if isinstance(pattern, str) else pattern, arm.get("pos", RunConfig.pos)
+    if not any("arm" in entry.split("+") for entry in entries):
+        raise ValueError(f"a setting's pos needs the word arm, in the place of the arm's scheme: {pattern} has none")
+    if not single(pos):
+        raise ValueError(f"a setting's pos {pattern} takes arms of one scheme, not pos {pos}")
+    made = ["+".join(pos if name == "arm" else name for name in entry.split("+")) for entry in entries]
+    options = {short(pos): arm["pos_options"]} if arm.get("pos_options") and not single(made) else {}
+    return arm | {"pos": made if isinstance(pattern, list) else made[0]} | ({"pos_options": options} if options else {})
 
 
 def at_rate(fields: dict, rate: float | None) -> dict:

@@ -38,6 +38,8 @@ def parser_of(program: str, description: str) -> argparse.ArgumentParser:
     where("--out", type=as_path, help="folder of the runs (default: runs/NAME of the grid, with scale and corpus)")
     text = "text for data/prepare.py to read instead of downloading it; CORPUS=PATH where there are several"
     where("--source", nargs="+", type=source, metavar="PATH", help=text)
+    text = "results whose runs count as done, such as results/all-schemes: only what they lack is trained"
+    where("--known", type=as_path, metavar="DIR", help=text)
     where("--parallel", type=int, help="runs at a time (default: as many as fit on the GPUs, else one a core)")
     where("--threads", type=int, help="CPU threads a process (default: the cores over the processes at a time)")
     text = "processes a run, by torchrun: a GPU each, or on a CPU --threads each (default: 1)"

@@ -14,11 +14,11 @@ from nanope.study.costs import model_cost
 from nanope.study.drawing import Curve, Forest, Heat, Lines, Points
 from nanope.study.grid import bench_variants
 from nanope.study.probe_panels import attention, attention_of_report, needle, needle_of_reports
-from nanope.study.results import Study, throughput
+from nanope.study.results import Study, three_of, throughput
 from nanope.study.seed_statistics import (
     answers_interval,
+    difference_at,
     difference_of_losses,
-    difference_of_rows,
     seed_interval,
     speed_ratios,
 )
@@ -53,7 +53,7 @@ def looks_of(schemes: dict[str, str]) -> dict[str, dict]:
 
 def length(study: Study, setting: str, looks: dict) -> Lines | None:
     """Nats or perplexity against context length. None where there are fewer than two lengths."""
-    protocol, rows = rows_by_length(study, setting)
+    protocol, rows = study.rows_by_length(setting)
     lengths = sorted({n for by_length in rows.values() for n in by_length})
     if len(lengths) < 2:
         return None
@@ -82,22 +82,6 @@ def length(study: Study, setting: str, looks: dict) -> Lines | None:
         log_y=perplexity,
         level=level or None,
     )
-
-
-def rows_by_length(study: Study, setting: str) -> tuple[str, dict]:
-    """The protocol that tells most about context length, and its rows without scaling: arm → length → seed → row.
-    Several lengths come before a single one, then the same targets before others, then the grid's order. ("", {}) where
-    there is no report."""
-    found = {}
-    for name in study.grid.eval or {}:
-        for (protocol, arm, scaling), by_length in study.rows(setting, name).items():
-            if protocol != "per-position" and scaling == "none":
-                found.setdefault((name, protocol), {})[arm] = by_length
-    if not found:
-        return "", {}
-    several = {key: len({n for by in rows.values() for n in by}) > 1 for key, rows in found.items()}
-    best = max(found, key=lambda key: (several[key], key[1] == "same-targets"))
-    return best[1], found[best]
 
 
 def scale_of_lengths(study: Study, setting: str, lengths: list[int]) -> tuple[int, dict[float, str], str]:
@@ -149,7 +133,7 @@ def difference(study: Study, setting: str, looks: dict) -> Forest | None:
     The arm that is lowest at the longest length comes first."""
     baseline, unit = study.grid.baseline, study.unit
     arms = [arm for arm in study.grid.arms if arm != baseline and study.runs[setting, arm]]
-    _, rows = rows_by_length(study, setting)
+    _, rows = study.rows_by_length(setting)
     if rows:
         lengths = sorted({n for by_length in rows.values() for n in by_length})
         _, ticks, _ = scale_of_lengths(study, setting, lengths)
@@ -174,18 +158,6 @@ def difference(study: Study, setting: str, looks: dict) -> Forest | None:
         marks,
         [(arm, looks[arm], found[arm]) for arm in order],
     )
-
-
-def difference_at(rows: dict, arm: str, baseline: str, length: int) -> dict | None:
-    """Paired difference of two arms' rows (arm → length → seed → row) at a length; None where one of them has none."""
-    return difference_of_rows(rows.get(arm, {}).get(length, {}), rows.get(baseline, {}).get(length, {}))
-
-
-def three_of(lengths: list[int], wanted: list[int]) -> list[int]:
-    """The wanted ones where there are three, else the first, the middle and the last."""
-    if len(wanted) == 3:
-        return wanted
-    return sorted({lengths[0], lengths[len(lengths) // 2], lengths[-1]})
 
 
 # ---- tasks

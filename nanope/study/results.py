@@ -1,13 +1,19 @@
 """What a study found: its finished runs, read from a folder of runs or from runs.jsonl, and how that is made."""
 
+import dataclasses
 import itertools
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
+
+from data.shards import open_data
 from nanope.config import RunConfig
 from nanope.evaluation.key_tokens import key_rows
-from nanope.study.files import RUNS_FILE, CollectedRuns, Files, open_runs, write_runs
+from nanope.files import write_atomically
+from nanope.study.files import RUNS_FILE, CollectedRuns, Files, RunFolders, local, open_runs, write_runs
 from nanope.study.grid import Grid, bench_variants
 from nanope.study.run import Run, digest
 
@@ -97,6 +103,21 @@ class Study:
                     by_length.setdefault(row["length"], {})[seed] = row
         return found
 
+    def rows_by_length(self, setting: str) -> tuple[str, dict]:
+        """The protocol that tells most about context length, and its rows without scaling: arm → length → seed → row.
+        Several lengths come before a single one, then the same targets before others, then the grid's order. ("", {})
+        where there is no report."""
+        found = {}
+        for name in self.grid.eval or {}:
+            for (protocol, arm, scaling), by_length in self.rows(setting, name).items():
+                if protocol != "per-position" and scaling == "none":
+                    found.setdefault((name, protocol), {})[arm] = by_length
+        if not found:
+            return "", {}
+        several = {key: len({n for by in rows.values() for n in by}) > 1 for key, rows in found.items()}
+        best = max(found, key=lambda key: (several[key], key[1] == "same-targets"))
+        return best[1], found[best]
+
     @property
     def unit(self) -> str:
         """What one target is: a byte, or a token."""
@@ -104,6 +125,11 @@ class Study:
         reports = [report for name in self.grid.eval for report in self.all_reports(name)]
         names |= {report["tokenizer"]["name"] for report in reports if "tokenizer" in report}
         return "byte" if names == {"byte"} else "token"
+
+
+def three_of(lengths: list[int], wanted: list[int]) -> list[int]:
+    """The wanted ones where there are three, else the first, the middle and the last."""
+    return wanted if len(wanted) == 3 else sorted({lengths[0], lengths[len(lengths) // 2], lengths[-1]})
 
 
 def scored_rows(report: dict) -> list[dict]:
@@ -130,22 +156,23 @@ def throughput(study: Study) -> dict | None:
 
 
 def collect(grid: Grid, files: Files, target: Path) -> None:
-    """Write what tables and figures are made of to `target`: runs.jsonl and grid.yaml. Runs that an earlier collection
-    left there and the grid no longer has stay, and are named on stderr. ValueError where runs are not done."""
+    """Write what tables and figures are made of to `target`: grid.yaml, and the finished runs in runs.jsonl. Runs that
+    are not done, and those that an earlier collection left there and the grid no longer has, are named on stderr; the
+    latter stay. ValueError where nothing is done."""
     runs, target = grid.runs(files), Path(target)
     if target.resolve() == Path(files.folder).resolve():
         raise ValueError(f"--collect {target} is the sweep's own folder: collect into another, such as results/NAME")
+    lines = [line_of(run) for run in runs if run.done()]
+    measured = files.bench(bench_file(grid)) if grid.throughput else None
+    if not lines and measured is None:
+        raise ValueError(f"nothing in {files.folder} is done: run the sweep first")
     undone = [run.name for run in runs if not run.done()]
     undone += ["runs that wait for their learning rate"] * (None in grid.main_runs(files))
+    undone += ["the measurement of speed"] * bool(grid.throughput and measured is None)
     if undone:
-        many = f"{len(undone)} runs in {files.folder} are not done ({', '.join(undone[:3])} …)"
-        raise ValueError(f"{many}: run the sweep first")
-    lines = [line_of(run) for run in runs]
-    if grid.throughput:
-        report = files.bench(bench_file(grid))
-        if report is None:
-            raise ValueError(f"{files.folder} lacks the measurement of speed: run the sweep first")
-        lines.append({"bench": bench_file(grid), "report": report})
+        print(f"{files.folder}: not done, hence not collected: {', '.join(undone)}", file=sys.stderr)
+    if measured:
+        lines.append({"bench": bench_file(grid), "report": measured})
 
     grid.write(target)
     before = CollectedRuns(target) if (target / RUNS_FILE).is_file() else None
@@ -168,6 +195,35 @@ def kept_from_before(lines: list[dict], before: CollectedRuns) -> list[dict]:
         runs[name]["eval"] = {**before.runs[name]["eval"], **runs[name]["eval"]}
     old = [line for name, line in before.runs.items() if name not in runs]
     return old + [{"bench": name, "report": report} for name, report in before.benches.items() if name not in benches]
+
+
+def unpack(grid: Grid, files: RunFolders, source: Path, root: Path) -> int:
+    """Put the finished runs of the grid that are in results, `source`, where training and evaluations would have put
+    them, less their checkpoints. Runs and measurements that are there stay. Returns how many runs were missing. OSError
+    where `source` holds no results, ValueError where its runs were trained on other data than that under `root`."""
+    known, count = CollectedRuns(source), 0
+    if grid.throughput and (report := known.bench(bench_file(grid))):
+        put_missing(files.folder / bench_file(grid), json.dumps(report))
+    while fresh := [
+        run for run in grid.runs(files) if not run.folder.exists() and dataclasses.replace(run, files=known).done()
+    ]:
+        for run in fresh:  # trials first: their outcome makes more runs known
+            line, here = known.runs[run.name], open_data(local(run.config.data_dir, root), verify=False).hash
+            if here not in [entry["environment"]["data_hash"] for entry in line["metrics"] if "environment" in entry]:
+                raise ValueError(f"{source}: {run.name} was trained on other data than {run.config.data_dir} holds now")
+            for name, report in line["eval"].items():
+                put_missing(run.folder / "eval" / name, json.dumps(report))
+            put_missing(run.folder / "config.yaml", yaml.safe_dump(line["config"], sort_keys=False))
+            put_missing(run.folder / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in line["metrics"]))
+        count += len(fresh)
+    return count
+
+
+def put_missing(path: Path, text: str) -> None:
+    """Write a file, and its folder, unless it is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def line_of(run: Run) -> dict:

@@ -110,11 +110,13 @@ class Work:
             fields = {**run.fields, "data_dir": data, "out_dir": str(run.folder), "resume": True}
             config.write_text(yaml.safe_dump(fields, sort_keys=False))
             return launched([str(REPO / "train.py"), "--config", str(config)], self.ranks)
-        where = ["--run", str(run.folder), "--json", str(run.report_path(stage))]
+        where, options = ["--run", str(run.folder), "--json", str(run.report_path(stage))], run.evaluations[stage]
+        if "data" in options:  # another folder than the run's; as all of a grid, relative to the repository
+            options = options | {"data": local(options["data"], self.root)}
         # Named only where the run's own path leads elsewhere from here: unnamed, eval.py checks that it is the run's
-        if Path(run.files.config(run.name)["data_dir"]).resolve() != Path(data).resolve():
+        elif Path(run.files.config(run.name)["data_dir"]).resolve() != Path(data).resolve():
             where += ["--data", data]
-        return launched([str(REPO / "eval.py"), *where, *flags(run.evaluations[stage])], self.ranks)
+        return launched([str(REPO / "eval.py"), *where, *flags(options)], self.ranks)
 
     def start(self, stage: str) -> None:
         """Start a stage. What it prints goes to the run's log."""

@@ -18,7 +18,7 @@ from nanope.study.costs import plan
 from nanope.study.files import RUNS_FILE, RunFolders
 from nanope.study.grid import Grid
 from nanope.study.options import complete, grid_of, grid_path, parser_of, visible_gpus
-from nanope.study.results import collect
+from nanope.study.results import collect, unpack
 from nanope.study.runner import INTERRUPTED, Interrupted, Runner, measure_throughput, prepare
 from nanope.study.slurm import write_script
 from nanope.study.status import status
@@ -80,6 +80,11 @@ def run(args: argparse.Namespace, program: str, command: list[str]) -> int:
         report.start_readme(grid, args.collect)
         output(report.write(args.collect))
         return 0
+    if (files.folder / RUNS_FILE).exists():
+        raise ValueError(f"{files.folder} holds results, {RUNS_FILE}: give another folder for the runs, --out")
+    if args.known:
+        prepare(grid, args.source, args.root)
+        output(f"{unpack(grid, files, args.known, args.root)} runs taken from {args.known}")
     if args.slurm:
         element = [program, args.grid, *said, "--out", str(files.folder)]
         element += ["--ranks", str(args.ranks), "--threads", str(args.threads)]
@@ -97,8 +102,6 @@ def work(grid: Grid, files: RunFolders, args: argparse.Namespace) -> int:
         raise ValueError(
             f"no run {name!r} in this grid: was the script made from another version of it? --status lists them"
         )
-    if (out / RUNS_FILE).exists():
-        raise ValueError(f"{out} holds results, {RUNS_FILE}: give another folder for the runs, --out")
     (out / "logs").mkdir(parents=True, exist_ok=True)
     prepare(grid, args.source, args.root)
     if args.only:

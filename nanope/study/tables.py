@@ -10,8 +10,9 @@ from nanope.study.costs import model_cost
 from nanope.study.grid import as_list, bench_variants
 from nanope.study.markup import Table, accuracy_cell, difference_cell, mean_cell, row_cell, titled
 from nanope.study.probe_tables import probe_tables
-from nanope.study.results import Study, throughput
+from nanope.study.results import Study, three_of, throughput
 from nanope.study.seed_statistics import (
+    difference_at,
     difference_of_answers,
     difference_of_losses,
     difference_of_rows,
@@ -28,6 +29,7 @@ def tables(study: Study) -> list[Table]:
     if grid.arms and (grid.published or {}).get("rows"):
         found.append(published_table(study))
     for setting in grid.settings if grid.arms else ():
+        found += leaderboard(study, setting)
         found.append(training_table(study, setting))
         for name in grid.eval:
             found += report_tables(study, setting, name)
@@ -53,6 +55,34 @@ def training_table(study: Study, setting: str) -> Table:
             "" if arm == baseline else difference_cell(difference_of_losses(losses, base)),
         ])  # fmt: skip
     return table
+
+
+def leaderboard(study: Study, setting: str) -> list[Table]:
+    """What the other tables say, in a row an arm: differences from the baseline on the same targets, and what an arm
+    costs. The lowest at the training length comes first. [] where no speed was measured, or there is one length."""
+    baseline, bench, variants = study.grid.baseline, throughput(study), bench_variants(study.grid)
+    protocol, rows = study.rows_by_length(setting)
+    lengths = sorted({n for by_length in rows.values() for n in by_length})
+    if not bench or protocol != "same-targets" or len(lengths) < 2:
+        return []
+    trained = study.any_config(setting).block_size
+    shown = three_of(lengths, [n for n in lengths if n in (trained, 4 * trained, 16 * trained)])
+    found = {arm: [difference_at(rows, arm, baseline, n) for n in shown] for arm in rows}
+    table = Table(
+        titled(
+            setting, f"leaderboard: nats per {study.unit} less {baseline}; training speed and peak memory of rope's"
+        ),
+        ["arm", "seeds", "rate", *(f"{n / trained:.3g}×" for n in shown), "speed", "memory"],
+    )
+    for arm in sorted(found, key=lambda arm: found[arm][0]["difference"] if found[arm][0] else math.inf):
+        cells = ["" if arm == baseline else difference_cell(d, digits=3) for d in found[arm]]
+        cost, variant = ["n/a", "n/a"], variants.get(arm)
+        if variant in bench["seconds"]:
+            memory = bench["memory"][variant] / bench["memory"]["rope"]
+            cost = [f"{speed_ratios(bench, variant)[0]:.2f}", f"{memory:.2f}"]
+        rate = f"{study.config(setting, arm).learning_rate:g}"
+        table.rows.append([arm, str(len(study.runs[setting, arm])), rate, *cells, *cost])
+    return [table]
 
 
 # ---- evaluations

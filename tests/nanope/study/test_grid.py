@@ -263,6 +263,24 @@ def test_a_set_up_that_the_command_line_changes_is_no_longer_the_papers():
     assert reduced("--set", "max_steps=5", name="schemes") is None  # no paper's
 
 
+def test_a_settings_pos_places_the_arms_scheme_in_a_pattern(tmp_path):
+    keys = {
+        "arms": {"rope": {}, "alibi": {"pos": "alibi", "pos_options": {"slopes": 0.5}}},
+        "settings": {"plain": {}, "mixed": {"pos": ["arm", "arm+none", "none"]}},
+    }
+    grid = Grid.read(write_grid(tmp_path / "g.yaml", **keys))
+    assert grid.fields_of("mixed", "rope")["pos"] == ["rope", "rope+none", "none"]
+    mixed, plain = grid.fields_of("mixed", "alibi"), grid.fields_of("plain", "alibi")
+    assert mixed["pos"] == ["alibi", "alibi+none", "none"] and mixed["pos_options"] == {"alibi": {"slopes": 0.5}}
+    assert plain["pos"] == "alibi" and plain["pos_options"] == {"slopes": 0.5}
+    for settings, arm, words in (
+        ({"a": {"pos": "rope"}}, "rope", "needs the word arm"),
+        ({"a": {"pos": ["arm"]}}, "rope+alibi", "arms of one scheme"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Grid.read(write_grid(tmp_path / "g.yaml", arms=[arm], settings=settings))
+
+
 # ---- tuning
 
 

@@ -5,13 +5,14 @@ import re
 import shutil
 
 import pytest
-from studies import EVAL, diverge, finish, report_row, write_grid
+from studies import EVAL, diverge, finish, prepared, report_row, write_grid
 
+from data.shards import open_data
 from nanope import REPO
 from nanope.study import report
 from nanope.study.files import CollectedRuns, RunFolders, open_runs, write_runs
 from nanope.study.grid import Grid
-from nanope.study.results import Study, collect
+from nanope.study.results import Study, collect, unpack
 from nanope.study.status import state_of
 
 
@@ -91,13 +92,58 @@ def test_collect_refuses_the_sweeps_own_folder(study):
     assert not (files.folder / "runs.jsonl").exists()
 
 
-def test_collect_refuses_what_is_not_done(study):
+def test_what_is_not_done_is_named_and_joins_a_later_collection(study, capsys):
     grid, files, target = study
-    for run in grid.runs(files)[:2]:
+    first, second, *_ = grid.runs(files)
+    for run in (first, second):
+        run.folder.rename(files.folder.parent / run.name)
+    collect(grid, files, target)
+    said = capsys.readouterr().err
+    assert first.name in said and second.name in said and sorted(open_runs(target).names()) == files.names()
+    assert "Missing, not done or diverged: rope, seed 1; crope, seed 1." in report.markdown(Study.read(target))
+    for run in (first, second):
+        (files.folder.parent / run.name).rename(run.folder)
+    for run in grid.runs(files)[2:]:  # which are nowhere else any more
         shutil.rmtree(run.folder)
-    with pytest.raises(ValueError, match="2 runs .* are not done"):
+    collect(grid, files, target)
+    assert len(open_runs(target).names()) == 4 and not Study.read(target).missing
+
+
+def test_collect_refuses_where_nothing_is_done(study):
+    grid, files, target = study
+    shutil.rmtree(files.folder)
+    with pytest.raises(ValueError, match="nothing in .* is done"):
         collect(grid, files, target)
     assert not target.exists()
+
+
+def test_known_results_are_runs_that_are_done(tmp_path):
+    """Tuned: the trials' outcome tells which other runs there are. Two of six main runs are unknown."""
+    data = prepared(tmp_path)
+    tune = {"learning_rate": [1e-3, 2e-3], "seeds": [0]}
+    grid = Grid.read(write_grid(tmp_path / "g.yaml", data, eval=EVAL, tune=tune, arms=["rope", "crope", "none"]))
+    there, here = RunFolders(tmp_path / "there"), RunFolders(tmp_path / "here")
+    for done in (grid.runs, grid.main_runs):
+        for run in done(there):
+            rows = [report_row([10 + run.seed, 1 / 3], n) for n in (16, 32)]
+            finish(run, 2.0 + (run.tuning or 0), rows, data_hash=open_data(data).hash)
+    unknown = [run for run in grid.main_runs(there) if run.arm == "none"]
+    shutil.rmtree(unknown[0].folder)
+    shutil.rmtree(unknown[1].folder / "eval")
+    collect(grid, there, tmp_path / "results")
+
+    assert unpack(grid, here, tmp_path / "results", tmp_path) == 10
+    assert [run.name for run in grid.runs(here) if not run.done()] == [run.name for run in unknown]
+    for run in grid.runs(here)[:-2]:
+        assert here.metrics(run.name) == there.metrics(run.name) and here.config(run.name) == there.config(run.name)
+        assert all(run.report(name) == there.report(run.name, run.report_file(name)) for name in run.evaluations)
+    assert unpack(grid, here, tmp_path / "results", tmp_path) == 0  # what is there stays
+
+    lines = (tmp_path / "results" / "runs.jsonl").read_text().replace(open_data(data).hash, "b")
+    (tmp_path / "results" / "runs.jsonl").write_text(lines)
+    with pytest.raises(ValueError, match="was trained on other data than"):
+        unpack(grid, RunFolders(tmp_path / "new"), tmp_path / "results", tmp_path)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_line_that_is_no_run_is_named(tmp_path):
@@ -136,6 +182,5 @@ def test_runs_on_different_data_are_not_compared(tmp_path):
 @pytest.mark.parametrize("path", sorted((REPO / "results").glob("*/grid.yaml")), ids=lambda path: path.parent.name)
 def test_every_committed_table_is_what_the_committed_runs_give(path):
     study = Study.read(path.parent)
-    assert all(run.endswith("(diverged)") for run in study.missing)
     assert report.markdown(study) in (path.parent / "README.md").read_text(), "run scripts/report.py on it"
     assert (path.parent / "table.tex").read_text() == report.latex_text(study)

@@ -151,7 +151,7 @@ def test_a_sweep_over_tasks(tmp_path):
     """Data, runs, evaluations, tables and figure, by the command."""
     small = {"corpus": "task", "length": 4, "examples": 300}
     settings = {name: {"data": {**small, "task": name}} for name in ("copy", "flipflop")}
-    content = {"fields": {**FIELDS, "max_steps": 4}, "arms": ["none", "rope"], "settings": settings}
+    content = {"fields": {**FIELDS, "max_steps": 4}, "arms": ["rope"], "settings": settings}
     content |= {"eval": {"answers": {"protocol": "task", "examples": 20}}}
     (tmp_path / "g.yaml").write_text(yaml.safe_dump(content))
     driver = "from pathlib import Path; from nanope.study.sweep import main; main('s', '', root=Path({!r}))"
@@ -163,4 +163,4 @@ def test_a_sweep_over_tasks(tmp_path):
         and "| arm | 4 | 8 | 16 | 32 |" in text
         and (tmp_path / "runs/figure.pdf").is_file()
     )
-    assert len(Study.read(tmp_path / "runs").all_reports("answers")) == 4
+    assert len(Study.read(tmp_path / "runs").all_reports("answers")) == 2

@@ -265,3 +265,31 @@ def test_speeds_are_compared_by_their_ratio(scale, judged, tmp_path):
     report.write(tmp_path / "results")
     readme = (tmp_path / "results" / "README.md").read_text()
     assert "Made by `c` (device cpu, threads 1)." in readme and "figure.png" not in readme  # there are no runs to draw
+
+
+def test_the_leaderboard_says_what_the_other_tables_say_lowest_first(tmp_path):
+    path = write_grid(tmp_path / "g.yaml", eval=EVAL, throughput={"rounds": 3}, arms=["crope", "rope", "learned"])
+    level = {"rope": 20, "crope": 10, "learned": 30}
+
+    def rows(run):
+        longer = [None] if run.arm == "learned" else [[level[run.arm] + 7, 25 + run.seed]]
+        return [report_row([level[run.arm] + run.seed / 10, 20], 16), *(report_row(nll, 32) for nll in longer)]
+
+    losses = {arm: [2.0, 2.1] for arm in level}
+    study_of(tmp_path / "out", path, losses, rows=rows, arms=["crope", "rope", "learned"])
+    bench = {"seconds": {"rope": [1.0, 2.0], "crope": [1.25, 2.5]}, "memory": {"rope": 2e6, "crope": 3e6}}
+    bench |= {"tokens_a_step": 1, "rounds": 2, "device": "cpu", "threads": 1}
+    grid = Grid.of_folder(tmp_path / "out")
+    (tmp_path / "out" / bench_file(grid)).write_text(json.dumps(bench))
+    board, *others = tables(Study.read(tmp_path / "out"))
+    assert board.head == ["arm", "seeds", "rate", "1×", "2×", "speed", "memory"]
+    assert [row[0] for row in board.rows] == ["crope", "rope", "learned"]
+    (less,) = (table for table in others if "less rope, same-targets" in table.title)
+    of_others = {row[0]: row[1:] for row in less.rows} | {"rope": ["", ""]}
+    number = lambda cell: cell.strip("*").partition(" ")[0]  # noqa: E731
+    for arm, seeds, rate, *cells in board.rows:
+        assert (seeds, rate) == ("2", "0.002")
+        for ours, theirs in zip(cells, of_others[arm]):
+            assert ours == theirs or float(number(ours)) == pytest.approx(float(number(theirs)), abs=5e-4)
+    assert board.rows[0][3].endswith("**") and board.rows[2][3].endswith("↑")
+    assert [row[5:] for row in board.rows] == [["0.80", "1.50"], ["1.00", "1.00"], ["n/a", "n/a"]]
