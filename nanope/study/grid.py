@@ -205,7 +205,7 @@ class Grid:
     def fields_of(self, setting: str, arm: str) -> dict:
         """Fields of train.py for a setting and an arm, without seeds. Paths are relative to the repository."""
         own = {k: v for k, v in self.settings[setting].items() if k != "data"}
-        arm = placed(self.arms[arm], own.pop("pos", None))
+        arm = placed(self.arms[arm], own.get("pos"))
         fields = {**self.fields, **own}
         if "pos" in arm and fields.get("pos_options"):  # made for another scheme
             fields["pos_options"], _ = carried(fields["pos_options"], fields.get("pos", "rope"), arm["pos"])
@@ -338,12 +338,10 @@ def select(mapping: dict, names: list, key: str) -> dict:
 
 
 def placed(arm: dict, pattern: str | list | None) -> dict:
-    """An arm's fields under a setting's pos, in which the word `arm` stands for the arm's scheme."""
-    if pattern is None:
-        return arm
-    entries, pos = [pattern] if isinstance(pattern, str) else pattern, arm.get("pos", RunConfig.pos)
+    """An arm's fields. Where a setting's pos has the word `arm`, the arm's scheme stands there."""
+    entries, pos = [pattern] if isinstance(pattern, str) else pattern or [], arm.get("pos", RunConfig.pos)
     if not any("arm" in entry.split("+") for entry in entries):
-        raise ValueError(f"a setting's pos needs the word arm, in the place of the arm's scheme: {pattern} has none")
+        return arm
     if not single(pos):
         raise ValueError(f"a setting's pos {pattern} takes arms of one scheme, not pos {pos}")
     made = ["+".join(pos if name == "arm" else name for name in entry.split("+")) for entry in entries]

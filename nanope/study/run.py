@@ -1,6 +1,7 @@
 """One training run of a grid with its evaluations, and how far it has come."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -25,7 +26,7 @@ class Run:
 
     # ---- what it is
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """Arm, setting, seed, and a digest of every field that is not train.py's default, or not what runs had before
         the field existed: so an older run keeps its name."""
@@ -36,7 +37,7 @@ class Run:
         words = filter(None, map(slug, [*trial, self.setting, self.arm, *rate]))
         return "-".join([*words, f"seed{self.seed}", digest(differ)])
 
-    @property
+    @functools.cached_property
     def config(self) -> RunConfig:
         """The fields as the grid gives them: vocab_size is not filled in."""
         return RunConfig(**self.fields)

@@ -60,17 +60,17 @@ def training_table(study: Study, setting: str) -> Table:
 def leaderboard(study: Study, setting: str) -> list[Table]:
     """What the other tables say, in a row an arm: differences from the baseline on the same targets, and what an arm
     costs. The lowest at the training length comes first. [] where no speed was measured, or there is one length."""
-    baseline, bench, variants = study.grid.baseline, throughput(study), bench_variants(study.grid)
+    baseline, bench = study.grid.baseline, throughput(study)
     protocol, rows = study.rows_by_length(setting)
     lengths = sorted({n for by_length in rows.values() for n in by_length})
     if not bench or protocol != "same-targets" or len(lengths) < 2:
         return []
-    trained = study.any_config(setting).block_size
+    trained, variants = study.any_config(setting).block_size, bench_variants(study.grid)
     shown = three_of(lengths, [n for n in lengths if n in (trained, 4 * trained, 16 * trained)])
     found = {arm: [difference_at(rows, arm, baseline, n) for n in shown] for arm in rows}
     table = Table(
         titled(
-            setting, f"leaderboard: nats per {study.unit} less {baseline}; training speed and peak memory of rope's"
+            setting, f"leaderboard: nats per {study.unit} less {baseline}; speed and peak memory in parts of rope's"
         ),
         ["arm", "seeds", "rate", *(f"{n / trained:.3g}×" for n in shown), "speed", "memory"],
     )

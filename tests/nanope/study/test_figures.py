@@ -32,7 +32,7 @@ def study_in():
 class Made:
     """A study of given nats by length: levels, arm → [nats at each length, or None]; seeds differ by 0.01."""
 
-    folder, unit = Path("made"), "token"
+    folder, unit, rows_by_length = Path("made"), "token", Study.rows_by_length
 
     def __init__(self, levels, lengths=(256, 512, 1024, 2048, 4096), seeds=3, reports=True, settings=("",), **grid):
         arms = {arm: {"pos": arm} for arm in levels}

@@ -268,12 +268,15 @@ def test_speeds_are_compared_by_their_ratio(scale, judged, tmp_path):
 
 
 def test_the_leaderboard_says_what_the_other_tables_say_lowest_first(tmp_path):
-    path = write_grid(tmp_path / "g.yaml", eval=EVAL, throughput={"rounds": 3}, arms=["crope", "rope", "learned"])
+    path = write_grid(tmp_path / "g.yaml", eval=EVAL, throughput={"rounds": 3}, baseline="rope")
     level = {"rope": 20, "crope": 10, "learned": 30}
 
     def rows(run):
         longer = [None] if run.arm == "learned" else [[level[run.arm] + 7, 25 + run.seed]]
-        return [report_row([level[run.arm] + run.seed / 10, 20], 16), *(report_row(nll, 32) for nll in longer)]
+        return [
+            report_row([level[run.arm], 2 * level[run.arm] + run.seed / 10], 16),
+            *(report_row(n, 32) for n in longer),
+        ]
 
     losses = {arm: [2.0, 2.1] for arm in level}
     study_of(tmp_path / "out", path, losses, rows=rows, arms=["crope", "rope", "learned"])
