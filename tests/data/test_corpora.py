@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import itertools
 import json
 import lzma
 import sys
@@ -61,6 +62,16 @@ def test_builtin_against_a_recount(tmp_path):
         load_tokenizer("byte").decode(stream.read(d["start"], d["start"] + d["tokens"])) for d in manifest["val_long"]
     ]
     assert long == [books[book] for book in books if book in val and len(books[book].encode()) >= 16384]
+
+
+def test_verses_are_the_books_mixed():
+    """The same text of each book, so that its validation is no verse of anybody's training."""
+    books = dict(CORPORA["builtin"].reader(king_james_file()))
+    verses = list(CORPORA["builtin-verses"].reader(king_james_file()))
+    found = {name: sorted(text for book, text in verses if book == name) for name in books}
+    assert found == {name: sorted(text.splitlines(keepends=True)) for name, text in books.items()}
+    assert len(verses) == 31_103 and CORPORA["builtin-verses"].val == CORPORA["builtin"].val
+    assert sum(a == b for (a, _), (b, _) in itertools.pairwise(verses)) < 0.1 * len(verses)  # neighbours are unrelated
 
 
 @pytest.mark.parametrize(

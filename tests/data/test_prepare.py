@@ -175,7 +175,7 @@ def test_command_line(tmp_path, source):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ("", "which corpus? One of builtin, novels"),
+        ("", "which corpus? One of builtin, builtin-verses, novels"),
         ("bultin", "'bultin'; did you mean 'builtin'"),
         ("builtin --toknizer byte", "'--toknizer'; did you mean '--tokenizer'"),
         ("builtin --tokenizer bite", "'bite'; did you mean 'byte'"),

@@ -214,9 +214,10 @@ def test_the_controls_that_papers_lack_are_there():
         return model_cost(RunConfig(vocab_size=50304, n_layer=4, n_head=4, n_embd=128, **arm))[0]
 
     for name in ("crope-1", "crope-2"):
-        control = arms[name]["rope, grouped Q/K/V"]
-        assert control["pos"] == "rope"
-        assert cost(control) == cost(arms[name]["crope"]) == cost(arms[name]["rope"]) - 4 * 3 * 128**2 // 2
+        for control in [arm for label, arm in arms[name].items() if "Q/K/V" in label]:
+            assert control["pos"] == "rope"
+            assert cost(control) == cost(arms[name]["crope"]) == cost(arms[name]["rope"]) - 4 * 3 * 128**2 // 2
+    assert {"rope, grouped Q/K/V", "rope, low-rank Q/K/V"} < arms["crope-2"].keys()
     # as large as the embeddings, beside Vaswani's amplitude of 1
     for name in ("crope-1", "crope-2", "carope-1", "cable-4"):
         assert arms[name]["sinusoidal, scale 0.02"] == {"pos": "sinusoidal", "pos_options": {"scale": 0.02}}
