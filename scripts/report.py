@@ -1,9 +1,10 @@
-"""Tables of a sweep in Markdown and LaTeX with their figure, or many evaluations as one CSV.
+"""Tables of a sweep in Markdown and LaTeX with their figure, many evaluations as one CSV, or all studies as one page.
 
     python scripts/report.py runs/mine                         # table.md, table.tex, figure.png there
     python scripts/report.py results/mine                      # README.md, table.tex, figure.png there
     python scripts/report.py --csv all.csv runs/*/eval/*.json  # a line for each row of each report; - for the terminal
     python scripts/report.py --csv all.csv results/mine        # the reports of all runs of a folder
+    python scripts/report.py results --html all.html           # a page for a browser; opens offline, needs plotly
 
 Figures are means over seeds. Differences are paired: the same data order, the same shared initial weights, the same
 tokens. The CSV has the fields of the run that differ, so it can be grouped by them.
@@ -19,6 +20,7 @@ import _root
 from data.shards import as_path, given_path, output
 from nanope.files import write_atomically
 from nanope.study.export import write_csv
+from nanope.study.page import write_page
 from nanope.study.report import write
 
 
@@ -42,17 +44,25 @@ def main(arguments: list[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "paths", nargs="+", type=as_path, help="a folder of runs or results; for --csv reports of eval.py too"
+        "paths",
+        nargs="+",
+        type=as_path,
+        help="a folder of runs or results; for --csv reports of eval.py too; for --html a folder of such folders too",
     )
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--csv", type=given_path, metavar="OUT", help="write this file, or - for the terminal, and no tables"
     )
+    instead.add_argument("--html", type=as_path, metavar="FILE", help="write this page of all studies, and no tables")
     args = parser.parse_args(arguments)
-    if len(args.paths) > 1 and not args.csv:
-        parser.error("tables are of one folder; --csv OUT takes several reports")
+    if len(args.paths) > 1 and not (args.csv or args.html):
+        parser.error("tables are of one folder; --csv OUT takes several reports, --html FILE several folders")
     try:
         if args.csv:
             save_csv(args.csv, args.paths)
+        elif args.html:
+            studies = write_page(args.html, args.paths)
+            output(f"{args.html}: {studies} studies, {args.html.stat().st_size / 1e6:.1f} MB")
         else:
             output(write(args.paths[0]))
     except (OSError, ValueError) as error:

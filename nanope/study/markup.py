@@ -98,10 +98,9 @@ def difference_cell(found: dict | None, digits: int = 4, better: int = -1) -> st
 
 
 def accuracy_cell(rows: list[dict], figure: str = "accuracy", own: str = "interval") -> str:
-    """Mean over seeds of an accuracy in per cent, from their rows on a task, with answers_interval, within 0 and
-    100."""
+    """Mean over seeds of an accuracy in per cent, from their rows on a task, with answers_interval."""
     values = [row[figure] for row in rows]
     if not values or None in values:
         return "n/a"
     text, interval = f"{np.mean(values):.1%}", answers_interval(rows, figure, own)
-    return text if interval is None else f"{text} [{max(interval[0], 0):.1%}, {min(interval[1], 1):.1%}]"
+    return text if interval is None else f"{text} [{interval[0]:.1%}, {interval[1]:.1%}]"

@@ -18,10 +18,11 @@ def seed_interval(values) -> list[float] | None:
 
 
 def answers_interval(rows: list[dict], figure: str = "accuracy", own: str = "interval") -> list[float] | None:
-    """95 % interval of the mean of a figure of a task over seeds, from their rows. Where there is one seed, or all have
-    the same figure, that of one over its examples: equal seeds do not tell how sure they are."""
+    """95 % interval of the mean of a figure of a task over seeds, from their rows, within 0 and 1. Where there is one
+    seed, or all have the same figure, that of one over its examples: equal seeds do not tell how sure they are."""
     values = [row[figure] for row in rows]
-    return seed_interval(values) if np.ptp(values) else rows[0][own]
+    interval = seed_interval(values) if np.ptp(values) else rows[0][own]
+    return interval and [max(interval[0], 0.0), min(interval[1], 1.0)]
 
 
 def difference_of_losses(ours: dict[int, float], base: dict[int, float]) -> dict | None:
