@@ -99,10 +99,8 @@ PLANNED = ["learned", "rope", "comrope", "carope", "alibi", "fox", "pope", "path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "pos, accumulation",
-    [("rope", 1), *(pytest.param(pos, n, marks=pytest.mark.slow) for n in (1, 4) for pos in PLANNED)],
-)
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("pos", PLANNED)
 def test_peak_is_what_the_allocator_hands_out(pos, accumulation, **fields):
     """All of a step's memory; with accumulation the gradients lie there during the next forward pass. Kernels' own
     buffers, some kB, are not in the estimate."""
