@@ -35,8 +35,8 @@ class Plan:
 
     config: RunConfig  # with vocab_size and micro_batch_size filled in
     gpus: int  # ranks
-    micro_batch_size: int  # windows a forward pass
-    accumulation: int  # forward passes a step and rank
+    micro_batch_size: int  # windows a forward pass; with details those of the first of `dtypes`
+    accumulation: int  # forward passes a step and rank, likewise
     windows: int  # a step, over all ranks
     tokens: int  # of the whole run
     data_tokens: int | None  # of the train split; None without a data folder
@@ -56,6 +56,7 @@ class Plan:
     products: dict[str, float] = field(default_factory=dict)  # {part: matrix-product FLOPs, both passes, a token}
     elementwise: float = 0.0  # operations a token
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # {"cuda", "cpu" or "mps": of matrix products}
+    rows: dict[str, int] = field(default_factory=dict)  # {one of these: windows a forward pass}
     memory: dict[str, dict[str, int]] = field(default_factory=dict)  # {"cuda" or "cpu": {part: bytes}}, with "total"
     largest_micro_batch: int = 0  # that fits the largest card and divides the windows of a rank; 0: none, or unknown
 
@@ -181,23 +182,24 @@ def devices(config: RunConfig) -> dict[str, torch.dtype]:
 
 def add_details(p: Plan, share: int, asked: int | str | None) -> None:
     """FLOPs by part, memory by part and the largest micro-batch, by passes on fake tensors. share: windows a step and
-    rank; asked: the config's micro_batch_size. Where that is null or auto, it becomes what the largest card would
-    take."""
+    rank; asked: the config's micro_batch_size. Where that is null or auto, it becomes on a GPU what the largest card
+    would take, and stays elsewhere."""
     config, shape = p.config, p.config.model_config()
     ranks = p.gpus if config.fsdp else 1  # over which the model is divided
     p.dtypes = devices(config)
+    p.rows = dict.fromkeys(p.dtypes, p.micro_batch_size)
     if "cuda" in p.dtypes:
         limit, again = CARDS[0] * 10**9, config.activation_checkpointing
         p.largest_micro_batch = windows_that_fit(shape, divisors(share), p.dtypes["cuda"], limit, again, ranks)
         if asked in (None, "auto"):
             fitting = [n for n in within(asked, share, shape.block_size) if n <= p.largest_micro_batch]
-            p.micro_batch_size = max(fitting, default=1)
+            p.rows["cuda"] = p.micro_batch_size = max(fitting, default=1)
             p.accumulation = share // p.micro_batch_size
             p.config = dataclasses.replace(p.config, micro_batch_size=p.micro_batch_size)
-    rows = p.micro_batch_size
-    keep = p.accumulation > 1 or p.gpus > 1  # DDP's buckets hold the gradients from the first step on
-    how = dict(keep_gradients=keep, again=config.activation_checkpointing, divided=ranks > 1)
     for kind, dtype in p.dtypes.items():
+        rows = p.rows[kind]
+        keep = rows < share or p.gpus > 1  # DDP's buckets hold the gradients from the first step on
+        how = dict(keep_gradients=keep, again=config.activation_checkpointing, divided=ranks > 1)
         run = simulate(shape, rows, dtype, kind == "cuda", **how)
         if kind != "mps":  # whose attention saves what no other does
             p.memory[kind] = memory(run, rows, ranks)

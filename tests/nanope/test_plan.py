@@ -175,6 +175,16 @@ def test_largest_micro_batch_fits_and_the_next_does_not():
     assert 512 % n == 0 and n < 512 and total(n) <= 80e9 < total(2 * n)
 
 
+def test_each_device_has_the_micro_batch_that_it_would_take():
+    """On a CPU at most 16,384 tokens, whatever a GPU takes, which a plan for `auto` has beside it."""
+    fields = dict(n_layer=1, n_head=1, n_embd=16, vocab_size=64, batch_tokens=2**17, data_dir="nowhere")
+    p = plan(RunConfig(**fields, block_size=1024))
+    here = plan(RunConfig(**fields, block_size=1024, device="cpu"))
+    assert p.rows == {"cuda": 64, "cpu": 16} and p.memory["cpu"] == here.memory["cpu"]
+    assert "2 × micro_batch_size 64 (on a CPU 8 × 16)" in show(p)
+    assert "8 × micro_batch_size 16\n" in show(here)
+
+
 def test_checkpoint_size(tmp_path):
     config = run(n_layer=1)
     model = GPT(config.model_config())
