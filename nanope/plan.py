@@ -19,13 +19,12 @@ from nanope.config import RunConfig, check, padded_vocabulary, with_vocabulary
 from nanope.costs import Unfilled, memory, parameters, products, simulate, windows_that_fit
 from nanope.distributed import Ranks, pick_device, pick_dtype
 from nanope.gpus import PEAK_FLOPS, expected_mfu
-from nanope.optim import divisors, make_optimizer, resolve_batch, within
+from nanope.optim import USABLE, divisors, make_optimizer, resolve_batch, within
 from nanope.plan_report import report, scheme_report
 from schemes import SCHEMES
 
 GPUS = ("A100", "H100")
-# GB, 10^9 bytes. What this leaves of a card's GiB, 7 %, is for CUDA's context and the allocator's gaps
-CARDS = (80, 40, 24)
+CARDS = (80, 40, 24)  # GiB, which their names call GB
 GPT2_VOCABULARY = 50257
 
 
@@ -70,8 +69,8 @@ class Plan:
         return None if self.price_per_hour is None else hours * gpus * self.price_per_hour
 
     def fits(self, card: int) -> bool:
-        """Whether a GPU of so many GB holds a rank."""
-        return self.memory["cuda"]["total"] <= card * 10**9
+        """Whether a GPU of so many GiB holds a rank."""
+        return self.memory["cuda"]["total"] <= usable(card)
 
 
 def plan(
@@ -168,6 +167,11 @@ def validation_tokens(config: RunConfig, data: Data | None) -> int:
     return times * config.block_size * max(1, windows)
 
 
+def usable(card: int) -> float:
+    """Bytes of a GPU of so many GiB that a rank may take."""
+    return USABLE * card * 2**30
+
+
 def devices(config: RunConfig) -> dict[str, torch.dtype]:
     """{"cuda", "cpu" or "mps": dtype of its matrix products} that a run is planned for. `auto` is a GPU, also where
     there is none yet, and what it would be here."""
@@ -189,7 +193,7 @@ def add_details(p: Plan, share: int, asked: int | str | None) -> None:
     p.dtypes = devices(config)
     p.rows = dict.fromkeys(p.dtypes, p.micro_batch_size)
     if "cuda" in p.dtypes:
-        limit, again = CARDS[0] * 10**9, config.activation_checkpointing
+        limit, again = usable(CARDS[0]), config.activation_checkpointing
         p.largest_micro_batch = windows_that_fit(shape, divisors(share), p.dtypes["cuda"], limit, again, ranks)
         if asked in (None, "auto"):
             fitting = [n for n in within(asked, share, shape.block_size) if n <= p.largest_micro_batch]
