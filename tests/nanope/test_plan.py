@@ -13,7 +13,7 @@ from model import GPT, SCHEMES, GPTConfig
 from nanope import checkpoint, trace
 from nanope.config import RunConfig
 from nanope.costs import memory, simulate
-from nanope.ops import chunk_rows
+from nanope.loss import chunk_rows
 from nanope.optim import make_optimizer
 from nanope.plan import plan, plan_text, scheme_table, show
 
