@@ -26,7 +26,7 @@ import torch
 
 from data.shards import Data, Split
 from data.tokenizer import Tokenizer
-from nanope.distributed import evaluation_dtype, ranks_of
+from nanope.distributed import ranks_of, use_dtype
 from nanope.evaluation.attention_by_distance import evaluate_attention
 from nanope.evaluation.compare import CONDITIONS, arms_of, choose_text, compare, comparison_table, tokens_for_all
 from nanope.evaluation.effective import effective_contexts
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         with ranks_of(args.device) as (ranks, device):
             batch_tokens = args.batch_tokens or (4096 if device.type == "cpu" else 65536)
-            dtype = evaluation_dtype(args.dtype, device)
+            dtype = use_dtype(args.dtype, device)
             compute = Compute(batch_tokens, dtype, device, ranks, args.dtype == "tf32")
             (compare_runs if args.compare else evaluate_one)(args, options, compute)
     except (ValueError, OSError) as error:

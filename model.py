@@ -1,7 +1,7 @@
 """GPT-2 in one file. What it does about positions is a scheme, a member of attention; schemes/ has one file each.
 
-Read it from top to bottom: config, attention, MLP, block, the model. nanope/ops.py has the matrix products and the
-fused loss, nanope/attention.py the kernels of attention.
+Read it from top to bottom: config, attention, MLP, block, the model. nanope/ops.py has the matrix products,
+nanope/loss.py the fused loss, nanope/attention.py the kernels of attention.
 
 Shapes: B batch, T positions, C model width, H heads, D = C/H head width, V vocabulary, L layers.
 
@@ -27,7 +27,9 @@ from torch.utils.checkpoint import checkpoint
 
 import schemes
 from nanope import attention, checks, convert, coordinates, hf
-from nanope.ops import Linear, double_device, fuse_rotations, gelu, linear_cross_entropy, linear_nll, wide
+from nanope.block_masks import BlockMasks
+from nanope.loss import linear_cross_entropy, linear_nll
+from nanope.ops import Linear, double_device, fuse_rotations, gelu, wide
 from schemes import SCHEMES as SCHEMES  # for those who import it from here
 from schemes.base import Context, first_axis
 
@@ -331,7 +333,7 @@ class GPT(nn.Module):
         layers, found = [block.attn for block in self.transformer["h"]], {}
         dropout = self.config.dropout if self.training else 0.0
         made = self.constants() if self.fixed_constants is None else self.fixed_constants
-        masks = attention.BlockMasks(ctx, dropout, caches is not None)
+        masks = BlockMasks(ctx, dropout, caches is not None)
         for group, seen, constants in zip(self.groups, positions, made):
             members = [layers[i].pos for i in group]
             shared = dataclasses.replace(ctx, positions=seen, constants=constants)

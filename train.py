@@ -37,11 +37,11 @@ from nanope.distributed import (
     compiler_works,
     data_parallel,
     gathered,
-    pick_dtype,
     pinned,
     ranks_of,
     shard,
     to_host,
+    use_dtype,
     whole,
 )
 from nanope.errors import first_line
@@ -78,8 +78,7 @@ def train(config: RunConfig, observe: Callable = unobserved, ahead: int | None =
     never waits for the host, and else 0. Both are for tests and tools.
     """
     check(config)
-    exact = config.deterministic
-    with ranks_of(config.device, config.rank_timeout, config.dtype == "tf32", exact) as (ranks, device):
+    with ranks_of(config.device, config.rank_timeout, config.deterministic) as (ranks, device):
         return run(config, ranks, device, observe, (1 if device.type == "cuda" else 0) if ahead is None else ahead)
 
 
@@ -102,7 +101,7 @@ def due(step: int, interval: int) -> bool:
 def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable, ahead: int) -> dict:
     """One run on this rank; see train."""
     # ---- Data, and this rank's share of each step's batch
-    dtype, folder = pick_dtype(config.dtype, device), Path(config.out_dir)
+    dtype, folder = use_dtype(config.dtype, device), Path(config.out_dir)
     check_wandb(config)
     data = open_data(config.data_dir, verify=config.verify_data or None)
     config = with_vocabulary(config, data.vocab_size, data.eot)

@@ -1,14 +1,16 @@
 """What one forward and backward pass of a model costs: FLOPs and memory, without doing it.
 
 The pass goes through the real model on fake tensors, which have shapes and storages but no contents. Every storage and
-every matrix product is counted. nanope/plan.py makes a plan of it.
+every matrix product is counted. Of blocks that are alike two are run. nanope/plan.py makes a plan of it.
 """
 
 import bisect
 import contextlib
+import dataclasses
 import weakref
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +63,7 @@ class Meter(TorchDispatchMode):
         self.parameters = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
         self.known = self.parameters | {idx.untyped_storage()._cdata}
         self.live, self.total, self.peak, self.elementwise = Counter(), 0, 0, 0
+        self.block, self.likes = None, Counter()  # set by Alike: the block and direction that runs, and see `drop`
         self.parts = ["residual stream"]
         for kind, part in ((Attention, "attention"), (MLP, "MLP"), (LayerNorm, "norms")):
             for module in (m for m in model.modules() if isinstance(m, kind)):
@@ -83,13 +86,15 @@ class Meter(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         if key not in self.known:
             self.known.add(key)
-            weakref.finalize(storage, self.drop, key, size, part)
+            weakref.finalize(storage, self.drop, key, size, part, self.block)
             self.live[part] += size
             self.total += size
             self.peak = max(self.peak, self.total)
 
-    def drop(self, key: int, size: int, part: str) -> None:
+    def drop(self, key: int, size: int, part: str, made_by: tuple | None) -> None:
+        """What goes outside of all blocks, such as autocast's weights, goes for all that cost what its maker does."""
         self.known.discard(key)
+        size *= 1 if self.block else 1 + self.likes[made_by]
         self.live[part] -= size
         self.total -= size
 
@@ -139,12 +144,158 @@ class Products(FlopCounterMode):
         self.begin()
 
 
+# ---- blocks that are alike
+
+
+@dataclass
+class Cost:
+    """What a block adds to the meters in one direction."""
+
+    live: Counter  # bytes that are there after it and were not before, by part
+    bytes: int  # and their sum
+    peak: int  # the most bytes at once beside those before it
+    counts: tuple[int, ...]  # elementwise operations, FLOPs of products and of those inside attention
+
+
+class Alike:
+    """Of the blocks of a kind, which have the same schemes and window, the first and the last are run. The others cost
+    what these do, and hand on tensors of the right shapes, so that all around the blocks is run as it is.
+
+    Bytes are those of the block of its kind that is passed first: forward its first, backward its last. Counts are
+    those of the one that is passed last, which finds sums of gradients to add to where layers share a tensor.
+    """
+
+    def __init__(self, model: GPT, meter: Meter, products: Products, whole: bool = False):
+        self.meter, self.products, self.costs = meter, products, {}
+        self.ends = {}  # {block that is not run: the first and the last of its kind}
+        self.used = {}  # {the first of a kind: which of `computed` its block differentiates}
+        self.made = {}  # {the same: ids of tensors that have a gradient after the kind's first backward pass}
+        self.shared = {}  # {block that is not run: bytes of gradients of these, which it adds to}
+        blocks, kinds = model.transformer["h"], {}
+        for number, group in enumerate(model.groups):
+            for i in group:
+                kinds.setdefault((number, blocks[i].attn.window), []).append(i)
+        for first, *between, last in (members for members in kinds.values() if len(members) > 2 and not whole):
+            self.ends |= dict.fromkeys(between, (first, last))
+            meter.likes[first, "forward"] = len(between)
+        for i, block in enumerate(blocks):
+            if i in self.ends:
+                block.forward = partial(self.stand_in, i, block)
+            block.register_forward_pre_hook(partial(self.before, i))
+            block.register_forward_hook(partial(self.after, i))
+
+    def stand_in(self, i: int, block, x: torch.Tensor, ctx) -> torch.Tensor:
+        """The forward pass of a block that is not run."""
+        first, _ = self.ends[i]
+        used = [t for t, is_used in zip(computed(ctx), self.used[first]) if is_used]
+        if i not in self.shared:  # else activation checkpointing runs it again
+            others = [*used, *(p for p in block.parameters() if p.grad is None)]
+            self.shared[i] = sum(t.nbytes for t in others if id(t) in self.made[first])
+        return StandIn.apply(x, *used)
+
+    # A block's forward pass lasts from `before` to `after`, its backward pass from when the gradient of its output is
+    # there to when that of its input is
+
+    def before(self, i: int, block, given: tuple) -> tuple | None:
+        if self.meter.block:  # activation checkpointing runs it again
+            return None
+        self.begin(i, "forward")
+        if i > 0:
+            return None
+        # A node of the graph, whose gradient is there before what is before the blocks has its own
+        x, ctx = given
+        return x.view_as(x), ctx
+
+    def after(self, i: int, block, given: tuple, y: torch.Tensor) -> None:
+        if self.meter.block != (i, "forward"):
+            return
+        self.end()
+        x, ctx = given
+        y.register_hook(lambda _: self.begin(i, "backward"))
+        if i == 0:
+            x.register_hook(lambda _: self.end())
+        if (i, "forward") in self.meter.likes:
+            tensors = computed(ctx)
+            self.used[i] = uses(y, x, tensors)
+            self.made[i] = {*map(id, [*tensors, *block.parameters()])}
+
+    def begin(self, *block) -> None:
+        if self.meter.block:
+            self.end()
+        meter = self.meter
+        self.at_begin = Counter(meter.live), meter.total, meter.peak, self.counts()
+        meter.block, meter.peak = block, meter.total
+
+    def end(self) -> None:
+        meter, (live, total, peak, counts) = self.meter, self.at_begin
+        (i, direction), meter.block = meter.block, None
+        if i in self.ends:
+            cost = self.costs[self.ends[i][direction == "backward"], direction]
+            live.update(cost.live)
+            meter.live, meter.total, meter.elementwise = live, total + cost.bytes, counts[0]
+            meter.peak = max(peak, total + cost.peak)
+            if direction == "backward":
+                meter.total -= self.shared[i]
+        else:
+            left = Counter(meter.live)
+            left.subtract(live)
+            done = tuple(now - then for now, then in zip(self.counts(), counts))
+            self.costs[i, direction] = Cost(left, meter.total - total, meter.peak - total, done)
+            meter.peak = max(peak, meter.peak)
+
+    def counts(self) -> tuple[int, ...]:
+        return self.meter.elementwise, self.products.get_total_flops(), self.products.attention
+
+    def totals(self) -> list[int]:
+        """Counts of the whole pass, once it is over."""
+        found = [self.counts()]
+        for first, last in self.ends.values():
+            found += [self.costs[last, "forward"].counts, self.costs[first, "backward"].counts]
+        return [*map(sum, zip(*found))]
+
+
+class StandIn(torch.autograd.Function):
+    """x (B, T, C), and what else a block differentiates → a tensor like x; gradients like all of them."""
+
+    @staticmethod
+    def forward(ctx, x, *used):
+        ctx.save_for_backward(x)
+        ctx.used = [(t.shape, t.dtype) for t in used]
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return torch.empty_like(g), *(torch.empty(shape, dtype=dtype) for shape, dtype in ctx.used)
+
+
+def computed(thing) -> list[torch.Tensor]:
+    """The tensors of a layer's Context that have a gradient to pass on, each once, in order."""
+    if isinstance(thing, torch.Tensor):
+        return [thing] if thing.grad_fn is not None else []
+    if dataclasses.is_dataclass(thing):
+        thing = vars(thing)
+    items = thing.values() if isinstance(thing, dict) else thing if isinstance(thing, (list, tuple)) else ()
+    return [*{id(t): t for item in items for t in computed(item)}.values()]
+
+
+def uses(y: torch.Tensor, x: torch.Tensor, tensors: list[torch.Tensor]) -> list[bool]:
+    """Whether the way from y back to x meets each of the tensors."""
+    ends = {x.grad_fn, *(t.grad_fn for t in tensors)}
+    seen, left = set(), [y.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left += [] if node in ends else [following for following, _ in node.next_functions]
+    return [t.grad_fn in seen for t in tensors]
+
+
 # ---- the pass
 
 
-def measure(model: GPT, rows: int, dtype: torch.dtype, keep_gradients: bool) -> Pass:
+def measure(model: GPT, rows: int, dtype: torch.dtype, keep_gradients: bool, whole: bool = False) -> Pass:
     """One pass over `rows` windows on the model's own (fake or real) CPU tensors; the model is of no use afterwards.
-    keep_gradients: gradients are there already, as from the second micro-batch of a step on."""
+    keep_gradients: gradients are there already, as from the second micro-batch of a step on. whole: run every block."""
     idx = torch.zeros(rows, model.config.block_size, dtype=torch.int64)
     meter, products = Meter(model, idx), Products(model.attend)
     model.attend = products.attend
@@ -153,11 +304,13 @@ def measure(model: GPT, rows: int, dtype: torch.dtype, keep_gradients: bool) -> 
             for p in model.parameters():
                 p.grad = torch.zeros_like(p)
             meter.live.clear()
+        alike = Alike(model, meter, products, whole)
         with autocast(torch.device("cpu"), dtype):
             _, loss = model(idx, idx)
         saved = {part: size for part, size in meter.live.items() if size}
         loss.backward()
-    return Pass(model, saved, meter.peak, products.get_total_flops(), products.attention, meter.elementwise)
+    elementwise, total, attention = alike.totals()
+    return Pass(model, saved, meter.peak, total, attention, elementwise)
 
 
 def simulate(
@@ -168,9 +321,11 @@ def simulate(
     keep_gradients: bool = False,
     again: bool = False,
     divided: bool = False,
+    whole: bool = False,
 ) -> Pass:
     """The pass that a CPU, or with `gpu` a CUDA GPU, would do in eager mode, on fake tensors: no memory, no arithmetic.
-    again: with activation checkpointing. divided: of a model that FSDP divides, as if it were whole.
+    again: with activation checkpointing. divided: of a model that FSDP divides, as if it were whole. whole: run every
+    block, also those that are alike.
 
     Fake tensors cannot be on a GPU that is not there. They are on the CPU, where autocast casts the same operations of
     this model. What a GPU does otherwise is put in: attention by the flash kernel, and the loss head's larger chunks.
@@ -183,7 +338,7 @@ def simulate(
         if divided:
             drop_casts(model)
         model.activation_checkpointing = again
-        return measure(model, rows, dtype, keep_gradients)
+        return measure(model, rows, dtype, keep_gradients, whole)
 
 
 class GPUAttention:

@@ -67,7 +67,7 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def ranks_of(device_name: str, timeout: float = 600.0, tf32: bool = False, deterministic: bool = False):
+def ranks_of(device_name: str, timeout: float = 600.0, deterministic: bool = False):
     """Join torchrun's process group, where there is one, with NCCL for CUDA and gloo elsewhere. Yields (Ranks, device).
     Ranks wait `timeout` seconds for one another; RankError where one is gone. deterministic: a GPU takes algorithms
     whose results do not depend on the order in which its threads end."""
@@ -76,9 +76,6 @@ def ranks_of(device_name: str, timeout: float = 600.0, tf32: bool = False, deter
     device = pick_device(device_name, ranks)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # TF32 only where asked: under bfloat16 the few products left in float32 make phases, and TF32 would make their
-        # error 100 times larger
-        torch.backends.cuda.matmul.allow_tf32 = tf32
         if deterministic:
             be_deterministic()
     if ranks.world > 1:
@@ -289,9 +286,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def evaluation_dtype(name: str, device: torch.device) -> torch.dtype:
-    """pick_dtype for a command that scores. Products in float32 are float32 unless `name` is tf32, then in the whole
-    process."""
+def use_dtype(name: str, device: torch.device) -> torch.dtype:
+    """pick_dtype for the whole process: its products in float32 are TF32 where `name` is tf32, and else float32. Under
+    bfloat16 the few that are left make phases, whose error TF32 would make 100 times larger."""
     dtype = pick_dtype(name, device)
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
     return dtype

@@ -88,7 +88,7 @@ def divisors(n: int) -> list[int]:
 
 # Tokens of a forward pass: on a CPU, and where it is not known what fits; on a GPU, where more gives hardly any speed
 USUAL_TOKENS, MOST_TOKENS = 16384, 65536
-USABLE = 0.93  # of a GPU's memory: the rest is for CUDA's context and the allocator's gaps
+USABLE = 0.93  # of a GPU's GiB, also in a plan: the rest is for CUDA's context and the allocator's gaps
 
 
 def within(asked: str | None, share: int, block_size: int) -> list[int]:

@@ -19,13 +19,12 @@ from nanope.config import RunConfig, check, padded_vocabulary, with_vocabulary
 from nanope.costs import Unfilled, memory, parameters, products, simulate, windows_that_fit
 from nanope.distributed import Ranks, pick_device, pick_dtype
 from nanope.gpus import PEAK_FLOPS, expected_mfu
-from nanope.optim import divisors, make_optimizer, resolve_batch, within
+from nanope.optim import USABLE, divisors, make_optimizer, resolve_batch, within
 from nanope.plan_report import report, scheme_report
 from schemes import SCHEMES
 
 GPUS = ("A100", "H100")
-# GB, 10^9 bytes. What this leaves of a card's GiB, 7 %, is for CUDA's context and the allocator's gaps
-CARDS = (80, 40, 24)
+CARDS = (80, 40, 24)  # GiB, which their names call GB
 GPT2_VOCABULARY = 50257
 
 
@@ -35,8 +34,8 @@ class Plan:
 
     config: RunConfig  # with vocab_size and micro_batch_size filled in
     gpus: int  # ranks
-    micro_batch_size: int  # windows a forward pass
-    accumulation: int  # forward passes a step and rank
+    micro_batch_size: int  # windows a forward pass; with details those of the first of `dtypes`
+    accumulation: int  # forward passes a step and rank, likewise
     windows: int  # a step, over all ranks
     tokens: int  # of the whole run
     data_tokens: int | None  # of the train split; None without a data folder
@@ -56,6 +55,7 @@ class Plan:
     products: dict[str, float] = field(default_factory=dict)  # {part: matrix-product FLOPs, both passes, a token}
     elementwise: float = 0.0  # operations a token
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # {"cuda", "cpu" or "mps": of matrix products}
+    rows: dict[str, int] = field(default_factory=dict)  # {one of these: windows a forward pass}
     memory: dict[str, dict[str, int]] = field(default_factory=dict)  # {"cuda" or "cpu": {part: bytes}}, with "total"
     largest_micro_batch: int = 0  # that fits the largest card and divides the windows of a rank; 0: none, or unknown
 
@@ -69,8 +69,8 @@ class Plan:
         return None if self.price_per_hour is None else hours * gpus * self.price_per_hour
 
     def fits(self, card: int) -> bool:
-        """Whether a GPU of so many GB holds a rank."""
-        return self.memory["cuda"]["total"] <= card * 10**9
+        """Whether a GPU of so many GiB holds a rank."""
+        return self.memory["cuda"]["total"] <= usable(card)
 
 
 def plan(
@@ -167,6 +167,11 @@ def validation_tokens(config: RunConfig, data: Data | None) -> int:
     return times * config.block_size * max(1, windows)
 
 
+def usable(card: int) -> float:
+    """Bytes of a GPU of so many GiB that a rank may take."""
+    return USABLE * card * 2**30
+
+
 def devices(config: RunConfig) -> dict[str, torch.dtype]:
     """{"cuda", "cpu" or "mps": dtype of its matrix products} that a run is planned for. `auto` is a GPU, also where
     there is none yet, and what it would be here."""
@@ -181,23 +186,24 @@ def devices(config: RunConfig) -> dict[str, torch.dtype]:
 
 def add_details(p: Plan, share: int, asked: int | str | None) -> None:
     """FLOPs by part, memory by part and the largest micro-batch, by passes on fake tensors. share: windows a step and
-    rank; asked: the config's micro_batch_size. Where that is null or auto, it becomes what the largest card would
-    take."""
+    rank; asked: the config's micro_batch_size. Where that is null or auto, it becomes on a GPU what the largest card
+    would take, and stays elsewhere."""
     config, shape = p.config, p.config.model_config()
     ranks = p.gpus if config.fsdp else 1  # over which the model is divided
     p.dtypes = devices(config)
+    p.rows = dict.fromkeys(p.dtypes, p.micro_batch_size)
     if "cuda" in p.dtypes:
-        limit, again = CARDS[0] * 10**9, config.activation_checkpointing
+        limit, again = usable(CARDS[0]), config.activation_checkpointing
         p.largest_micro_batch = windows_that_fit(shape, divisors(share), p.dtypes["cuda"], limit, again, ranks)
         if asked in (None, "auto"):
             fitting = [n for n in within(asked, share, shape.block_size) if n <= p.largest_micro_batch]
-            p.micro_batch_size = max(fitting, default=1)
+            p.rows["cuda"] = p.micro_batch_size = max(fitting, default=1)
             p.accumulation = share // p.micro_batch_size
             p.config = dataclasses.replace(p.config, micro_batch_size=p.micro_batch_size)
-    rows = p.micro_batch_size
-    keep = p.accumulation > 1 or p.gpus > 1  # DDP's buckets hold the gradients from the first step on
-    how = dict(keep_gradients=keep, again=config.activation_checkpointing, divided=ranks > 1)
     for kind, dtype in p.dtypes.items():
+        rows = p.rows[kind]
+        keep = rows < share or p.gpus > 1  # DDP's buckets hold the gradients from the first step on
+        how = dict(keep_gradients=keep, again=config.activation_checkpointing, divided=ranks > 1)
         run = simulate(shape, rows, dtype, kind == "cuda", **how)
         if kind != "mps":  # whose attention saves what no other does
             p.memory[kind] = memory(run, rows, ranks)

@@ -54,10 +54,12 @@ def batch_lines(p) -> list[str]:
     c = p.config
     epochs = "" if p.epochs is None else f", {p.epochs:.3g} epochs of {p.data_tokens:,}"
     files = c.keep_checkpoints + 2  # best.pt, and the one being written
+    rows, share = p.rows.get("cpu", p.micro_batch_size), p.accumulation * p.micro_batch_size
+    here = "" if rows == p.micro_batch_size else f" (on a CPU {share // rows} × {rows})"
     return [
         "batch and data",
         f"  {c.batch_tokens:,} tokens a step = {p.windows:,} windows of {c.block_size:,} = {p.gpus} rank(s) × "
-        f"{p.accumulation} × micro_batch_size {p.micro_batch_size}",
+        f"{p.accumulation} × micro_batch_size {p.micro_batch_size}{here}",
         f"  {c.max_steps:,} steps, {p.tokens:,} tokens{epochs}; {p.flops:.3g} FLOPs; "
         f"validation adds {p.validation:.1%}",
         f"  checkpoint {size(p.checkpoint)}, as much host memory for a copy of it (page-locked on a GPU: up to twice); "
@@ -75,6 +77,7 @@ def memory_lines(p, cards: tuple[int, ...]) -> list[str]:
     lines = [f"memory of a rank at its peak{divided}{compiled}"]
     lines += columns(
         [("", *(f"{names[kind]}, {str(p.dtypes[kind]).removeprefix('torch.')}" for kind in p.memory))]
+        + [("micro_batch_size", *(f"{p.rows[kind]}" for kind in p.memory))]
         + [(part, *(size(m.get(part, 0)) for m in p.memory.values())) for part in (*parts, "temporary", "total")]
     )
     if "cuda" in p.memory:

@@ -18,7 +18,7 @@ from data.shards import open_data
 from model import GPT
 from nanope import coordinates
 from nanope.config import RunConfig, with_vocabulary
-from nanope.distributed import Ranks, autocast, pick_device, pick_dtype
+from nanope.distributed import Ranks, autocast, pick_device, use_dtype
 from nanope.feed import rows_of
 from nanope.optim import make_optimizer, resolve_batch
 
@@ -130,7 +130,7 @@ def batches(config: RunConfig, device: torch.device) -> tuple[RunConfig, list]:
 def trace(config: RunConfig, steps: int) -> tuple[profile, torch.device]:
     """Profile `steps` optimizer steps after two unprofiled ones. Returns the profile, and the device that ran it."""
     device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
+    dtype = use_dtype(config.dtype, device)
     config, pairs = batches(config, device)
     model = GPT(config.model_config(), seed=config.seed).to(device)
     model.describe_tokens(coordinates.made_up(config.vocab_size))

@@ -14,7 +14,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GPT, SCHEMES, GPTConfig
-from nanope import ops
 from schemes.base import Context
 
 BLOCK, VOCAB, LAYERS, HEADS, WIDTH = 12, 40, 2, 3, 48  # 3 heads of 16: no power of 2
@@ -245,7 +244,7 @@ def uncached(model, idx, n, temperature=1.0, top_k=None, generator=None):
 
 def rows_of_logits(monkeypatch, rows):
     """So many rows of logits exist at a time in the loss, whatever the vocabulary."""
-    monkeypatch.setattr(ops, "chunk_rows", lambda vocab_size, device: rows)
+    monkeypatch.setattr("nanope.loss.chunk_rows", lambda vocab_size, device: rows)
 
 
 # ---- what operators do, backward passes included

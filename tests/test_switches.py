@@ -25,6 +25,7 @@ from models import (
 
 from model import GPT, GPTConfig
 from nanope import attention, conformance
+from nanope.block_masks import BlockMasks
 
 EOT = 7
 PACKED = dict(document_mask=True, eot=EOT)
@@ -127,7 +128,7 @@ def test_flex_attention_has_the_same_documents(window, monkeypatch):
         model = build(pos, torch.float32, window=window, **PACKED)
         with torch.no_grad():
             by_flex = model.hidden(idx)
-            monkeypatch.setattr(attention.BlockMasks, "of", lambda *_: None)
+            monkeypatch.setattr(BlockMasks, "of", lambda *_: None)
             close(by_flex, model.hidden(idx), atol=2e-4)
             monkeypatch.undo()
             monkeypatch.setattr(attention, "flex_fits", lambda *_: True)

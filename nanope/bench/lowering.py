@@ -20,7 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model import GPTConfig
 from nanope.costs import GPUAttention, Unfilled
-from nanope.ops import as_on, fuse_rotations, linear_cross_entropy
+from nanope.loss import linear_cross_entropy
+from nanope.ops import as_on, fuse_rotations
 
 DEVICE = SimpleNamespace(  # what Inductor asks of an H100 SXM (sm_90)
     name="NVIDIA H100 80GB HBM3",

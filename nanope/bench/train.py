@@ -34,7 +34,7 @@ from model import GPT, SCHEMES, Block, GPTConfig, resolve
 from nanope import coordinates
 from nanope.bench.turns import Worker, command_line, heading, ratios, rope_ratios, row, spread, take_turns, workers
 from nanope.config import SWITCHES
-from nanope.distributed import autocast, peak_memory, pick_device, pick_dtype
+from nanope.distributed import autocast, peak_memory, pick_device, use_dtype
 from nanope.log import device_name
 from nanope.values import number, read_yaml
 
@@ -160,7 +160,7 @@ def trainer(variant: str, shape: dict, args: argparse.Namespace) -> Callable[[in
     device = pick_device(args.device)
     if args.threads or device.type == "cpu":
         torch.set_num_threads(args.threads or 1)
-    dtype = pick_dtype(args.dtype, device)
+    dtype = use_dtype(args.dtype, device)
     shape = dict(shape)
     batch = shape.pop("batch")
     if variant == "transformers":

@@ -19,7 +19,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 from tqdm import tqdm
 
 from nanope import checkpoint
-from nanope.distributed import autocast, evaluation_dtype, pick_device
+from nanope.distributed import autocast, pick_device, use_dtype
 from nanope.errors import nearest
 from nanope.evaluation.scoring import score_tokens
 
@@ -98,7 +98,7 @@ class NanopeLM(TemplateLM):
         self.batch_size = "auto" if str(batch_size).startswith("auto") else count_of("batch_size", batch_size)
         self.max_batch_size = max_batch_size
         self._device = pick_device(str(device))
-        self.dtype = evaluation_dtype(dtype, self._device)
+        self.dtype = use_dtype(dtype, self._device)
         self.open(str(run), str(checkpoint), scaling, factor)
         self.max_length = count_of("max_length", self.model.config.block_size if max_length is None else max_length)
         self.model.check_length(self.max_length)

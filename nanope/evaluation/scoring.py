@@ -16,7 +16,8 @@ from nanope.attention import kernel
 from nanope.distributed import Ranks, autocast
 from nanope.evaluation.models import Model, why_not
 from nanope.evaluation.protocols import Windows
-from nanope.ops import by_onednn, chunk_rows, exact_product, kind_of, no_autocast, scoring_dtype, wide
+from nanope.loss import chunk_rows, exact_product, scoring_dtype
+from nanope.ops import by_onednn, kind_of, no_autocast, wide
 
 BLOCK = 128  # tokens of a block of FlexAttention
 

@@ -19,7 +19,7 @@ from nanope.evaluation.options import Options
 from nanope.evaluation.protocols import split_of, spread_windows
 from nanope.evaluation.scoring import Compute, read_windows
 from nanope.evaluation.statistics import FIGURES
-from nanope.ops import linear_nll
+from nanope.loss import linear_nll
 from schemes import label
 
 

@@ -1,7 +1,5 @@
 """nanope/attention.py: a bias by FlexAttention and by dense chunks of queries; attention weights."""
 
-import dataclasses
-
 import pytest
 import reference
 import torch
@@ -27,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import schemes
 from model import GPT, resolve
 from nanope import attention
+from nanope.block_masks import causal_block_mask
 from nanope.ops import as_on
 
 
@@ -37,7 +36,7 @@ def test_bias_by_flex_attention_equals_the_dense_path(monkeypatch):
     q, k, v = torch.randn(3, 2, HEADS, 40, D)
     dense = attention.attend(pos, q, k, v, x, layer_context(pos, x))
     monkeypatch.setattr(attention, "compiled_flex_attention", lambda: flex.flex_attention)
-    block_mask = attention.causal_block_mask(40, 0, x.device)
+    block_mask = causal_block_mask(40, 0, x.device)
     fast = attention.attend(pos, q, k, v, x, layer_context(pos, x, block_mask=block_mask))
     close(fast, dense, atol=2e-5)
     assert not torch.allclose(fast, F.scaled_dot_product_attention(q, k, v, is_causal=True), atol=1e-2)
@@ -128,39 +127,6 @@ def test_what_is_deterministic_on_cuda():
         assert cuda("kerple") == cuda("fox") == cuda("rope+fox") == "chunks"
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-def test_prompts_and_small_heads_have_no_block_masks():
-    """Asked of the model's own contexts, as on a GPU."""
-    for fields, cached, made in (({}, False, True), ({}, True, False), ({"n_head": 4, "n_embd": 32}, False, False)):
-        pos, x = build("alibi", **fields).transformer.h[0].attn.pos, torch.randn(2, 40, 48)
-        ctx = dataclasses.replace(layer_context(pos, x), dtype=torch.float32, device=torch.device("cuda"))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(attention, "causal_block_mask", lambda *_: "made")
-            assert attention.BlockMasks(ctx, 0.0, cached).of(pos, 0) == ("made" if made else None)
-
-
-@pytest.mark.parametrize("length", [1, 127, 128, 129, 300, 512, 1000])
-@pytest.mark.parametrize("window", [0, 1, 5, 128, 129, 200, 600])
-def test_block_masks_are_those_of_create_block_mask(length, window):
-    if window >= length:
-        return
-    ours = attention.causal_block_mask(length, window, torch.device("cpu"))
-    theirs = flex.create_block_mask(ours.mask_mod, None, None, length, length, device="cpu")
-    assert ours.shape == theirs.shape and ours.BLOCK_SIZE == theirs.BLOCK_SIZE
-    assert torch.equal(ours.to_dense(), theirs.to_dense())
-    for name in ("kv", "full_kv", "q", "full_q"):
-        counts, other = getattr(ours, f"{name}_num_blocks"), getattr(theirs, f"{name}_num_blocks")
-        assert torch.equal(counts, other) and counts.dtype == other.dtype, name
-        blocks, others = getattr(ours, f"{name}_indices"), getattr(theirs, f"{name}_indices")
-        for row, count in enumerate(counts[0, 0].tolist()):
-            assert torch.equal(blocks[0, 0, row, :count], others[0, 0, row, :count]), name
-
-
-def test_a_long_block_mask_forms_few_elements():
-    with Largest() as largest:
-        attention.causal_block_mask(2**16, 4096, torch.device("cpu"))
-    assert largest.elements <= (2**16 / 128 + 1) ** 2
 
 
 @pytest.fixture

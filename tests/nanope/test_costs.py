@@ -220,6 +220,38 @@ def test_memory_on_a_gpu_by_hand():
     assert saved_with(pos="none", window=128)["attention"] == attention
 
 
+ALIKE = {  # what layers have of their own, what they share, and kinds of layers
+    "rope, rope, none": {"pos": ["rope", "rope", "none"], "n_layer": 5},
+    "windows": {"pos": "rope+fox", "window": [16, 0], "n_layer": 6},
+    "learned": {"pos": "learned"},
+    "comrope": {"pos": "comrope"},
+    "carope": {"pos": "carope", "pos_options": {"source": "embedding", "share_layers": True}},
+    "seqpe": {"pos": "seqpe"},
+}
+
+
+@each_scheme(ALIKE, fast=["learned"])
+def test_blocks_that_are_alike_cost_the_same(pos):
+    """A pass that runs two blocks of each kind has the figures of one that runs all: also where gradients are kept, and
+    where blocks are computed again."""
+    config = dataclasses.replace(SHAPE, vocab_size=512, **{"n_layer": 4, **ALIKE[pos]})
+    often = dict(keep_gradients=True, again=True, divided=True)
+    for gpu, how in ((True, {}), (True, {"keep_gradients": True}), (True, often), (False, {})):
+        found, whole = (simulate(config, ROWS, torch.bfloat16, gpu, **how, whole=w) for w in (False, True))
+        assert (found.products, found.attention) == (whole.products, whole.attention)
+        assert found.elementwise == pytest.approx(whole.elementwise, rel=0.001)
+        assert found.peak == pytest.approx(whole.peak, rel=0.001)
+        assert found.saved == pytest.approx(whole.saved, rel=0.001)
+
+
+def test_blocks_that_are_alike_are_not_run():
+    """Of 40 layers two are, whose products are most of a pass."""
+    config = dataclasses.replace(SHAPE, n_layer=40, vocab_size=512)
+    with FlopCounterMode(display=False) as counter:
+        count = simulate(config, ROWS, torch.bfloat16, gpu=True)
+    assert counter.get_total_flops() < count.products / 10
+
+
 @pytest.mark.slow
 def test_a_large_model_is_passed_without_its_memory():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

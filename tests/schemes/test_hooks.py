@@ -14,6 +14,7 @@ from models import Largest
 import schemes
 from model import GPT, GPTConfig
 from nanope import attention, checkpoint
+from nanope.block_masks import causal_block_mask
 
 TOYS = Path(__file__).with_name("toys.py")
 TOKENS = torch.randint(64, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -257,7 +258,7 @@ def test_flex_attention_gives_the_same(pos, window, monkeypatch):
     x, seen = model.hidden(TOKENS), {}
 
     def by_flex(scheme, q, k, v, x, ctx, window, dropout):
-        ctx.block_mask = attention.causal_block_mask(ctx.length, window, ctx.device)
+        ctx.block_mask = causal_block_mask(ctx.length, window, ctx.device)
         seen["mask"] = True
         return attention.attend(scheme, q, k, v, x, ctx, window, dropout)
 
