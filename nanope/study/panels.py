@@ -38,13 +38,20 @@ BANDS = 3  # curves with a band: more cover each other
 
 def looks_of(schemes: dict[str, str]) -> dict[str, dict]:
     """Colour and line style of each arm (arm → its scheme, as schemes.label names it). The first arm of a known scheme
-    has the scheme's colour, all others a spare one. The arms of one scheme differ in their line style too."""
-    spare = iter([*SPARE, *(colour for scheme, colour in COLOURS.items() if scheme not in schemes.values())])
+    has the scheme's colour, all others a spare one. The arms of one scheme differ in their line style too. Where
+    colours run out they come again, with another line style."""
+    spare = [*SPARE, *(colour for scheme, colour in COLOURS.items() if scheme not in schemes.values())]
+    others = [
+        colour for scheme, colour in COLOURS.items() if scheme != "rope"
+    ]  # what all are compared with stays apart
+    again = [(colour, style) for style in DASHES[1:] for colour in (*others, *SPARE)]
     found, seen = {}, {}
     for arm, scheme in schemes.items():
         n = seen[scheme] = seen.get(scheme, -1) + 1
-        colour = COLOURS[scheme] if n == 0 and scheme in COLOURS else next(spare, "#555555")
-        found[arm] = {"color": colour, "linestyle": DASHES[n % len(DASHES)]}
+        colour, style = COLOURS.get(scheme), DASHES[n % len(DASHES)]
+        if n or not colour:
+            colour, style = (spare.pop(0), style) if spare else again.pop(0) if again else ("#555555", style)
+        found[arm] = {"color": colour, "linestyle": style}
     return found
 
 

@@ -19,6 +19,7 @@ from nanope.study import figures, panels
 from nanope.study.drawing import number, robust_limits
 from nanope.study.labels import spread, wrapped
 from nanope.study.results import Study
+from schemes import SCHEMES
 
 STUDIES = ("schemes", "schemes-novels", "carope-1", "crope-2", "comrope-text", "quickstart")
 
@@ -299,6 +300,9 @@ def test_styles_tell_arms_apart():
     looks = panels.looks_of({"a": "rope", "b": "rope", "c": "rope, rope, none", "d": "alibi"})
     assert looks["a"] == {"color": panels.COLOURS["rope"], "linestyle": "-"} and looks["b"]["linestyle"] == "--"
     assert looks["c"]["color"] in panels.SPARE and looks["d"]["color"] == panels.COLOURS["alibi"]
+    many = panels.looks_of({arm: arm for arm in SCHEMES})
+    assert len({tuple(look.values()) for look in many.values()}) == len(SCHEMES)
+    assert [arm for arm, look in many.items() if look["color"] == panels.COLOURS["rope"]] == ["rope"]
 
 
 # ---- files
