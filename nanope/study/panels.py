@@ -43,7 +43,7 @@ def looks_of(schemes: dict[str, str]) -> dict[str, dict]:
     spare = [*SPARE, *(colour for scheme, colour in COLOURS.items() if scheme not in schemes.values())]
     others = [
         colour for scheme, colour in COLOURS.items() if scheme != "rope"
-    ]  # what all are compared with stays apart
+    ]  # which others are compared with
     again = [(colour, style) for style in DASHES[1:] for colour in (*others, *SPARE)]
     found, seen = {}, {}
     for arm, scheme in schemes.items():
