@@ -205,11 +205,15 @@ class Grid:
     def fields_of(self, setting: str, arm: str) -> dict:
         """Fields of train.py for a setting and an arm, without seeds. Paths are relative to the repository."""
         own = {k: v for k, v in self.settings[setting].items() if k != "data"}
-        arm = placed(self.arms[arm], own.get("pos"))
-        fields = {**self.fields, **own}
+        pattern = own.get("pos") if has_arm(own.get("pos")) else None
+        beside = {k: own.pop(k) for k in ("pos", "pos_options") if pattern and k in own}
+        fields, arm = {**self.fields, **own}, self.arms[arm]
         if "pos" in arm and fields.get("pos_options"):  # made for another scheme
             fields["pos_options"], _ = carried(fields["pos_options"], fields.get("pos", "rope"), arm["pos"])
         fields |= arm
+        if pattern:
+            pos, options = fields.get("pos", RunConfig.pos), fields.get("pos_options") or {}
+            fields |= placed(pattern, beside.get("pos_options") or {}, pos, options)
         for name in fields:
             if name in PER_RUN:
                 raise ValueError(f"{name}: a grid sets it itself")
@@ -337,16 +341,24 @@ def select(mapping: dict, names: list, key: str) -> dict:
     return {n: mapping[n] for n in names}
 
 
-def placed(arm: dict, pattern: str | list | None) -> dict:
-    """An arm's fields. Where a setting's pos has the word `arm`, the arm's scheme stands there."""
-    entries, pos = [pattern] if isinstance(pattern, str) else pattern or [], arm.get("pos", RunConfig.pos)
-    if not any("arm" in entry.split("+") for entry in entries):
-        return arm
+def has_arm(pos) -> bool:
+    """Whether a setting's pos has the word `arm`."""
+    return any("arm" in str(entry).split("+") for entry in (pos if isinstance(pos, list) else [pos]))
+
+
+def placed(pattern: str | list, others: dict, pos: str | list, options: dict) -> dict:
+    """pos and pos_options where an arm's scheme, `pos` with its `options`, stands for the word `arm` in a setting's
+    pos, `pattern`. others: the setting's pos_options, by scheme; those of the arm come before them."""
     if not single(pos):
         raise ValueError(f"a setting's pos {pattern} takes arms of one scheme, not pos {pos}")
-    made = ["+".join(pos if name == "arm" else name for name in entry.split("+")) for entry in entries]
-    options = {short(pos): arm["pos_options"]} if arm.get("pos_options") and not single(made) else {}
-    return arm | {"pos": made if isinstance(pattern, list) else made[0]} | ({"pos_options": options} if options else {})
+    entries = [str(entry).split("+") for entry in ([pattern] if isinstance(pattern, str) else pattern)]
+    made = ["+".join(pos if name == "arm" else name for name in entry) for entry in entries]
+    made = made[0] if isinstance(pattern, str) else made
+    if single(made):
+        options = {**others, **options}
+    else:
+        options = others | ({short(pos): {**others.get(short(pos), {}), **options}} if options else {})
+    return {"pos": made} | ({"pos_options": options} if options else {})
 
 
 def at_rate(fields: dict, rate: float | None) -> dict:

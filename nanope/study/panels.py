@@ -38,21 +38,23 @@ BANDS = 3  # curves with a band: more cover each other
 
 def looks_of(schemes: dict[str, str]) -> dict[str, dict]:
     """Colour and line style of each arm (arm → its scheme, as schemes.label names it). The first arm of a known scheme
-    has the scheme's colour, all others a spare one. The arms of one scheme differ in their line style too. Where
-    colours run out they come again, with another line style."""
+    has the scheme's colour, all others a spare one. The arms of one scheme differ in their line style too, where there
+    are enough. Where colours run out they come again, with another line style."""
     spare = [*SPARE, *(colour for scheme, colour in COLOURS.items() if scheme not in schemes.values())]
-    others = [
-        colour for scheme, colour in COLOURS.items() if scheme != "rope"
-    ]  # which others are compared with
+    others = [colour for scheme, colour in COLOURS.items() if scheme != "rope"]  # which others are compared with
     again = [(colour, style) for style in DASHES[1:] for colour in (*others, *SPARE)]
-    found, seen = {}, {}
+    found, styles = {}, {}
     for arm, scheme in schemes.items():
-        n = seen[scheme] = seen.get(scheme, -1) + 1
-        colour, style = COLOURS.get(scheme), DASHES[n % len(DASHES)]
-        if n or not colour:
-            colour, style = (spare.pop(0), style) if spare else again.pop(0) if again else ("#555555", style)
-        found[arm] = {"color": colour, "linestyle": style}
-    return found
+        seen = styles.setdefault(scheme, [])
+        look = COLOURS.get(scheme), DASHES[len(seen) % len(DASHES)]
+        if (seen or not look[0]) and spare:
+            look = spare.pop(0), look[1]
+        elif seen or not look[0]:
+            left = [pair for pair in again if pair not in found.values()]
+            look = next((pair for pair in left if pair[1] not in seen), left[0] if left else ("#555555", look[1]))
+        seen.append(look[1])
+        found[arm] = look
+    return {arm: {"color": colour, "linestyle": style} for arm, (colour, style) in found.items()}
 
 
 # ---- by context length

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from nanope.evaluation.key_tokens import key_rows
 from nanope.files import write_atomically
 from nanope.study.files import RUNS_FILE, CollectedRuns, Files, RunFolders, local, open_runs, write_runs
 from nanope.study.grid import Grid, bench_variants
+from nanope.study.locks import alone
 from nanope.study.run import Run, digest
 
 
@@ -156,9 +158,9 @@ def throughput(study: Study) -> dict | None:
 
 
 def collect(grid: Grid, files: Files, target: Path) -> None:
-    """Write what tables and figures are made of to `target`: grid.yaml, and the finished runs in runs.jsonl. Runs that
-    are not done, and those that an earlier collection left there and the grid no longer has, are named on stderr; the
-    latter stay. ValueError where nothing is done."""
+    """Write what tables and figures are made of to `target`: grid.yaml, and the finished runs in runs.jsonl. What an
+    earlier collection left there stays. Named on stderr: runs that are not done and were not there, and runs there that
+    the grid no longer has. ValueError where nothing is done."""
     runs, target = grid.runs(files), Path(target)
     if target.resolve() == Path(files.folder).resolve():
         raise ValueError(f"--collect {target} is the sweep's own folder: collect into another, such as results/NAME")
@@ -166,11 +168,6 @@ def collect(grid: Grid, files: Files, target: Path) -> None:
     measured = files.bench(bench_file(grid)) if grid.throughput else None
     if not lines and measured is None:
         raise ValueError(f"nothing in {files.folder} is done: run the sweep first")
-    undone = [run.name for run in runs if not run.done()]
-    undone += ["runs that wait for their learning rate"] * (None in grid.main_runs(files))
-    undone += ["the measurement of speed"] * bool(grid.throughput and measured is None)
-    if undone:
-        print(f"{files.folder}: not done, hence not collected: {', '.join(undone)}", file=sys.stderr)
     if measured:
         lines.append({"bench": bench_file(grid), "report": measured})
 
@@ -178,8 +175,16 @@ def collect(grid: Grid, files: Files, target: Path) -> None:
     before = CollectedRuns(target) if (target / RUNS_FILE).is_file() else None
     old = kept_from_before(lines, before) if before else []
     write_runs(target, [*lines, *old])
-    if old:
-        names = ", ".join(sorted(line.get("run") or line["bench"] for line in old))
+    there = CollectedRuns(target)
+    wanted = {run.name: run for run in grid.runs(there)}
+    undone = [name for name, run in wanted.items() if not run.done()]
+    undone += ["runs that wait for their learning rate"] * (None in grid.main_runs(there))
+    undone += ["the measurement of speed"] * bool(grid.throughput and there.bench(bench_file(grid)) is None)
+    if undone:
+        print(f"{files.folder}: not done, hence not collected: {', '.join(undone)}", file=sys.stderr)
+    in_tables = {*wanted, *([bench_file(grid)] if grid.throughput else [])}
+    if left_over := {line.get("run") or line["bench"] for line in old} - in_tables:
+        names = ", ".join(sorted(left_over))
         print(
             f"{target / RUNS_FILE} also holds {names}, no longer in this grid and in no table: "
             "delete the lines that you do not need",
@@ -199,31 +204,32 @@ def kept_from_before(lines: list[dict], before: CollectedRuns) -> list[dict]:
 
 def unpack(grid: Grid, files: RunFolders, source: Path, root: Path) -> int:
     """Put the finished runs of the grid that are in results, `source`, where training and evaluations would have put
-    them, less their checkpoints. Runs and measurements that are there stay. Returns how many runs were missing. OSError
-    where `source` holds no results, ValueError where its runs were trained on other data than that under `root`."""
-    known, count = CollectedRuns(source), 0
-    if grid.throughput and (report := known.bench(bench_file(grid))):
-        put_missing(files.folder / bench_file(grid), json.dumps(report))
-    while fresh := [
-        run for run in grid.runs(files) if not run.folder.exists() and dataclasses.replace(run, files=known).done()
-    ]:
-        for run in fresh:  # trials first: their outcome makes more runs known
-            line, here = known.runs[run.name], open_data(local(run.config.data_dir, root), verify=False).hash
-            if here not in [entry["environment"]["data_hash"] for entry in line["metrics"] if "environment" in entry]:
-                raise ValueError(f"{source}: {run.name} was trained on other data than {run.config.data_dir} holds now")
-            for name, report in line["eval"].items():
-                put_missing(run.folder / "eval" / name, json.dumps(report))
-            put_missing(run.folder / "config.yaml", yaml.safe_dump(line["config"], sort_keys=False))
-            put_missing(run.folder / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in line["metrics"]))
-        count += len(fresh)
+    them, less their checkpoints. Runs and measurements that are there stay. A run is there whole or not at all. Returns
+    how many runs were missing. OSError where `source` holds no results, ValueError where its runs were trained on other
+    data than that under `root`."""
+    known, count, partial = CollectedRuns(source), 0, files.folder / "logs" / "known.partial"
+    with alone(files.folder / "logs" / "known.lock", f"taking runs from {source}"):
+        while fresh := [
+            run for run in grid.runs(files) if not run.folder.exists() and dataclasses.replace(run, files=known).done()
+        ]:
+            for run in fresh:  # trials first: their outcome makes more runs known
+                line, here = known.runs[run.name], open_data(local(run.config.data_dir, root), verify=False).hash
+                if here not in [m["environment"].get("data_hash") for m in line["metrics"] if "environment" in m]:
+                    where = run.config.data_dir
+                    raise ValueError(f"{source}: {run.name} was trained on other data than {where} holds now")
+                shutil.rmtree(partial, ignore_errors=True)  # of a sweep that was killed
+                (partial / "eval").mkdir(parents=True)
+                for name, report in line["eval"].items():
+                    (partial / "eval" / name).write_text(json.dumps(report))
+                (partial / "config.yaml").write_text(yaml.safe_dump(line["config"], sort_keys=False))
+                (partial / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in line["metrics"]))
+                partial.rename(run.folder)
+            count += len(fresh)
+        report = known.bench(bench_file(grid)) if grid.throughput else None
+        if report and files.bench(bench_file(grid)) is None:
+            text = json.dumps(report).encode()
+            write_atomically(files.folder / bench_file(grid), lambda file: file.write(text))
     return count
-
-
-def put_missing(path: Path, text: str) -> None:
-    """Write a file, and its folder, unless it is there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def line_of(run: Run) -> dict:

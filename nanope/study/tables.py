@@ -74,7 +74,8 @@ def leaderboard(study: Study, setting: str) -> list[Table]:
         ),
         ["arm", "seeds", "rate", *(f"{n / trained:.3g}×" for n in shown), "speed", "memory"],
     )
-    for arm in sorted(found, key=lambda arm: found[arm][0]["difference"] if found[arm][0] else math.inf):
+    first = shown.index(trained) if trained in shown else 0
+    for arm in sorted(found, key=lambda arm: d["difference"] if (d := found[arm][first]) else math.inf):
         cells = ["" if arm == baseline else difference_cell(d, digits=3) for d in found[arm]]
         cost, variant = ["n/a", "n/a"], variants.get(arm)
         if variant in bench["seconds"]:
@@ -282,7 +283,9 @@ def measured(study: Study, setting: str, arm: str, row: dict) -> Measured | None
 
 def throughput_table(study: Study, bench: dict) -> Table:
     """Speeds of training; beside a paper's where it has some. `bench` is a report of scripts/bench.py."""
-    labels = {variant: label for label, variant in bench_variants(study.grid).items()}
+    labels = {}  # arms that the benchmark does not tell apart, such as by learning rates, share a row
+    for label, variant in bench_variants(study.grid).items():
+        labels.setdefault(variant, []).append(label)
     published = (study.grid.published or {}).get("tokens_per_s", {})
     table = Table(
         f"training speed: medians over {bench['rounds']} interleaved rounds, of tokens/s and of ratios within a round, "
@@ -294,7 +297,7 @@ def throughput_table(study: Study, bench: dict) -> Table:
         ratio, interval = speed_ratios(bench, variant)
         relation = "1" if variant == "rope" else f"{ratio:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
         speed = f"{bench['tokens_a_step'] / np.median(seconds):,.0f}"
-        cells = [labels.get(variant, variant), speed, relation, f"{bench['memory'][variant] / 1e6:,.0f}"]
+        cells = ["; ".join(labels.get(variant, [variant])), speed, relation, f"{bench['memory'][variant] / 1e6:,.0f}"]
         if published:
             cells += published_speed(study, published, variant, ratio, interval, len(seconds))
         table.rows.append(cells)

@@ -17,6 +17,7 @@ from matplotlib.text import Text
 from nanope import REPO
 from nanope.study import figures, panels
 from nanope.study.drawing import number, robust_limits
+from nanope.study.grid import Grid
 from nanope.study.labels import spread, wrapped
 from nanope.study.results import Study
 from schemes import SCHEMES
@@ -303,6 +304,17 @@ def test_styles_tell_arms_apart():
     many = panels.looks_of({arm: arm for arm in SCHEMES})
     assert len({tuple(look.values()) for look in many.values()}) == len(SCHEMES)
     assert [arm for arm, look in many.items() if look["color"] == panels.COLOURS["rope"]] == ["rope"]
+
+
+def test_no_two_arms_look_alike_and_those_of_a_scheme_differ_in_style():
+    """Two arms of eight schemes; and all-schemes, where a second arm comes after colours have run out."""
+    names = "rope", "crope", "comrope", "carope", "t5", "fox", "kerple", "fire"
+    twice = {f"{scheme} {n}": scheme for scheme in names for n in (1, 2)}
+    arms = Grid.read(REPO / "configs" / "sweeps" / "all-schemes.yaml").arms
+    for schemes in (twice, {a: f["pos"] for a, f in arms.items()}):
+        looks = panels.looks_of(schemes)
+        assert len({tuple(look.values()) for look in looks.values()}) == len(schemes)
+        assert len({(scheme, looks[arm]["linestyle"]) for arm, scheme in schemes.items()}) == len(schemes)
 
 
 # ---- files

@@ -278,6 +278,30 @@ def test_a_settings_pos_places_the_arms_scheme_in_a_pattern(tmp_path):
         Grid.read(write_grid(tmp_path / "g.yaml", arms=["rope+alibi"], settings={"a": {"pos": ["arm"]}}))
 
 
+@pytest.mark.parametrize("keys,pos,options", [
+    # an arm without a scheme of its own has the base's, with its options
+    ({"fields": {"pos": "alibi", "pos_options": {"slopes": 0.5}}, "arms": {"a": {"qk_norm": True}}},
+     ["alibi", "none"], {"alibi": {"slopes": 0.5}}),
+    # what the base's options are made for stays with its scheme
+    ({"fields": {"pos": "rope", "pos_options": {"base": 5.0}}, "arms": {"a": {"pos": "rope"}}},
+     ["rope", "none"], {"rope": {"base": 5.0}}),
+    ({"fields": {"pos": "rope", "pos_options": {"base": 5.0}}, "arms": {"a": {"pos": "alibi"}}},
+     ["alibi", "none"], {}),
+    # the setting's options of the schemes that it adds stay beside the arm's
+    ({"settings": {"s": {"pos": "arm+comrope", "pos_options": {"comrope": {"block": 4}}}},
+      "arms": {"a": {"pos": "alibi", "pos_options": {"slopes": 0.5}}}},
+     "alibi+comrope", {"alibi": {"slopes": 0.5}, "comrope": {"block": 4}}),
+    # alone it is the arm as it stands
+    ({"settings": {"s": {"pos": "arm"}}, "arms": {"a": {"pos": "alibi", "pos_options": {"slopes": 0.5}}}},
+     "alibi", {"slopes": 0.5}),
+])  # fmt: skip
+def test_a_pattern_keeps_the_options_of_the_base_the_setting_and_the_arm(tmp_path, keys, pos, options):
+    keys = {"settings": {"s": {"pos": ["arm", "none"]}}, **keys}
+    fields = {"block_size": 16, "data_dir": "data/nowhere", **keys.pop("fields", {})}
+    run = Grid.read(write_grid(tmp_path / "g.yaml", seeds=1, **keys, fields=fields)).runs(RunFolders(tmp_path))[0]
+    assert run.config.pos == pos and run.config.pos_options == options
+
+
 # ---- tuning
 
 

@@ -106,6 +106,7 @@ def test_what_is_not_done_is_named_and_joins_a_later_collection(study, capsys):
     for run in grid.runs(files)[2:]:  # which are nowhere else any more
         shutil.rmtree(run.folder)
     collect(grid, files, target)
+    assert capsys.readouterr().err == ""  # they are collected, and in the tables
     assert len(open_runs(target).names()) == 4 and not Study.read(target).missing
 
 
@@ -143,7 +144,27 @@ def test_known_results_are_runs_that_are_done(tmp_path):
     (tmp_path / "results" / "runs.jsonl").write_text(lines)
     with pytest.raises(ValueError, match="was trained on other data than"):
         unpack(grid, RunFolders(tmp_path / "new"), tmp_path / "results", tmp_path)
-    assert not (tmp_path / "new").exists()
+    assert not [*(tmp_path / "new").glob("*/metrics.jsonl")]
+
+
+def test_a_known_run_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Killed between a run's files: it would be trained, and keep the evaluations of another."""
+    data = prepared(tmp_path)
+    grid = Grid.read(write_grid(tmp_path / "k.yaml", data, eval=EVAL))
+    there, here = RunFolders(tmp_path / "there"), RunFolders(tmp_path / "here")
+    for run in grid.runs(there):
+        finish(run, 2.0, [report_row([10, 1 / 3], n) for n in (16, 32)], data_hash=open_data(data).hash)
+    collect(grid, there, tmp_path / "known")
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("nanope.study.results.yaml.safe_dump", killed)
+        unpack(grid, here, tmp_path / "known", tmp_path)
+    assert not any(run.folder.exists() for run in grid.runs(here))
+    unpack(grid, here, tmp_path / "known", tmp_path)
+    assert all(run.done() for run in grid.runs(here)) and here.names() == there.names()
 
 
 def test_a_line_that_is_no_run_is_named(tmp_path):

@@ -296,3 +296,29 @@ def test_the_leaderboard_says_what_the_other_tables_say_lowest_first(tmp_path):
             assert ours == theirs or float(number(ours)) == pytest.approx(float(number(theirs)), abs=5e-4)
     assert board.rows[0][3].endswith("**") and board.rows[2][3].endswith("↑")
     assert [row[5:] for row in board.rows] == [["0.80", "1.50"], ["1.00", "1.00"], ["n/a", "n/a"]]
+
+
+def test_arms_that_share_a_speed_share_its_row_and_the_training_length_orders_the_leaderboard(tmp_path):
+    """Two arms differ in a rate alone, which the benchmark does not know. One length is below that of training."""
+    arms = {
+        "rope": {"pos": "rope"},
+        "slow": {"pos": "crope"},
+        "fast, × 10": {"pos": "crope", "pos_lr_multiplier": 10.0},
+    }
+    far = {"far": {"lengths": ["8", "1x", "2x"], "max_targets": 64}}
+    path = write_grid(tmp_path / "g.yaml", eval=far, throughput={"rounds": 2}, arms=arms)
+    at_training = {"rope": 20, "slow": 15, "fast, × 10": 10}
+
+    def rows(run):
+        return [
+            report_row([n, n], length) for length, n in ((8, 40 - at_training[run.arm]), (16, at_training[run.arm]))
+        ]
+
+    study_of(tmp_path / "out", path, {arm: [2.0, 2.1] for arm in arms}, rows=rows)
+    bench = {"seconds": {"rope": [1.0, 2.0], "crope": [1.25, 2.5]}, "memory": {"rope": 2e6, "crope": 3e6}}
+    bench |= {"tokens_a_step": 1, "rounds": 2, "device": "cpu", "threads": 1}
+    (tmp_path / "out" / bench_file(Grid.of_folder(tmp_path / "out"))).write_text(json.dumps(bench))
+    board, *_, speeds = tables(Study.read(tmp_path / "out"))
+    assert board.head[3:5] == ["0.5×", "1×"] and [row[0] for row in board.rows] == ["fast, × 10", "slow", "rope"]
+    assert {row[0]: row[5] for row in board.rows} == {"rope": "1.00", "slow": "0.80", "fast, × 10": "0.80"}
+    assert [row[0] for row in speeds.rows] == ["rope", "slow; fast, × 10"]
