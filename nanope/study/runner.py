@@ -41,11 +41,16 @@ class Interrupted(BaseException):
 def prepare(grid: Grid, sources: list[str] | None, root: Path = REPO) -> None:
     """Make the data folders that are missing, under `root`. sources: PATH, or CORPUS=PATH where there are several
     corpora. Those of tasks are checked where they are there: a name does not tell the lengths in it. ValueError where
-    data/prepare.py fails, and for two settings with different data in one folder."""
+    data/prepare.py fails, for two settings with different data in one folder, and where an evaluation is on data that
+    are not there."""
     wanted = {}
     for setting in grid.settings if grid.arms else ():
         if (data := grid.data_of(setting)) and (other := wanted.setdefault(folder_of(data), data)) != data:
             raise ValueError(f"two settings have different data in one folder, {folder_of(data)}: {other} and {data}")
+    for name, report in grid.eval.items():
+        where = report.get("data")
+        if where not in (None, *wanted) and not (Path(local(where, root)) / "manifest.json").is_file():
+            raise ValueError(f"the report {name!r} is on {where}, which is not there: make it by data/prepare.py first")
     named = dict(s.split("=", 1) if "=" in s else (None, s) for s in sources or ())
     if None in named and len({data["corpus"] for data in wanted.values()}) > 1:
         each = " ".join(f"{data['corpus']}=PATH" for data in wanted.values())

@@ -69,6 +69,10 @@ def run(args: argparse.Namespace, program: str, command: list[str]) -> int:
     for text in dict.fromkeys(filter(None, map(schedule.warning, configs))):
         print(f"warning: {text}", file=sys.stderr)
 
+    if args.known and not (args.known / RUNS_FILE).is_file():
+        raise ValueError(f"--known {args.known} holds no {RUNS_FILE}: give results, a folder that --collect made")
+    if args.plan and args.known:
+        raise ValueError("--plan is of all runs of the grid: leave --known out")
     if args.plan:
         output(plan(grid, files, args))
         return 0

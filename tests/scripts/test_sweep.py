@@ -267,6 +267,8 @@ def test_a_sweep_is_collected_and_its_results_take_no_runs(finished, tmp_path, c
     (["scheme"], "no grid 'scheme'; did you mean schemes"),
     (["nowhere.yaml"], "No such file"),
     (["schemes", "--only", "rope-seed1-00000000"], "no run 'rope-seed1-00000000'"),
+    (["schemes", "--known", "nowhere"], "--known nowhere holds no runs.jsonl"),
+    (["schemes", "--plan", "--known", "results/schemes"], "leave --known out"),
     (["schemes", "--arms", "rop"], "arms has no 'rop'; did you mean rope"),
     (["schemes", "--corpus", "novel"], "unknown corpus 'novel'"),
     (["schemes", "--set", "max_steps"], "--set takes FIELD=VALUE, not 'max_steps'"),

@@ -106,6 +106,16 @@ def test_an_evaluation_takes_the_runs_own_data_which_eval_checks(tmp_path, monke
     assert evaluation[evaluation.index("--data") + 1] == "../data/set"
 
 
+def test_an_evaluation_on_other_data_needs_them_before_anything_is_trained(tmp_path):
+    eval = {"far": {"lengths": ["1x"], "data": "data/other"}}
+    grid = Grid.read(write_grid(tmp_path / "g.yaml", eval=eval))
+    with pytest.raises(ValueError, match="'far' is on data/other, which is not there"):
+        prepare(grid, None, root=tmp_path)
+    run = next(iter(grid.runs(RunFolders(tmp_path / "out"))))
+    work = Work(run, 0, None, 1, {}, tmp_path)
+    assert work.command("far")[-1] == os.path.relpath(tmp_path / "data" / "other")  # relative to the repository
+
+
 def test_status_shows_every_run(grid, files):
     done, *others = grid.runs(files)
     finish(done, 2.0)
