@@ -190,8 +190,8 @@ def test_saved_for_backward_is_what_a_real_model_saves(pos, mixed):
     config = mixed(pos) if pos in MIXED else dataclasses.replace(SHAPE, pos=name, dropout=0.1 * ("dropout" in pos))
     dtype = torch.bfloat16 if "bfloat16" in pos else torch.float32
     found, real = sum(simulate(config, ROWS, dtype, gpu=False).saved.values()), saved_by_a_real_pass(GPT(config), dtype)
-    # Blocks of queries keep some numbers of their own, and indices that fake tensors share. Of comrope's constants, which
-    # its layers share, a layer that is not run books 256 bytes less
+    # Blocks of queries keep some numbers of their own, and indices that fake tensors share. Layers of comrope share its
+    # constants: one that is not run books 256 bytes less
     close = 0.005 if name in SCHEMES.keys() - {*PLAIN} else 1e-4 if name == "comrope" else 0
     assert found == pytest.approx(real, rel=close, abs=0)
 
