@@ -1,6 +1,7 @@
 """What a study found: its finished runs, read from a folder of runs or from runs.jsonl, and how that is made."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import shutil
@@ -208,14 +209,15 @@ def unpack(grid: Grid, files: RunFolders, source: Path, root: Path) -> int:
     how many runs were missing. OSError where `source` holds no results, ValueError where its runs were trained on other
     data than that under `root`."""
     known, count, partial = CollectedRuns(source), 0, files.folder / "logs" / "known.partial"
+    hash_of = functools.cache(lambda folder: open_data(local(folder, root), verify=False).hash)
     with alone(files.folder / "logs" / "known.lock", f"taking runs from {source}"):
         while fresh := [
             run for run in grid.runs(files) if not run.folder.exists() and dataclasses.replace(run, files=known).done()
         ]:
             for run in fresh:  # trials first: their outcome makes more runs known
-                line, here = known.runs[run.name], open_data(local(run.config.data_dir, root), verify=False).hash
-                if here not in [m["environment"].get("data_hash") for m in line["metrics"] if "environment" in m]:
-                    where = run.config.data_dir
+                line, where = known.runs[run.name], run.config.data_dir
+                trained_on = [m["environment"].get("data_hash") for m in line["metrics"] if "environment" in m]
+                if hash_of(where) not in trained_on:
                     raise ValueError(f"{source}: {run.name} was trained on other data than {where} holds now")
                 shutil.rmtree(partial, ignore_errors=True)  # of a sweep that was killed
                 (partial / "eval").mkdir(parents=True)

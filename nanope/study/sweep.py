@@ -86,28 +86,26 @@ def run(args: argparse.Namespace, program: str, command: list[str]) -> int:
         return 0
     if (files.folder / RUNS_FILE).exists():
         raise ValueError(f"{files.folder} holds results, {RUNS_FILE}: give another folder for the runs, --out")
+    if args.only and (unknown := {*args.only} - {run.name for run in grid.runs(files)}):
+        name = sorted(unknown)[0]
+        raise ValueError(
+            f"no run {name!r} in this grid: was the script made from another version of it? --status lists them"
+        )
+    prepare(grid, args.source, args.root)
     if args.known:
-        prepare(grid, args.source, args.root)
         output(f"{unpack(grid, files, args.known, args.root)} runs taken from {args.known}")
     if args.slurm:
         element = [program, args.grid, *said, "--out", str(files.folder)]
         element += ["--ranks", str(args.ranks), "--threads", str(args.threads)]
-        prepare(grid, args.source, args.root)
         output(write_script(args.slurm, grid, files, args, command, element))
         return 0
     return work(grid, files, args)
 
 
 def work(grid: Grid, files: RunFolders, args: argparse.Namespace) -> int:
-    """Make the data, run what is not done, measure speeds, make the tables. Returns the exit code."""
+    """Run what is not done, measure speeds, make the tables. Returns the exit code."""
     out, runs = files.folder, grid.runs(files)
-    if args.only and (unknown := {*args.only} - {run.name for run in runs}):
-        name = sorted(unknown)[0]
-        raise ValueError(
-            f"no run {name!r} in this grid: was the script made from another version of it? --status lists them"
-        )
     (out / "logs").mkdir(parents=True, exist_ok=True)
-    prepare(grid, args.source, args.root)
     if args.only:
         return told(grid, files, Runner(grid, files, args, args.only).execute())
 
