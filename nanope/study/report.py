@@ -1,5 +1,6 @@
 """The report of a study: its tables with notes on how they came about, as Markdown and as LaTeX, and its figure."""
 
+from collections import Counter
 from pathlib import Path
 
 from nanope.config import RunConfig
@@ -65,16 +66,26 @@ def latex_text(study: Study) -> str:
 
 
 def environment(study: Study) -> str:
-    """Where the runs were made, as their metrics and evaluations say. Without runs: where speed was measured."""
-    for by_seed in study.runs.values():
-        for run in by_seed.values():
-            found = next((line["environment"] for line in run.metrics() if "environment" in line), {})
-            reports = filter(None, map(run.report, study.grid.eval))
-            evaluated = next((report for report in reports if "torch" in report), {})
-            found = {k: evaluated[k] for k in ("torch", "device", "threads") if k in evaluated} | found
-            return ", ".join(f"{k} {v}" for k, v in found.items() if isinstance(v, (str, int, float)))
-    bench = throughput(study) or {}
-    return ", ".join(f"{k} {bench[k]}" for k in ("torch", "device", "threads", "compile") if k in bench)
+    """Where the runs were made, as their metrics and evaluations say: each value, and in how many runs where they
+    differ. Without runs: where speed was measured."""
+    found = {}
+    for run in (run for by_seed in study.runs.values() for run in by_seed.values()):
+        trained = next((line["environment"] for line in run.metrics() if "environment" in line), {})
+        reports = filter(None, map(run.report, study.grid.eval))
+        evaluated = next((report for report in reports if "torch" in report), {})
+        told = {k: evaluated[k] for k in ("torch", "device", "threads") if k in evaluated} | trained
+        for key, value in (told | {"commit": (told.get("git") or {}).get("commit")}).items():
+            if isinstance(value, (str, int, float)) and "seed" not in key:
+                found.setdefault(key, Counter())[value] += 1
+    if not found:
+        bench = throughput(study) or {}
+        found = {k: Counter([bench[k]]) for k in ("torch", "device", "threads", "compile") if k in bench}
+    return "; ".join(f"{key} {counted(counts)}" for key, counts in found.items())
+
+
+def counted(counts: Counter) -> str:
+    """Values, and where there are several, the number of runs of each."""
+    return ", ".join(f"{n} × {value}" if len(counts) > 1 else str(value) for value, n in counts.most_common())
 
 
 # ---- notes

@@ -188,6 +188,19 @@ def test_a_diverged_run_is_collected_and_named_in_the_table(tmp_path):
     assert re.search(r"^\| crope \| [\d,]+ \| 1 \|.*\| 4.0000 \| \+1.0000 \|$", text, re.M)
 
 
+def test_a_report_says_on_which_machines_its_runs_were_made(study):
+    """A study may take sessions on several. Every value has its number of runs; of equal ones the value is enough."""
+    _, files, _ = study
+    for name, device in zip(files.names(), ("cpu (A)", "cpu (B)", "cpu (B)", "cpu (B)")):
+        path = files.folder / name / "metrics.jsonl"
+        first, *rest = path.read_text().splitlines()
+        line = json.loads(first)
+        line["environment"] |= {"device": device, "dtype": "float32", "git": {"commit": "c0ffee"}}
+        path.write_text("\n".join([json.dumps(line), *rest]) + "\n")
+    told = "device 3 × cpu (B), 1 × cpu (A); dtype float32; commit c0ffee"
+    assert report.environment(Study.read(files.folder)).endswith(told)
+
+
 def test_runs_on_different_data_are_not_compared(tmp_path):
     """The same fields and the same folder of data, which somebody has made anew between two runs."""
     for name, second in (("same", "a"), ("other", "b")):
