@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanope.ops import Linear
+from nanope.ops import Linear, kind_of
 from schemes.base import Scheme
 
 HIDDEN = 32
@@ -27,8 +27,8 @@ class FIRE(Scheme):
         c; log_L (), log L. Not decayed: hidden.bias, log_c, log_L.
     Beyond block_size: yes, by construction.
     Cache: places (S,), or (B, S) where documents are apart.
-    Cost: 64·(H + 1) FLOPs a pair; a bias, whose dense form on a CPU takes H·T² numbers, the same in each sequence, and
-        in training 32·T² more.
+    Cost: 64·(H + 1) FLOPs a pair, in evaluation on a CPU 2·H; a bias, whose dense form on a CPU takes H·T² numbers, the
+        same in each sequence, and in training 32·T² more.
     """
 
     undecayed = ("hidden.bias", "log_c", "log_L")
@@ -52,13 +52,35 @@ class FIRE(Scheme):
         weight, bias, out = (t.to(ctx.dtype) for t in (self.hidden.weight[:, 0], self.hidden.bias, self.out.weight))
         places = ctx.joined("places", ctx.places, -1)  # (S,) or (B, S)
 
+        def units(y, head):  # one hidden unit at a time: no tensor of all 32
+            total = 0
+            for j in range(HIDDEN):
+                total = total + out[head, j] * F.relu(weight[j] * y + bias[j])
+            return total
+
+        by_pieces = kind_of(ctx.device) == "cpu" and not torch.is_grad_enabled()  # gradients are those of the units
+        of = self.pieces(ctx.dtype) if by_pieces else units
+
         def f(batch, head, m, n):
             place = places[m] if places.dim() == 1 else places[batch, m]
             span = torch.log1p(c * torch.maximum(L, place.to(c.dtype)))
-            y = torch.log1p(c * (m - n).clamp_min(0)) / span  # (R, N)
-            total = 0
-            for j in range(HIDDEN):  # one hidden unit at a time: no tensor of all 32
-                total = total + out[head, j] * F.relu(weight[j] * y + bias[j])
-            return total
+            return of(torch.log1p(c * (m - n).clamp_min(0)) / span, head)
+
+        return f
+
+    def pieces(self, dtype: torch.dtype):
+        """f(y, head) by its linear pieces, at most 33 in [0, 1]. A search for the piece and two look-ups take a ninth
+        of the time of 32 units."""
+        weight, bias, out = (t.double() for t in (self.hidden.weight[:, 0], self.hidden.bias, self.out.weight))
+        ends = (-bias / weight).nan_to_num(0.0).clamp(0, 1).sort().values  # where a unit begins or ends, (32,)
+        middle = (F.pad(ends, (1, 0)) + F.pad(ends, (0, 1), value=1.0)) / 2  # (33,)
+        on = (weight[:, None] * middle + bias[:, None] > 0).double()  # (32, 33)
+        slope, start = ((out @ (on * t[:, None])).to(dtype).flatten() for t in (weight, bias))  # (33 H,) each
+        ends = ends.to(dtype)
+
+        def f(y, head):
+            at = torch.bucketize(y, ends) + (HIDDEN + 1) * head
+            start_of, slope_of = (t.index_select(0, at.flatten()).view_as(at) for t in (start, slope))
+            return torch.addcmul(start_of, slope_of, y)
 
         return f

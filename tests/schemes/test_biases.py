@@ -123,6 +123,25 @@ def test_fire_interpolates_beyond_L():
     close(ends[0], out @ (weight + bias).clamp_min(0))
 
 
+@pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_fires_linear_pieces_are_its_units(dtype, atol):
+    """Without gradients f is looked up: the same values, also where units never, always or just at an end begin."""
+    pos = first(build("fire", dtype))
+    with torch.no_grad():
+        pos.log_L.fill_(math.log(50))
+        pos.hidden.weight[:4, 0] = torch.tensor([0.0, 0.0, 1.0, -1.0])
+        pos.hidden.bias[:4] = torch.tensor([0.0, 2.0, -1.0, 0.0])
+    m, n = torch.arange(200).view(-1, 1), torch.arange(200).view(1, -1)
+    x, heads = torch.zeros(1, 200, pos.n_embd, dtype=dtype), torch.arange(pos.n_head).view(-1, 1, 1)
+    found = []
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            found.append(pos.bias(x, None, None, layer_context(pos, x))(0, heads, m, n))
+    units, pieces = found
+    assert units.requires_grad and units.std() > 0.1
+    close(pieces, units.detach(), atol=atol)
+
+
 # ---- fox and cable
 
 
