@@ -9,8 +9,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import GPT, SCHEMES, GPTConfig
-from nanope.costs import MORE_PRODUCTS, parameters, products, simulate
+from nanope.costs import parameters, products, simulate
 from nanope.distributed import autocast
+from nanope.meters import MORE_PRODUCTS
 from schemes._skew import SWEEPS
 
 CPU = torch.device("cpu")
