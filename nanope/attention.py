@@ -30,16 +30,18 @@ from torch.utils.checkpoint import checkpoint
 from nanope.ops import kind_of, no_autocast, wide
 
 CHUNK = 2**24  # elements of a dense mask or of dense scores that exist at once: 64 MB in float32
+SMALL_CHUNK, FEW_QUERIES = 2**21, 128  # the same on a CPU without gradients, where what is in its cache counts
 
 
-def attend(scheme, q, k, v, x, ctx, window: int = 0, dropout: float = 0.0, chunk: int = CHUNK) -> torch.Tensor:
+def attend(scheme, q, k, v, x, ctx, window: int = 0, dropout: float = 0.0, chunk: int | None = None) -> torch.Tensor:
     """Attention of one layer: q (B, H, T, ≥ D) at start … S-1, k (B, H, S, ≥ D), v (B, H, S, D) → (B, H, T, D).
 
     scheme: the layer's; x (B, T, C): the block's normed input; ctx: schemes.base.Context; window: how many tokens a
     query sees, itself among them, 0 for all; dropout: probability for attention weights; chunk: elements of a dense
-    mask or of dense scores that exist at once.
+    mask or of dense scores that exist at once, as many as are fast where None.
     """
     window = 0 if window >= k.size(2) else window
+    chunk = chunk or chunk_here(q, k)
     way = "flex" if ctx.block_mask is not None else way_here(scheme, q, ctx, window, dropout)
     if way == "dense":
         return attend_densely(scheme, q, k, v, x, ctx, window, dropout, chunk)
@@ -115,6 +117,14 @@ def way_here(scheme, q, ctx, window: int, dropout: float) -> str:
     masks = {"window": window, "documents": ctx.documents is not None, "dropout": dropout}
     grad = torch.is_grad_enabled()
     return way_of(scheme, q.device, ctx.dtype, ctx.length, ctx.start, **masks, grad=grad, eager=eager, flex=False)
+
+
+def chunk_here(q: torch.Tensor, k: torch.Tensor) -> int:
+    """How many elements of a mask or of scores exist at once. On a CPU without gradients those of 128 queries, or more
+    where these are few: at 4,096 tokens (4 × 128) 1.4 (kerple) to 2.6 times (fire) as fast as with CHUNK, path 0.95."""
+    if torch.is_grad_enabled() or kind_of(q.device) != "cpu":
+        return CHUNK
+    return min(CHUNK, max(SMALL_CHUNK, FEW_QUERIES * q.size(0) * q.size(1) * k.size(2)))
 
 
 def trains_bias(scheme) -> bool:
