@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nanope.files import write_atomically
 from nanope.study.panels import SCALINGS, answers_curve, curve_of, looks_of, loss, position
-from nanope.study.results import Study
+from nanope.study.results import Study, scaled
 from nanope.study.seed_statistics import difference_of_answers, difference_of_rows
 from schemes import label
 
@@ -57,8 +57,7 @@ def views_of(study: Study, setting: str) -> Iterator[dict]:
             less = difference_of_answers if task else difference_of_rows
             for (arm, scaling), at in rows.items():
                 look = looks[arm] | ({} if scaling == "none" else {"linestyle": SCALINGS[scaling]})
-                factor = next(row["factor"] for by_seed in at.values() for row in by_seed.values())
-                title = arm if scaling == "none" else f"{arm}, {scaling} ×{factor:g}"
+                title = scaled(arm, next(row for by_seed in at.values() for row in by_seed.values()))
                 curve = answers_curve(title, at, look) if task else curve_of(title, at, show, look)
                 pairs = {x: less(at[x], base.get(x, {})) for x in sorted(at) if title != grid.baseline}
                 points = [[x, d["difference"], d["interval"], d["seeds"]] for x, d in pairs.items() if d]

@@ -14,7 +14,7 @@ from nanope.study.costs import model_cost
 from nanope.study.drawing import Curve, Forest, Heat, Lines, Points
 from nanope.study.grid import bench_variants
 from nanope.study.probe_panels import attention, attention_of_report, needle, needle_of_reports
-from nanope.study.results import Study, three_of, throughput
+from nanope.study.results import Study, scaled, three_of, throughput
 from nanope.study.seed_statistics import (
     answers_interval,
     difference_at,
@@ -357,7 +357,7 @@ def of_reports(reports: list[dict], protocol: str, panels: Sequence[str] = OF_RE
     for i, (name, report) in enumerate(zip(names, reports)):
         for scaling in dict.fromkeys(row["scaling"] for row in report["results"]):
             rows = [row for row in report["results"] if row["scaling"] == scaling]
-            title = name + (f", {scaling} ×{rows[0]['factor']:g}" if scaling != "none" else "")
+            title = scaled(name, rows[0])
             look = {"color": looks[i]["color"], "linestyle": SCALINGS[scaling]}
             if answers := {row["length"]: {0: row} for row in rows if row["protocol"] == "task"}:
                 answered.setdefault(report["task"]["name"], []).append((report, answers_curve(title, answers, look)))

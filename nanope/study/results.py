@@ -135,6 +135,11 @@ def three_of(lengths: list[int], wanted: list[int]) -> list[int]:
     return wanted if len(wanted) == 3 else sorted({lengths[0], lengths[len(lengths) // 2], lengths[-1]})
 
 
+def scaled(name: str, row: dict) -> str:
+    """A name with the row's frequency scaling, where it has one."""
+    return name if row["scaling"] == "none" else f"{name}, {row['scaling']} ×{row['factor']:g}"
+
+
 def scored_rows(report: dict) -> list[dict]:
     """The rows of a report by context length: all but those of shifted positions and of tasks."""
     return [row for row in report.get("results", ()) if row["protocol"] not in ("shift", "task")]

@@ -10,7 +10,7 @@ from nanope.study.costs import model_cost
 from nanope.study.grid import as_list, bench_variants
 from nanope.study.markup import Table, accuracy_cell, difference_cell, mean_cell, row_cell, titled
 from nanope.study.probe_tables import probe_tables
-from nanope.study.results import Study, three_of, throughput
+from nanope.study.results import Study, scaled, three_of, throughput
 from nanope.study.seed_statistics import (
     difference_at,
     difference_of_answers,
@@ -125,8 +125,7 @@ def protocol_tables(study: Study, setting: str, name: str, protocol: str, rows: 
         at = {n: by_length.get(n, {}) for n in lengths}
         own = rows.get((arm, "none"), {}).get(trained, {})
         itself = trained if scaling == "none" else None
-        factor = next((row["factor"] for of_length in by_length.values() for row in of_length.values()), 1)
-        title = arm if scaling == "none" else f"{arm}, {scaling} ×{factor:g}"
+        title = scaled(arm, next(row for by_seed in by_length.values() for row in by_seed.values()))
 
         mean.rows.append([title, *(row_cell(at[n], grid.figure) for n in lengths)])
         if title != grid.baseline:

@@ -264,7 +264,7 @@ def test_speeds_are_compared_by_their_ratio(scale, judged, tmp_path):
     report.start_readme(grid, tmp_path / "results")
     report.write(tmp_path / "results")
     readme = (tmp_path / "results" / "README.md").read_text()
-    assert "Made by `c` (device cpu, threads 1)." in readme and "figure.png" not in readme  # there are no runs to draw
+    assert "Made by `c` (device cpu; threads 1)." in readme and "figure.png" not in readme  # there are no runs to draw
 
 
 def test_the_leaderboard_says_what_the_other_tables_say_lowest_first(tmp_path):
