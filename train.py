@@ -111,7 +111,7 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
     # ---- The model: that of the checkpoint to resume from, or a new one. Nothing is written before `locked`
     observe("folder", 0, config)
     config = resumed_if_restarted(config, ranks)
-    state = find_state(config, data.hash, ranks)
+    state = find_state(config, data, ranks)
     config = as_begun(config, state)
     what = f"the step to resume from: {folder} must be one folder, shared by all nodes"
     ranks.check_equal(state["step"] if state else 0, device, what)

@@ -203,13 +203,25 @@ class Split:
 class Data:
     """A finished data folder, as `open_data` returns it.
 
-    folder: Path; manifest: dict; hash, tokenizer_hash: hex sha256; vocab_size, eot: int; split(name): Split.
+    folder: Path; manifest: dict; tokenizer_hash: hex sha256; vocab_size, eot: int; split(name): Split.
+    hash: hex sha256 of what is trained on and scored. It is the same wherever the same text came from: an archive, a
+    clone, a .jsonl.
     """
 
-    def __init__(self, folder: Path, manifest: dict, hash: str):
-        self.folder, self.manifest, self.hash = folder, manifest, hash
+    def __init__(self, folder: Path, manifest: dict, manifest_hash: str):
+        self.folder, self.manifest, self.manifest_hash = folder, manifest, manifest_hash
         self.tokenizer_hash, self.eot = manifest["tokenizer"]["sha256"], manifest["tokenizer"]["eot"]
         self.vocab_size = manifest["vocab_size"]
+        shards = {
+            split: [[r["tokens"], r["sha256"], r.get("mask", {}).get("sha256")] for r in records]
+            for split, records in manifest["splits"].items()
+        }
+        about = [manifest.get(key) for key in ("vocab_size", "dtype", "val_long", "task")]
+        self.hash = json_sha256([self.tokenizer_hash, *about, shards])
+
+    def is_of(self, recorded: str) -> bool:
+        """Whether a recorded hash is of this data: `hash`, or the manifest's, which was recorded until 2026-11-30."""
+        return recorded in (self.hash, self.manifest_hash)
 
     def records(self, split: str) -> list[dict]:
         """The manifest's records of the shards of a split, in order. DataError where the folder has no such split."""

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from pathlib import Path
 
-from data.shards import DataError, open_data
+from data.shards import Data, DataError, open_data
 from nanope.checkpoint import read_metrics
 from nanope.config import NEUTRAL, RunConfig, completed, with_vocabulary
 from nanope.distributed import Ranks
@@ -16,7 +16,7 @@ def differences(config: RunConfig, run: Path) -> list[str]:
     """A line for each field in which `config` differs from that of the run in the folder `run`, and one for other data.
     Those that change the result come first. What is open until the run starts is not compared. OSError where there is
     no such run, ValueError where its config.yaml is none."""
-    mine, data_hash = resolved(config)
+    mine, data = resolved(config)
     path = run / "config.yaml" if run.is_dir() else run
     theirs = read_yaml_file(path)
     if "pos" not in theirs:
@@ -40,18 +40,18 @@ def differences(config: RunConfig, run: Path) -> list[str]:
     with contextlib.suppress(OSError, StopIteration):
         environments = (line.get("environment") for line in read_metrics(path.parent))
         there = next(e["data_hash"] for e in environments if isinstance(e, dict) and "data_hash" in e)
-        if data_hash and there != data_hash:
-            lines.append((False, f"data: its manifest's hash is {there[:12]}… there, {data_hash[:12]}… here"))
+        if data and not data.is_of(there):
+            lines.append((False, f"data: its hash is {there[:12]}… there, {data.hash[:12]}… here"))
     return [text for _, text in sorted(lines, key=lambda line: line[0])]
 
 
-def resolved(config: RunConfig) -> tuple[dict, str | None]:
-    """The fields of a config as its run would record them, and the hash of its data. Data that is not here yet leaves
-    the vocabulary and the hash None."""
-    data_hash = None
+def resolved(config: RunConfig) -> tuple[dict, Data | None]:
+    """The fields of a config as its run would record them, and its data. Data that is not here yet is None, and so is
+    the vocabulary."""
+    data = None
     with contextlib.suppress(DataError):
         data = open_data(config.data_dir, verify=False)
-        config, data_hash = with_vocabulary(config, data.vocab_size, data.eot), data.hash
+        config = with_vocabulary(config, data.vocab_size, data.eot)
     micro = config.micro_batch_size
     micro = resolve_batch(config, Ranks())[1] if micro not in (None, "auto") else None
-    return {**completed(vars(config), config), "micro_batch_size": micro}, data_hash
+    return {**completed(vars(config), config), "micro_batch_size": micro}, data

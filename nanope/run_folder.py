@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from data.shards import Data
 from nanope import checkpoint
 from nanope.config import SINCE, SWITCHES, RunConfig, completed, merged
 from nanope.distributed import Ranks
@@ -23,7 +24,7 @@ FIXED_ON_RESUME += (*SWITCHES, "eot", "pos_lr_matrices", "batch_tokens", "seed",
 QUIET_ON_RESUME = ("resume", "out_dir", "data_dir", "verify_data", "micro_batch_size")
 
 
-def find_state(config: RunConfig, data_hash: str, ranks: Ranks) -> dict | None:
+def find_state(config: RunConfig, data: Data, ranks: Ranks) -> dict | None:
     """The checkpoint to resume from, or None to start. Changes nothing. ValueError where the folder holds a run that
     config does not resume, or may not."""
     run = Path(config.out_dir)
@@ -32,7 +33,7 @@ def find_state(config: RunConfig, data_hash: str, ranks: Ranks) -> dict | None:
         raise ValueError(f"{run} already holds a run: continue it with --resume true, or choose another --out_dir")
     state = checkpoint.load_newest(run) if config.resume else None
     if state:
-        check_resumable(state, as_begun(config, state), data_hash)
+        check_resumable(state, as_begun(config, state), data)
         then = state["config"]
         shown = [k for k in vars(config) if k in then and k not in (*FIXED_ON_RESUME, *QUIET_ON_RESUME)]
         changed = [f"{k} {then[k]} → {getattr(config, k)}" for k in shown if then[k] != getattr(config, k)]
@@ -51,14 +52,14 @@ def as_begun(config: RunConfig, state: dict | None) -> RunConfig:
     return config
 
 
-def check_resumable(state: dict, config: RunConfig, data_hash: str) -> None:
+def check_resumable(state: dict, config: RunConfig, data: Data) -> None:
     """ValueError where the checkpoint's run differs in what its result depends on."""
     then = completed(state["config"], config)
     if config.init_from and not config.init_pos_from_config:  # options that it does not name came with the weights
         config = replace(config, pos_options=merged(then["pos_options"], config.pos_options))
     now = completed(vars(config), config)
     differ = [f"{k} was {then[k]}, now {now[k]}" for k in FIXED_ON_RESUME if then[k] != now[k]]
-    if state["data_hash"] != data_hash:
+    if not data.is_of(state["data_hash"]):
         differ.append(f"the data in {config.data_dir} is not what the run began with")
     if differ:
         raise ValueError(

@@ -35,10 +35,10 @@ def open_run(run: str, which: str, folder: str | None) -> Subject:
             "their perplexities do not compare"
         )
     trained_on = state.get("data_hash")
-    other = None if trained_on is None else trained_on != data.hash  # None: a checkpoint that does not know
+    other = None if trained_on is None else not data.is_of(trained_on)  # None: a checkpoint that does not know
     if other and not folder:
         raise ValueError(
-            f"{run} was trained on other data than {data.folder.resolve()} holds (hash of the manifest "
+            f"{run} was trained on other data than {data.folder.resolve()} holds (hash "
             f"{trained_on[:12]}… then, {data.hash[:12]}… here): give --data {data.folder} to evaluate on these all the "
             "same, or --data with the run's own"
         )
