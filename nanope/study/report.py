@@ -148,6 +148,10 @@ def set_up_note(study: Study, setting: str, c: RunConfig) -> str:
 def tuning_note(study: Study) -> str:
     grid = study.grid
     if not grid.tune:
+        for setting in grid.settings:
+            rates = {arm: c.learning_rate for arm in grid.arms if (c := study.config(setting, arm))}
+            if len({*rates.values()}) > 1:
+                return f"Learning rates were not tuned, and are {', '.join(f'{a}: {r:g}' for a, r in rates.items())}."
         return "Learning rates are the same for all arms and were not tuned."
     rates = sorted(float(rate) for rate in as_list(grid.tune["learning_rate"]))
     seeds = ", ".join(map(str, as_list(grid.tune.get("seeds") or [0])))

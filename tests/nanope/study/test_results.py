@@ -201,6 +201,17 @@ def test_a_report_says_on_which_machines_its_runs_were_made(study):
     assert report.environment(Study.read(files.folder)).endswith(told)
 
 
+def test_a_report_says_which_arms_have_rates_of_their_own(tmp_path):
+    arms = {"rope": {"pos": "rope"}, "none": {"pos": "none", "learning_rate": 0.5}}
+    grid = Grid.read(write_grid(tmp_path / "g.yaml", eval={}, arms=arms, seeds=1))
+    for run in grid.runs(RunFolders(tmp_path / "out")):
+        finish(run, 3.0)
+    grid.write(tmp_path / "out")
+    note = report.tuning_note(Study.read(tmp_path / "out"))
+    rate = grid.runs(RunFolders(tmp_path / "out"))[0].config.learning_rate
+    assert note == f"Learning rates were not tuned, and are rope: {rate:g}, none: 0.5."
+
+
 def test_runs_on_different_data_are_not_compared(tmp_path):
     """The same fields and the same folder of data, which somebody has made anew between two runs."""
     for name, second in (("same", "a"), ("other", "b")):
