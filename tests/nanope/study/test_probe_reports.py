@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from studies import report_row, study_of, write_grid
 
+from nanope.evaluation.effective import effective_contexts
 from nanope.study import figures, report
 from nanope.study.export import write_csv
 from nanope.study.markup import latex
@@ -102,12 +103,15 @@ def test_key_tokens_have_figures_and_paired_differences(study):
     assert "recall by depth" in report.latex_text(study) and latex("0–20 %") == r"0--20 \%"
 
 
-def test_reports_of_before_have_no_such_table(study):
+def test_reports_of_before_have_the_table_that_their_rows_give(study):
     old = Study.read(study.folder)
     for key in old.runs:
         for seed, each in old.reports(*key, "far").items():
             old.cache[(*key, "far")][seed] = {k: v for k, v in each.items() if k not in more("rope", 1)}
-    assert probe_tables(old, "", "far") == []
+    (table,) = probe_tables(old, "", "far")
+    (rows, *_) = [report["results"] for report in old.reports("", "rope", "far").values()]
+    (found,) = effective_contexts(rows, 0.01)
+    assert table.title.startswith("effective context") and table.rows[0][:2] == ["rope", str(found["length"])]
     looks = looks_of({arm: arm for arm in old.grid.arms})
     assert PANELS["attention"](old, "", looks) is None and PANELS["needle"](old, "", looks) == []
 
