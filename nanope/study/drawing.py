@@ -246,7 +246,6 @@ def number(value: float, sign: str = "") -> str:
 
 
 def draw_forest(axes, panel: Forest, title: str) -> Labels:
-    labels = Labels(axes)
     each = [(min(ends), max(ends)) for *_, found in panel.rows if (ends := [e for d in found if d for e in ends_of(d)])]
     low, high = padded(*robust_limits(each, (0.0,)))
     axes.set_xlim(low, high)
@@ -254,7 +253,7 @@ def draw_forest(axes, panel: Forest, title: str) -> Labels:
         for k, finding in enumerate(found):
             y = row + (k - (len(found) - 1) / 2) * 0.26
             if finding:
-                draw_difference(axes, labels, finding, y, look["color"], MARKS[k % len(MARKS)])
+                draw_difference(axes, finding, y, look["color"], MARKS[k % len(MARKS)])
     axes.axvline(0, color="black", linewidth=0.7, zorder=1)
     axes.set_ylim(len(panel.rows) - 0.5, -0.5)
     axes.set_yticks(range(len(panel.rows)), [wrapped(name) for name, *_ in panel.rows])
@@ -267,7 +266,7 @@ def draw_forest(axes, panel: Forest, title: str) -> Labels:
     left = max(tick.get_window_extent().width for tick in axes.get_yticklabels()) * 72 / axes.figure.dpi + 3.5
     heading(axes, title, left=left)
     legend_of_marks(axes, panel, left)
-    return labels
+    return Labels(axes)
 
 
 def legend_of_marks(axes, panel: Forest, left: float) -> None:
@@ -288,7 +287,7 @@ def ends_of(finding: dict) -> tuple[float, float]:
     return tuple(finding["interval"] or (finding["difference"],) * 2)
 
 
-def draw_difference(axes, labels: Labels, finding: dict, y: float, colour: str, marker: str) -> None:
+def draw_difference(axes, finding: dict, y: float, colour: str, marker: str) -> None:
     """A mark with its bar. What lies outside the axis is an arrow at its edge; a mark there has its value beside it."""
     low, high = axes.get_xlim()
     value, (start, stop) = finding["difference"], ends_of(finding)
@@ -302,7 +301,12 @@ def draw_difference(axes, labels: Labels, finding: dict, y: float, colour: str, 
         if beyond:
             axes.plot([edge], [y], arrow, markersize=3.5, clip_on=False, **look)
     if not low <= value <= high:
-        labels.near(number(value, "+"), [(np.clip(value, low, high), y)], colour, 6.5)
+        side = 1 if value < low else -1
+        axes.annotate(
+            number(value, "+"), (np.clip(value, low, high), y), (4 * side, 0), textcoords="offset points", color=colour,
+            fontsize=6, va="center_baseline", ha="left" if side > 0 else "right", zorder=5,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3},
+        )  # fmt: skip
 
 
 def draw_points(axes, panel: Points, title: str) -> Labels:
