@@ -300,7 +300,9 @@ def config_of(path: Path, base: str | None) -> dict:
 
 def folder_of(data: dict) -> str:
     """The data folder that data/prepare.py makes with these arguments, relative to the repository."""
-    return f"data/task-{data['task']}" if data["corpus"] == "task" else f"data/{data['corpus']}-{data['tokenizer']}"
+    if data["corpus"] != "task":
+        return f"data/{data['corpus']}-{data['tokenizer']}"
+    return "-".join(["data/task", data["task"], *([str(data["length"])] if "length" in data else [])])
 
 
 def settings_of(given, product: dict[str, list], path: Path, fields: dict) -> dict[str, dict]:

@@ -140,10 +140,12 @@ def test_a_folder_with_other_examples_is_not_taken(tmp_path, capfd):
     small = {"length": 4, "examples": 50}
     prepared(a=small, b=small)
     with pytest.raises(ValueError, match="the data were not made: .*prepare.py task copy"):
-        prepared(a={**small, "length": 5})
+        prepared(a={**small, "examples": 60})
     assert "was made with other options" in capfd.readouterr().err
-    with pytest.raises(ValueError, match="two settings have different data in one folder, data/task-copy: .*4.*5"):
-        prepared(a=small, b={**small, "length": 5})
+    with pytest.raises(ValueError, match="two settings have different data in one folder, data/task-copy-4: .*50.*60"):
+        prepared(a=small, b={**small, "examples": 60})
+    prepared(a=small, b={**small, "length": 5})
+    assert {path.name for path in (tmp_path / "data").glob("task-*[0-9]")} == {"task-copy-4", "task-copy-5"}
 
 
 @pytest.mark.slow
