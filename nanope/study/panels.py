@@ -131,8 +131,11 @@ def with_bands(curves: list[Curve], baseline: str, ends: dict[str, dict | None])
 
 def note_of(study: Study, setting: str, curves: list[Curve]) -> str:
     """How many seeds, and what a band is, where a curve has one."""
-    seeds = max(len(study.runs[setting, arm]) for arm in study.grid.arms)
+    counts = [len(done) for arm in study.grid.arms if (done := study.runs[setting, arm])]
+    fewest, seeds = min(counts), max(counts)
     note = f"mean of {seeds} seeds" if seeds > 1 else "one seed"
+    if fewest < seeds:  # of a study that is not finished
+        note = f"means of {fewest} to {seeds} seeds"
     band = f"; band: 95 % interval over {'seeds' if seeds > 1 else 'documents'}"
     return note + band * any(curve.band for curve in curves)
 
