@@ -212,12 +212,13 @@ class Data:
         self.folder, self.manifest, self.manifest_hash = folder, manifest, manifest_hash
         self.tokenizer_hash, self.eot = manifest["tokenizer"]["sha256"], manifest["tokenizer"]["eot"]
         self.vocab_size = manifest["vocab_size"]
-        shards = {
-            split: [[r["tokens"], r["sha256"], r.get("mask", {}).get("sha256")] for r in records]
-            for split, records in manifest["splits"].items()
-        }
-        about = [manifest.get(key) for key in ("vocab_size", "dtype", "val_long", "task")]
-        self.hash = json_sha256([self.tokenizer_hash, *about, shards])
+        shards = [  # lists, sorted: the order of keys in a manifest means nothing
+            [split, [[r["tokens"], r["sha256"], r.get("mask", {}).get("sha256")] for r in records]]
+            for split, records in sorted(manifest["splits"].items())
+        ]
+        long = [[document["start"], document["tokens"]] for document in manifest["val_long"]]
+        task = sorted(manifest.get("task", {}).items())
+        self.hash = json_sha256([self.tokenizer_hash, self.vocab_size, manifest["dtype"], shards, long, task])
 
     def is_of(self, recorded: str) -> bool:
         """Whether a recorded hash is of this data: `hash`, or the manifest's, which was recorded until 2026-11-30."""
@@ -285,7 +286,7 @@ def open_data(folder: Path | str, verify: bool | None = None) -> Data:
 def _read_manifest(folder: Path) -> tuple[dict, str]:
     """The manifest of a finished data folder and its sha256. DataError where it is not there, altered, or too new."""
     if not folder.is_dir():
-        what = f"task {folder.name.removeprefix('task-')}" if folder.name.startswith("task-") else "builtin"
+        what = folder.name.replace("-", " ", 1).replace("-", " --length ") if folder.name[:5] == "task-" else "builtin"
         raise DataError(f"no data folder {folder}; make it, for example: python data/prepare.py {what} --out {folder}")
     path, complete = folder / "manifest.json", folder / "COMPLETE"
     if not complete.is_file() or not path.is_file():

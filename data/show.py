@@ -53,7 +53,7 @@ def table(data: Data) -> str:
         f"{name} at {manifest['revision'] or 'no published revision'}; licence: {manifest['licence']}",
         f"tokenizer {tokenizer['name']} ({tokenizer['version'] or 'built in'}, {data.vocab_size:,} ids, "
         f"sha256 {data.tokenizer_hash[:12]}…), {manifest['dtype']}; validation: {manifest['val_rule']['kind']}; "
-        f"manifest {data.hash[:12]}…",
+        f"hash {data.hash[:12]}…",
         summary(data),
         "",
         f"{'shard':<18}{'tokens':>14}{'documents':>12}{'bytes of text':>16}  sha256",

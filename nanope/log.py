@@ -62,14 +62,16 @@ def environment(
 
 
 def git_state(repo: Path) -> dict | None:
-    """{"commit", "dirty"} of a repository; dirty: a tracked file differs from the commit. None where there is none."""
+    """{"commit", "dirty"} of a repository, None where there is none; dirty: a tracked file differs from the commit, but
+    not in results/."""
 
     def git(*command: str) -> str:
         options = dict(cwd=repo, capture_output=True, text=True, check=True, timeout=30)
         return subprocess.run(["git", *command], **options).stdout.strip()
 
+    status = ("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)results")
     try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git(*status))}
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -2,7 +2,7 @@
 
     base: ../quickstart.yaml                    # a config to start from, relative to the grid file
     data: {corpus: novels, tokenizer: byte}     # data/prepare.py makes data/novels-byte; or give data_dir in fields.
-                                                # {corpus: task, task: copy} is data/task-copy
+                                                # {corpus: task, task: copy, length: 9} is data/task-copy-9
     fields: {max_steps: 1000}                   # fields of train.py for every run, over the base
     arms:                                       # what is compared; a list of schemes will do
       rope: {pos: rope}

@@ -136,8 +136,9 @@ def note_of(study: Study, setting: str, curves: list[Curve]) -> str:
     note = f"mean of {seeds} seeds" if seeds > 1 else "one seed"
     if fewest < seeds:  # of a study that is not finished
         note = f"means of {fewest} to {seeds} seeds"
-    band = f"; band: 95 % interval over {'seeds' if seeds > 1 else 'documents'}"
-    return note + band * any(curve.band for curve in curves)
+    several = {len(study.runs[setting, curve.name]) > 1 for curve in curves if curve.band}
+    over = " or ".join(["seeds"] * (True in several) + ["documents"] * (False in several))
+    return note + f"; band: 95 % interval over {over}" * bool(over)
 
 
 def difference(study: Study, setting: str, looks: dict) -> Forest | None:

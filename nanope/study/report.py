@@ -65,27 +65,34 @@ def latex_text(study: Study) -> str:
     return "% needs booktabs\n" + text + "\n\n" + "\n".join(f"% {note}" for note in notes(study)) + "\n"
 
 
+TOLD = ("torch", "device", "threads", "python", "numpy", "cuda", "nccl", "ranks", "dtype", "compile", "attention")
+TOLD += ("data_hash", "commit")
+
+
 def environment(study: Study) -> str:
-    """Where the runs were made, as their metrics and evaluations say: each value, and in how many runs where they
-    differ. Without runs: where speed was measured."""
-    found = {}
-    for run in (run for by_seed in study.runs.values() for run in by_seed.values()):
+    """Where the runs of the tables were made, as their metrics and evaluations say: each value, and of how many runs
+    where it is not that of all. Without runs: where speed was measured."""
+    runs, found = [run for by_seed in study.runs.values() for run in by_seed.values()], {}
+    for run in runs:
         trained = next((line["environment"] for line in run.metrics() if "environment" in line), {})
         reports = filter(None, map(run.report, study.grid.eval))
         evaluated = next((report for report in reports if "torch" in report), {})
-        told = {k: evaluated[k] for k in ("torch", "device", "threads") if k in evaluated} | trained
-        for key, value in (told | {"commit": (told.get("git") or {}).get("commit")}).items():
-            if isinstance(value, (str, int, float)) and "seed" not in key:
-                found.setdefault(key, Counter())[value] += 1
-    if not found:
-        bench = throughput(study) or {}
+        told = {k: evaluated.get(k) for k in ("torch", "device", "threads")} | trained
+        if git := told.get("git"):
+            told["commit"] = git["commit"] + " with changes" * git["dirty"]
+        for key in TOLD:
+            if told.get(key) is not None:
+                found.setdefault(key, Counter())[told[key]] += 1
+    if not runs and (bench := throughput(study)):
         found = {k: Counter([bench[k]]) for k in ("torch", "device", "threads", "compile") if k in bench}
-    return "; ".join(f"{key} {counted(counts)}" for key, counts in found.items())
+    return "; ".join(f"{key} {counted(found[key], len(runs) or 1)}" for key in TOLD if key in found)
 
 
-def counted(counts: Counter) -> str:
-    """Values, and where there are several, the number of runs of each."""
-    return ", ".join(f"{n} × {value}" if len(counts) > 1 else str(value) for value, n in counts.most_common())
+def counted(counts: Counter, total: int) -> str:
+    """Values, with the number of runs of each where it is not one value for all."""
+    if [*counts.values()] == [total]:
+        return str(*counts)
+    return ", ".join(f"{n} × {value}" for value, n in counts.most_common())
 
 
 # ---- notes
@@ -148,11 +155,15 @@ def set_up_note(study: Study, setting: str, c: RunConfig) -> str:
 def tuning_note(study: Study) -> str:
     grid = study.grid
     if not grid.tune:
+        own = {}  # what is said of settings in which arms differ → those settings
         for setting in grid.settings:
-            rates = {arm: c.learning_rate for arm in grid.arms if (c := study.config(setting, arm))}
+            rates = {arm: rate_of(c) for arm in grid.arms if (c := study.config(setting, arm))}
             if len({*rates.values()}) > 1:
-                return f"Learning rates were not tuned, and are {', '.join(f'{a}: {r:g}' for a, r in rates.items())}."
-        return "Learning rates are the same for all arms and were not tuned."
+                own.setdefault(", ".join(f"{arm} {rate}" for arm, rate in rates.items()), []).append(setting)
+        if not own:
+            return "Learning rates are the same for all arms and were not tuned."
+        texts = (text + f" ({', '.join(at)})" * any(at) for text, at in own.items())
+        return f"Learning rates were not tuned, and are the grid's own: {'; '.join(texts)}."
     rates = sorted(float(rate) for rate in as_list(grid.tune["learning_rate"]))
     seeds = ", ".join(map(str, as_list(grid.tune.get("seeds") or [0])))
     budget = [f"{', '.join(f'{rate:g}' for rate in rates)} with seed(s) {seeds}"]
@@ -162,6 +173,10 @@ def tuning_note(study: Study) -> str:
     chosen = {key: grid.best_rate(study.files, *key) for key in study.runs}
     edge = [", ".join(filter(None, key)) for key, rate in chosen.items() if rate in (rates[0], rates[-1])]
     return text + (f" At the end of the range, so perhaps not the best: {'; '.join(edge)}." if edge else "")
+
+
+def rate_of(c: RunConfig) -> str:
+    return f"{c.learning_rate:g}" + f" (positions × {c.pos_lr_multiplier:g})" * (c.pos_lr_multiplier != 1)
 
 
 def seeds_note(n: int) -> str:

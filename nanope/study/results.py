@@ -214,16 +214,18 @@ def unpack(grid: Grid, files: RunFolders, source: Path, root: Path) -> int:
     how many runs were missing. OSError where `source` holds no results, ValueError where its runs were trained on other
     data than that under `root`."""
     known, count, partial = CollectedRuns(source), 0, files.folder / "logs" / "known.partial"
-    hash_of = functools.cache(lambda folder: open_data(local(folder, root), verify=False).hash)
+    data_in = functools.cache(lambda folder: open_data(local(folder, root), verify=False))
     with alone(files.folder / "logs" / "known.lock", f"taking runs from {source}"):
         while fresh := [
             run for run in grid.runs(files) if not run.folder.exists() and dataclasses.replace(run, files=known).done()
         ]:
             for run in fresh:  # trials first: their outcome makes more runs known
                 line, where = known.runs[run.name], run.config.data_dir
-                trained_on = [m["environment"].get("data_hash") for m in line["metrics"] if "environment" in m]
-                if hash_of(where) not in trained_on:
+                trained = [m["environment"] for m in line["metrics"] if "environment" in m]
+                if not any(data_in(where).is_of(environment.get("data_hash")) for environment in trained):
                     raise ValueError(f"{source}: {run.name} was trained on other data than {where} holds now")
+                for environment in trained:  # it may be the manifest's, of before
+                    environment["data_hash"] = data_in(where).hash
                 shutil.rmtree(partial, ignore_errors=True)  # of a sweep that was killed
                 (partial / "eval").mkdir(parents=True)
                 for name, report in line["eval"].items():

@@ -140,8 +140,12 @@ def test_known_results_are_runs_that_are_done(tmp_path):
         assert all(run.report(name) == there.report(run.name, run.report_file(name)) for name in run.evaluations)
     assert unpack(grid, here, tmp_path / "results", tmp_path) == 0  # what is there stays
 
-    lines = (tmp_path / "results" / "runs.jsonl").read_text().replace(open_data(data).hash, "b")
-    (tmp_path / "results" / "runs.jsonl").write_text(lines)
+    path, known = tmp_path / "results" / "runs.jsonl", open_data(data)
+    path.write_text(path.read_text().replace(known.hash, known.manifest_hash))  # as was recorded before
+    assert unpack(grid, RunFolders(tmp_path / "again"), tmp_path / "results", tmp_path) == 10
+    begun = [run.metrics()[0] for run in grid.runs(RunFolders(tmp_path / "again")) if run.done()]
+    assert {line["environment"]["data_hash"] for line in begun} == {known.hash}
+    path.write_text(path.read_text().replace(known.manifest_hash, "b"))
     with pytest.raises(ValueError, match="was trained on other data than"):
         unpack(grid, RunFolders(tmp_path / "new"), tmp_path / "results", tmp_path)
     assert not [*(tmp_path / "new").glob("*/metrics.jsonl")]
@@ -195,21 +199,24 @@ def test_a_report_says_on_which_machines_its_runs_were_made(study):
         path = files.folder / name / "metrics.jsonl"
         first, *rest = path.read_text().splitlines()
         line = json.loads(first)
-        line["environment"] |= {"device": device, "dtype": "float32", "git": {"commit": "c0ffee"}}
+        line["environment"] |= {"device": device, "dtype": "float32", "git": {"commit": "c0ffee", "dirty": True}}
+        line["environment"] |= {"attention": "dense"} if device == "cpu (A)" else {}
         path.write_text("\n".join([json.dumps(line), *rest]) + "\n")
-    told = "device 3 × cpu (B), 1 × cpu (A); dtype float32; commit c0ffee"
+    told = (
+        "device 3 × cpu (B), 1 × cpu (A); dtype float32; attention 1 × dense; data_hash a; commit c0ffee with changes"
+    )
     assert report.environment(Study.read(files.folder)).endswith(told)
 
 
 def test_a_report_says_which_arms_have_rates_of_their_own(tmp_path):
-    arms = {"rope": {"pos": "rope"}, "none": {"pos": "none", "learning_rate": 0.5}}
+    arms = {"rope": {"pos": "rope"}, "none": {"pos": "none", "learning_rate": 0.5, "pos_lr_multiplier": 2}}
     grid = Grid.read(write_grid(tmp_path / "g.yaml", eval={}, arms=arms, seeds=1))
     for run in grid.runs(RunFolders(tmp_path / "out")):
         finish(run, 3.0)
     grid.write(tmp_path / "out")
     note = report.tuning_note(Study.read(tmp_path / "out"))
     rate = grid.runs(RunFolders(tmp_path / "out"))[0].config.learning_rate
-    assert note == f"Learning rates were not tuned, and are rope: {rate:g}, none: 0.5."
+    assert note == f"Learning rates were not tuned, and are the grid's own: rope {rate:g}, none 0.5 (positions × 2)."
 
 
 def test_runs_on_different_data_are_not_compared(tmp_path):
