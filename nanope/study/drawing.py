@@ -301,11 +301,10 @@ def draw_difference(axes, finding: dict, y: float, colour: str, marker: str) -> 
         if beyond:
             axes.plot([edge], [y], arrow, markersize=3.5, clip_on=False, **look)
     if not low <= value <= high:
-        side = 1 if value < low else -1
+        # right of the axis is room; left of it are the arms' names, so there it covers a part of the bar
         axes.annotate(
-            number(value, "+"), (np.clip(value, low, high), y), (4 * side, 0), textcoords="offset points", color=colour,
-            fontsize=6, va="center_baseline", ha="left" if side > 0 else "right", zorder=5,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3},
+            number(value, "+"), (np.clip(value, low, high), y), (4, 0), textcoords="offset points", color=colour,
+            fontsize=6, va="center_baseline", zorder=5, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3},
         )  # fmt: skip
 
 
