@@ -251,7 +251,7 @@ def draw_forest(axes, panel: Forest, title: str) -> Labels:
     axes.set_xlim(low, high)
     for row, (_, look, found) in enumerate(panel.rows):
         for k, finding in enumerate(found):
-            y = row + (k - (len(found) - 1) / 2) * 0.26
+            y = row + (k - (len(found) - 1) / 2) * 0.3
             if finding:
                 draw_difference(axes, finding, y, look["color"], MARKS[k % len(MARKS)])
     axes.axvline(0, color="black", linewidth=0.7, zorder=1)
