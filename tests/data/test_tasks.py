@@ -152,3 +152,10 @@ def test_characters_are_tokens():
     for strange in "a b", "×", "語":
         with pytest.raises(DataError, match="tokenizer characters cannot encode this text: .* not in its alphabet"):
             tokenizer.encode(strange)
+
+
+@pytest.mark.parametrize("name, options", [("task-copy", "copy"), ("task-copy-9", "copy --length 9"), ("x-1", "")])
+def test_a_folder_that_is_not_there_is_told_how_to_be_made(tmp_path, name, options):
+    command = f"prepare.py task {options} --out" if options else "prepare.py builtin --out"
+    with pytest.raises(DataError, match=command):
+        open_data(tmp_path / name)
