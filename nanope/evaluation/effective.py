@@ -4,6 +4,14 @@ import numpy as np
 
 from nanope.evaluation.statistics import paired_difference
 
+EPSILON = 0.01  # nats per token that count as none, where nothing else is said
+
+
+def effective_of(report: dict) -> list[dict]:
+    """The effective contexts of a report of eval.py; of one from before eval.py wrote them, what its rows give."""
+    found = report.get("effective_context")
+    return effective_contexts(report.get("results", ()), EPSILON) if found is None else found
+
 
 def effective_contexts(rows: list[dict], epsilon: float) -> list[dict]:
     """For each scaling of a model, the least length whose loss on the same targets is at most `epsilon` nats per token

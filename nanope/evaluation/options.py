@@ -11,6 +11,7 @@ from typing import Self
 from data.shards import given_path
 from nanope.convert import SCALINGS
 from nanope.errors import nearest
+from nanope.evaluation.effective import EPSILON
 from nanope.evaluation.protocols import PROTOCOLS
 
 
@@ -28,7 +29,7 @@ class Options:
     factor: float | None = None
     probe: int = 0
     examples: int = 500
-    epsilon: float = 0.01
+    epsilon: float = EPSILON
     attention: int = 0
     offsets: list[int] = (0, 256, 4096, 65536)
     windows: int = 8

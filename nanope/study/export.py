@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from nanope.evaluation.effective import effective_of
 from nanope.evaluation.key_tokens import key_rows
 from nanope.evaluation.probe_tables import depth_of
 from nanope.study.files import open_runs
@@ -86,7 +87,7 @@ def more_rows(report: dict) -> Iterator[dict]:
 def complete_rows(report: dict) -> Iterator[dict]:
     """The rows of results, those of same-targets with the effective context of their scaling, those of a task with its
     name and the figures of the cropped model."""
-    found = {e["scaling"]: e for e in report.get("effective_context", ())}
+    found = {e["scaling"]: e for e in effective_of(report)}
     for row in report["results"]:
         if row["protocol"] == "same-targets" and (e := found.get(row["scaling"])):
             low, high = e["interval"] or (None, None)

@@ -5,8 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from nanope.evaluation.attention_by_distance import head_means
-from nanope.evaluation.effective import effective_contexts
-from nanope.evaluation.options import Options
+from nanope.evaluation.effective import effective_of
 from nanope.evaluation.probe_tables import depth_of, label_of
 from nanope.study.markup import Table, mean_cell, titled
 from nanope.study.results import Study
@@ -72,10 +71,8 @@ def range_of(values: list[float]) -> list[float]:
 
 
 def effective(report: dict) -> Cells:
-    found, contexts = {}, report.get("effective_context")
-    if contexts is None:  # of a report from before eval.py wrote it
-        contexts = effective_contexts(report.get("results", ()), Options.epsilon)
-    for e in contexts:
+    found = {}
+    for e in effective_of(report):
         label = "" if e["scaling"] == "none" else f"{e['scaling']} ×{e['factor']:g}"
         found[label, f"within {e['epsilon']:g} nats of the longest"] = (e["length"], e["interval"], 0)
         found[label, "longest"] = (e["longest"], None, 0)

@@ -426,9 +426,3 @@ def test_errors_are_one_line(arguments, message, tmp_path, monkeypatch):
     given = [word.format(tmp=tmp_path, results=REPO / "results") for word in arguments]
     said = run_plot(monkeypatch, *given, "--out", tmp_path / "x.png")
     assert said.startswith("error: ") and message in said and "\n" not in said and not (tmp_path / "x.png").exists()
-
-
-def test_plot_eval_says_what_took_its_place():
-    code = compile((REPO / "scripts" / "plot_eval.py").read_text(), "plot_eval.py", "exec")
-    with pytest.raises(SystemExit, match="scripts/plot.py REPORT.json"):
-        exec(code, {})

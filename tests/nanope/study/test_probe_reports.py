@@ -10,7 +10,7 @@ from studies import report_row, study_of, write_grid
 
 from nanope.evaluation.effective import effective_contexts
 from nanope.study import figures, report
-from nanope.study.export import write_csv
+from nanope.study.export import complete_rows, write_csv
 from nanope.study.markup import latex
 from nanope.study.panels import PANELS, looks_of, of_reports
 from nanope.study.probe_tables import probe_tables
@@ -112,6 +112,9 @@ def test_reports_of_before_have_the_table_that_their_rows_give(study):
     (rows, *_) = [report["results"] for report in old.reports("", "rope", "far").values()]
     (found,) = effective_contexts(rows, 0.01)
     assert table.title.startswith("effective context") and table.rows[0][:2] == ["rope", str(found["length"])]
+    report = next(iter(old.reports("", "rope", "far").values()))
+    shown = {(row["effective_context"], row["epsilon"]) for row in complete_rows(report)}
+    assert shown == {(found["length"], 0.01)}
     looks = looks_of({arm: arm for arm in old.grid.arms})
     assert PANELS["attention"](old, "", looks) is None and PANELS["needle"](old, "", looks) == []
 
