@@ -18,6 +18,8 @@
                                                 # {answers: {protocol: task}} for tasks
     throughput: {schemes: [rope, carope], rounds: 7}           # optional: arguments of scripts/bench.py
     figure: nats                                # or perplexity: what tables show (statistics are in nats)
+    cropped: true                               # in leaderboard and figure, the baseline's context ends at its training
+                                                # length: a longer one is worth it only where it beats that
     published: {…}                              # a paper's figures, to print beside; see configs/sweeps/crope-2.yaml
     question, decisions, reduced                # texts for the report
     scales: {cpu: {…}}                          # any of these keys again, for --scale cpu; arms, settings may be names
@@ -68,6 +70,7 @@ class Grid:
     eval: dict[str, dict] = field(default_factory=dict)
     throughput: dict | None = None
     figure: str = "nats"
+    cropped: bool = False
     published: dict | None = None
     decisions: list[str] = field(default_factory=list)
     reduced: str | None = None
@@ -130,7 +133,7 @@ class Grid:
 
     def write(self, folder: Path) -> None:
         """Write grid.yaml, without what is empty."""
-        content = {k: v for k, v in dataclasses.asdict(self).items() if v not in (None, {}, [])}
+        content = {k: v for k, v in dataclasses.asdict(self).items() if v not in (None, {}, [], False)}
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=150)
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_atomically(Path(folder) / "grid.yaml", lambda file: file.write(text.encode()))

@@ -72,7 +72,7 @@ def length(study: Study, setting: str, looks: dict) -> Lines | None:
     curves = [curve for arm, by in rows.items() if (curve := curve_of(arm, by, show, looks[arm])).x]
     if not curves:
         return None
-    with_bands(curves, baseline, {arm: difference_at(rows, arm, baseline, lengths[-1]) for arm in rows})
+    with_bands(curves, baseline, {arm: d for arm, (d,) in study.differences(setting, lengths[-1:]).items()})
     trained = values_of(rows.get(baseline, {}).get(block, {})) if protocol == "same-targets" else []
     level = trained and (
         show(np.mean(trained)),
@@ -145,29 +145,30 @@ def difference(study: Study, setting: str, looks: dict) -> Forest | None:
     """Paired differences from the baseline at up to three lengths, or of validation losses where there is no report.
     The arm that is lowest at the longest length comes first."""
     baseline, unit = study.grid.baseline, study.unit
-    arms = [arm for arm in study.grid.arms if arm != baseline and study.runs[setting, arm]]
     _, rows = study.rows_by_length(setting)
     if rows:
         lengths = sorted({n for by_length in rows.values() for n in by_length})
         _, ticks, _ = scale_of_lengths(study, setting, lengths)
         shown = three_of(lengths, [n for n in lengths if ticks[n] in ("1×", "4×", "16×")])
         marks = [ticks[n] for n in shown]
-        found = {arm: [difference_at(rows, arm, baseline, n) for n in shown] for arm in arms}
+        found = study.differences(setting, shown)
         what = f"nats per {unit}"
     else:
         losses = study.losses(setting, baseline)
         marks, what = ["at the last step"], f"validation loss, nats per {unit},"
+        arms = [arm for arm in study.grid.arms if arm != baseline]
         found = {arm: [difference_of_losses(study.losses(setting, arm), losses)] for arm in arms}
     found = {arm: each for arm, each in found.items() if any(each)}
     if not found:
         return None
     seeds = max(d["seeds"] for each in found.values() for d in each if d)
+    cropped = ", cropped to 1×" * bool(rows and study.grid.cropped)
     known = lambda arm: [d["difference"] for d in found[arm] if d]  # noqa: E731
     order = sorted(found, key=lambda arm: (found[arm][-1] is None, known(arm)[-1]))
     return Forest(
-        f"Paired difference from {baseline}" + ("" if seeds > 1 else ", one seed"),
+        f"Paired difference from {baseline}{cropped}" + ("" if seeds > 1 else ", one seed"),
         "filled: 95 % interval excludes 0",
-        f"← better      {what} minus {baseline}’s",
+        f"← better      {what} minus {'cropped ' * bool(cropped)}{baseline}’s",
         marks,
         [(arm, looks[arm], found[arm]) for arm in order],
     )

@@ -19,6 +19,7 @@ from nanope.study.files import RUNS_FILE, CollectedRuns, Files, RunFolders, loca
 from nanope.study.grid import Grid, bench_variants
 from nanope.study.locks import alone
 from nanope.study.run import Run, digest
+from nanope.study.seed_statistics import difference_of_rows
 
 
 @dataclass
@@ -120,6 +121,22 @@ class Study:
         several = {key: len({n for by in rows.values() for n in by}) > 1 for key, rows in found.items()}
         best = max(found, key=lambda key: (several[key], key[1] == "same-targets"))
         return best[1], found[best]
+
+    def differences(self, setting: str, lengths: list[int]) -> dict[str, list[dict | None]]:
+        """The rows_by_length less the baseline's: arm → difference_of_rows at each of `lengths`. Of a grid with
+        `cropped`, the baseline's context is cropped to its training length: then it too has differences beyond."""
+        protocol, rows = self.rows_by_length(setting)
+        baseline, base = self.grid.baseline, dict(rows.get(self.grid.baseline, {}))
+        if self.grid.cropped and base and protocol == "same-targets":
+            trained = self.config(setting, baseline).block_size
+            base |= {n: base.get(trained, {}) for n in lengths if n > trained}
+        return {
+            arm: [
+                None if at.get(n) is base.get(n) else difference_of_rows(at.get(n, {}), base.get(n, {}))
+                for n in lengths
+            ]
+            for arm, at in rows.items()
+        }
 
     @property
     def unit(self) -> str:

@@ -12,7 +12,6 @@ from nanope.study.markup import Table, accuracy_cell, difference_cell, mean_cell
 from nanope.study.probe_tables import probe_tables
 from nanope.study.results import Study, scaled, three_of, throughput
 from nanope.study.seed_statistics import (
-    difference_at,
     difference_of_answers,
     difference_of_losses,
     difference_of_rows,
@@ -67,16 +66,18 @@ def leaderboard(study: Study, setting: str) -> list[Table]:
         return []
     trained, variants = study.any_config(setting).block_size, bench_variants(study.grid)
     shown = three_of(lengths, [n for n in lengths if n in (trained, 4 * trained, 16 * trained)])
-    found = {arm: [difference_at(rows, arm, baseline, n) for n in shown] for arm in rows}
+    found, than = study.differences(setting, shown), ", its context cropped to 1×" * study.grid.cropped
     table = Table(
         titled(
-            setting, f"leaderboard: nats per {study.unit} less {baseline}; speed and peak memory in parts of rope's"
+            setting,
+            f"leaderboard: nats per {study.unit} less {baseline}{than}; speed and peak memory in parts of rope's",
         ),
         ["arm", "seeds", "rate", *(f"{n / trained:.3g}×" for n in shown), "speed", "memory"],
     )
     first = shown.index(trained) if trained in shown else 0
-    for arm in sorted(found, key=lambda arm: d["difference"] if (d := found[arm][first]) else math.inf):
-        cells = ["" if arm == baseline else difference_cell(d, digits=3) for d in found[arm]]
+    at_first = {arm: d["difference"] if (d := each[first]) else math.inf for arm, each in found.items()}
+    for arm in sorted(found, key=lambda arm: 0.0 if arm == baseline else at_first[arm]):
+        cells = ["" if arm == baseline and not d else difference_cell(d, digits=3) for d in found[arm]]
         cost, variant = ["n/a", "n/a"], variants.get(arm)
         if variant in bench["seconds"]:
             memory = bench["memory"][variant] / bench["memory"]["rope"]

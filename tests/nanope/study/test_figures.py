@@ -34,7 +34,7 @@ def study_in():
 class Made:
     """A study of given nats by length: levels, arm → [nats at each length, or None]; seeds differ by 0.01."""
 
-    folder, unit, rows_by_length = Path("made"), "token", Study.rows_by_length
+    folder, unit, rows_by_length, differences = Path("made"), "token", Study.rows_by_length, Study.differences
 
     def __init__(self, levels, lengths=(256, 512, 1024, 2048, 4096), seeds=3, reports=True, settings=("",), **grid):
         arms = {arm: {"pos": arm} for arm in levels}
@@ -44,6 +44,7 @@ class Made:
             baseline=next(iter(arms)),
             eval={"far": {}} if reports else {},
             figure=None,
+            cropped=False,
             throughput=None,
         )
         vars(self.grid).update(grid)

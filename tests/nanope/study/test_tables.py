@@ -12,6 +12,7 @@ from nanope.study import report
 from nanope.study.files import RunFolders
 from nanope.study.grid import Grid
 from nanope.study.markup import Table, difference_cell, latex
+from nanope.study.panels import PANELS, looks_of
 from nanope.study.results import Study, bench_file, collect
 from nanope.study.seed_statistics import (
     difference_of_losses,
@@ -296,6 +297,41 @@ def test_the_leaderboard_says_what_the_other_tables_say_lowest_first(tmp_path):
             assert ours == theirs or float(number(ours)) == pytest.approx(float(number(theirs)), abs=5e-4)
     assert board.rows[0][3].endswith("**") and board.rows[2][3].endswith("↑")
     assert [row[5:] for row in board.rows] == [["0.80", "1.50"], ["1.00", "1.00"], ["n/a", "n/a"]]
+
+
+def test_a_leaderboard_and_figure_may_compare_with_the_baseline_cropped_to_its_training_length(tmp_path):
+    """At 2× each arm less rope at 1×, rope's own loss there among them; at 1×, and in all other tables, as without."""
+    path = write_grid(tmp_path / "g.yaml", eval=EVAL, throughput={"rounds": 3}, baseline="rope", cropped=True)
+    level = {("rope", 16): 2.0, ("crope", 16): 1.5, ("rope", 32): 5.0, ("crope", 32): 1.8}
+    noise = {(arm, n): i / 100 for i, (arm, n) in enumerate(level)}
+
+    def rows(run):
+        return [
+            report_row(np.array([10, 20]) * (level[run.arm, n] + noise[run.arm, n] * run.seed), n) for n in (16, 32)
+        ]
+
+    study_of(tmp_path / "out", path, {"rope": [2.0, 2.1], "crope": [2.0, 2.1]}, rows=rows, arms=["crope", "rope"])
+    study = Study.read(tmp_path / "out")
+    at_1x, at_2x = study.differences("", [16, 32])["crope"]
+    assert at_1x["difference"] == pytest.approx(1.5 - 2.0 + 1.5 * 0.01)
+    assert at_2x["difference"] == pytest.approx(1.8 - 2.0 + 1.5 * 0.03)
+    none, itself = study.differences("", [16, 32])["rope"]
+    assert none is None and itself["difference"] == pytest.approx(5.0 - 2.0 + 1.5 * 0.02)
+    bench = {"seconds": {"rope": [1.0]}, "memory": {"rope": 2e6}}
+    bench |= {"tokens_a_step": 1, "rounds": 1, "device": "cpu", "threads": 1}
+    (tmp_path / "out" / bench_file(study.grid)).write_text(json.dumps(bench))
+    board, *others = tables(Study.read(tmp_path / "out"))
+    assert "less rope, its context cropped to 1×;" in board.title
+    cells = {row[0]: [cell.strip("*").partition(" ")[0] for cell in row[3:5]] for row in board.rows}
+    assert cells == {"crope": ["-0.485", "-0.155"], "rope": ["", "+3.030"]}
+    (less,) = (table.rows for table in others if "less rope, same-targets" in table.title)
+    assert [row[2].strip("*").partition(" ")[0] for row in less] == ["-3.1850"]  # crope less rope at 2×
+    forest = PANELS["difference"](study, "", looks_of({"rope": "rope", "crope": "crope"}))
+    assert forest.title == "Paired difference from rope, cropped to 1×" and forest.xlabel.endswith("cropped rope’s")
+    assert [(name, found[0] is None, found[1]) for name, _, found in forest.rows] == [
+        ("crope", False, at_2x),
+        ("rope", True, itself),
+    ]
 
 
 def test_arms_that_share_a_speed_share_its_row_and_the_training_length_orders_the_leaderboard(tmp_path):
