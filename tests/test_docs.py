@@ -297,12 +297,12 @@ def test_flags_in_prose_exist():
 # ---- files and links
 
 
-def test_the_file_tree_has_every_file_at_the_top_and_names_only_files_that_exist():
+def test_the_file_trees_have_every_file_at_the_top_and_in_nanope_and_name_only_files_that_exist():
     (tree,) = re.findall(r"```\n(model\.py.*?)```", README, re.S)
+    (inner,) = re.findall(r"```\n(config\.py.*?)```", TEXTS["CONTRIBUTING.md"], re.S)
     there = set()
-    for line in tree.splitlines():
-        folder = "nanope" if line.startswith(" ") else ""
-        for name in re.split(r"\s{2,}", line.strip()):
+    for folder, lines in (("", tree), ("nanope", inner)):
+        for name in re.split(r"\s{2,}|\n", lines):
             if re.fullmatch(r"\S+/|\S*\.\w+|\S+/run|[A-Z]+|Makefile", name):
                 assert (REPO / folder / name).exists(), f"{folder}/{name}"
                 there.add((folder, name.rstrip("/")))
