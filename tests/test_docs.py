@@ -19,6 +19,7 @@ from model import GPT, SCHEMES, GPTConfig
 from nanope import REPO, cards, checkpoint, conformance
 from nanope.config import RunConfig, check
 from nanope.conformance import CHECKS, Case
+from nanope.study.grid import Grid
 from schemes.base import Scheme
 
 PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", REPO / "CHANGELOG.md", *sorted((REPO / "docs").glob("*.md"))]
@@ -153,9 +154,14 @@ def test_the_cards_costs_are_those_of_the_schemes():
         assert f"{card.own:+,} parameters, {card.flops:.3f} of" in TEXTS["docs/schemes.md"].split(f"## {card.name}")[1]
 
 
-def test_the_readmes_table_of_schemes_has_all_of_them():
-    named = [name for row in table_under(README, "| kind |") for name in re.findall(r"`(\w+)`", row[1])]
-    assert sorted(named) == sorted(SCHEMES)
+def test_the_readme_has_all_schemes_by_their_kinds_and_the_leaderboard_as_it_was_measured():
+    (kinds,) = re.findall(r"^Positions are.*?\n\n", README, re.M | re.S)
+    assert sorted(re.findall(r"`(\w+)`", kinds)) == sorted(SCHEMES)
+    where = REPO / "results" / "all-schemes"
+    board = table_under((where / "README.md").read_text(), "| arm | seeds | rate |")
+    assert table_under(README, "| arm |") == board
+    assert {fields["pos"] for fields in Grid.of_folder(where).arms.values()} == set(SCHEMES)
+    assert {row[0] for row in board} == set(Grid.of_folder(where).arms)
 
 
 # ---- other examples
@@ -192,8 +198,6 @@ def test_python_examples_run(tmp_path, monkeypatch):
 
 
 def test_yaml_examples_are_configs_and_grids(tmp_path, kerple, monkeypatch):
-    from nanope.study.grid import Grid
-
     (tmp_path / "configs").symlink_to(REPO / "configs")
     (tmp_path / "my_file.py").symlink_to(kerple.partition(":")[0])
     monkeypatch.chdir(tmp_path)
@@ -379,9 +383,8 @@ def test_what_is_said_of_the_two_corpora_is_so():
     bible, novels = gains("schemes"), gains("schemes-novels")
     rotary = {(arm, length) for arm, length in bible if arm in ("crope", "comrope", "carope")}
     assert (len(rotary), len(rotary & novels)) == (7, 2)
-    assert "two of the rotary schemes' seven gains over rope are found again; five are inside noise" in " ".join(
-        README.split()
-    )
+    page = " ".join(TEXTS["docs/sweeps-and-papers.md"].split())
+    assert "two of the rotary schemes' seven gains over rope are found again; five are inside noise" in page
     found = {("carope", 1024), ("comrope", 2048), ("none", 4096), *(("alibi", length) for length in (1024, 2048, 4096))}
     assert bible & novels == found
     assert not {gain for gain in rotary & novels if gain[1] == 4096}
