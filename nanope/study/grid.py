@@ -133,7 +133,7 @@ class Grid:
 
     def write(self, folder: Path) -> None:
         """Write grid.yaml, without what is empty."""
-        content = {k: v for k, v in dataclasses.asdict(self).items() if v not in (None, {}, [], False)}
+        content = {k: v for k, v in dataclasses.asdict(self).items() if v not in (None, {}, []) and v is not False}
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=150)
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_atomically(Path(folder) / "grid.yaml", lambda file: file.write(text.encode()))
@@ -161,6 +161,8 @@ class Grid:
             raise ValueError(f"seeds must be a number, or a list of different whole numbers, not {self.seeds}")
         if self.figure not in ("nats", "perplexity"):
             raise ValueError(f"figure must be nats or perplexity, not {self.figure!r}")
+        if not isinstance(self.cropped, bool):
+            raise ValueError(f"cropped must be true or false, not {self.cropped!r}")
         self.check_tune()
         for name, report in self.eval.items():
             if "program" in report:

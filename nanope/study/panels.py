@@ -123,7 +123,8 @@ def curve_of(arm: str, by_length: dict, show: Callable, look: dict) -> Curve:
 def with_bands(curves: list[Curve], baseline: str, ends: dict[str, dict | None]) -> None:
     """Give a band to the baseline and to the lowest of the arms that end below it beyond noise, BANDS in all. `ends`:
     arm → its paired difference at the end. Bands of arms that tie would cover each other; differences say more."""
-    better = {arm: d["difference"] for arm, d in ends.items() if d and d["interval"] and d["interval"][1] < 0}
+    others = {arm: d for arm, d in ends.items() if arm != baseline and d and d["interval"]}
+    better = {arm: d["difference"] for arm, d in others.items() if d["interval"][1] < 0}
     chosen = [baseline, *sorted(better, key=better.get)][:BANDS]
     for curve in curves:
         curve.band = curve.name in chosen and any(curve.intervals)
@@ -162,7 +163,7 @@ def difference(study: Study, setting: str, looks: dict) -> Forest | None:
     if not found:
         return None
     seeds = max(d["seeds"] for each in found.values() for d in each if d)
-    cropped = ", cropped to 1×" * bool(rows and study.grid.cropped)
+    cropped = ", cropped to 1×" * bool(study.cropped_to(setting))
     known = lambda arm: [d["difference"] for d in found[arm] if d]  # noqa: E731
     order = sorted(found, key=lambda arm: (found[arm][-1] is None, known(arm)[-1]))
     return Forest(

@@ -122,14 +122,22 @@ class Study:
         best = max(found, key=lambda key: (several[key], key[1] == "same-targets"))
         return best[1], found[best]
 
-    def differences(self, setting: str, lengths: list[int]) -> dict[str, list[dict | None]]:
-        """The rows_by_length less the baseline's: arm → difference_of_rows at each of `lengths`. Of a grid with
-        `cropped`, the baseline's context is cropped to its training length: then it too has differences beyond."""
+    def cropped_to(self, setting: str) -> int | None:
+        """The baseline's training length, where leaderboard and figure compare longer contexts with it: where the grid
+        says so, and the same targets were scored at that length."""
         protocol, rows = self.rows_by_length(setting)
-        baseline, base = self.grid.baseline, dict(rows.get(self.grid.baseline, {}))
-        if self.grid.cropped and base and protocol == "same-targets":
-            trained = self.config(setting, baseline).block_size
-            base |= {n: base.get(trained, {}) for n in lengths if n > trained}
+        if not self.grid.cropped or protocol != "same-targets" or not (base := rows.get(self.grid.baseline)):
+            return None
+        trained = self.config(setting, self.grid.baseline).block_size
+        return trained if trained in base else None
+
+    def differences(self, setting: str, lengths: list[int]) -> dict[str, list[dict | None]]:
+        """The rows_by_length less the baseline's: arm → difference_of_rows at each of `lengths`. Where the baseline's
+        context is cropped (cropped_to), it too has differences beyond."""
+        _, rows = self.rows_by_length(setting)
+        base = dict(rows.get(self.grid.baseline, {}))
+        if trained := self.cropped_to(setting):
+            base |= {n: base[trained] for n in lengths if n > trained}
         return {
             arm: [
                 None if at.get(n) is base.get(n) else difference_of_rows(at.get(n, {}), base.get(n, {}))

@@ -66,7 +66,7 @@ def leaderboard(study: Study, setting: str) -> list[Table]:
         return []
     trained, variants = study.any_config(setting).block_size, bench_variants(study.grid)
     shown = three_of(lengths, [n for n in lengths if n in (trained, 4 * trained, 16 * trained)])
-    found, than = study.differences(setting, shown), ", its context cropped to 1×" * study.grid.cropped
+    found, than = study.differences(setting, shown), ", its context cropped to 1×" * bool(study.cropped_to(setting))
     table = Table(
         titled(
             setting,

@@ -34,7 +34,8 @@ def study_in():
 class Made:
     """A study of given nats by length: levels, arm → [nats at each length, or None]; seeds differ by 0.01."""
 
-    folder, unit, rows_by_length, differences = Path("made"), "token", Study.rows_by_length, Study.differences
+    folder, unit, cropped_to = Path("made"), "token", Study.cropped_to
+    rows_by_length, differences = Study.rows_by_length, Study.differences
 
     def __init__(self, levels, lengths=(256, 512, 1024, 2048, 4096), seeds=3, reports=True, settings=("",), **grid):
         arms = {arm: {"pos": arm} for arm in levels}

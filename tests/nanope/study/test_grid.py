@@ -111,6 +111,7 @@ def test_arms_as_the_benchmark_takes_them(fields, variant):
     ({"eval": {"far": {"protocol": "sliding"}}}, "'far' of eval lacks lengths"),
     ({"eval": {"far": {"program": "scripts/shift.py"}}}, "scripts/shift.py is now `protocol: shift`"),
     ({"figure": "bits"}, "figure must be nats or perplexity"),
+    ({"cropped": "1x"}, "cropped must be true or false, not '1x'"),
     ({"arms": {"rope a": {}, "rope, a": {}}}, "differ in punctuation only"),
     ({"settings": {"a": {"data": {"corpus": "novel"}}}}, "unknown corpus 'novel'; did you mean 'novels'"),
     ({"settings": {"a": {"data": {"tokenizer": "byte"}}}}, "unknown corpus None"),

@@ -332,6 +332,11 @@ def test_a_leaderboard_and_figure_may_compare_with_the_baseline_cropped_to_its_t
         ("crope", False, at_2x),
         ("rope", True, itself),
     ]
+    for by_seed in study.cache["", "rope", "far"].values():  # a study that did not evaluate the training length
+        by_seed["results"] = [row for row in by_seed["results"] if row["length"] != 16]
+    assert study.cropped_to("") is None and study.differences("", [32])["rope"] == [None]
+    forest = PANELS["difference"](study, "", looks_of({"rope": "rope", "crope": "crope"}))
+    assert forest.title == "Paired difference from rope"
 
 
 def test_arms_that_share_a_speed_share_its_row_and_the_training_length_orders_the_leaderboard(tmp_path):
