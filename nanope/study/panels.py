@@ -17,8 +17,8 @@ from nanope.study.probe_panels import attention, attention_of_report, needle, ne
 from nanope.study.results import Study, scaled, three_of, throughput
 from nanope.study.seed_statistics import (
     answers_interval,
-    difference_at,
     difference_of_losses,
+    difference_of_rows,
     seed_interval,
     speed_ratios,
 )
@@ -280,7 +280,8 @@ def position(study: Study, setting: str, looks: dict) -> Lines | None:
     else:
         return None
     baseline, longest = study.grid.baseline, max(n for by_length in found.values() for n in by_length)
-    with_bands(curves, baseline, {arm: difference_at(found, arm, baseline, longest) for arm in found})
+    base = found.get(baseline, {}).get(longest, {})
+    with_bands(curves, baseline, {arm: difference_of_rows(by.get(longest, {}), base) for arm, by in found.items()})
     trained = {c.block_size for arm in study.grid.arms if (c := study.config(setting, arm))}
     return Lines(
         "By position in the window",

@@ -48,11 +48,6 @@ def difference_of_rows(ours: dict[int, dict], base: dict[int, dict]) -> dict | N
     return {"difference": found["difference"], "interval": found["interval"], "seeds": len(seeds)}
 
 
-def difference_at(rows: dict, arm: str, baseline: str, length: int) -> dict | None:
-    """difference_of_rows of two arms' rows (arm → length → seed → row) at a length; None where one of them has none."""
-    return difference_of_rows(rows.get(arm, {}).get(length, {}), rows.get(baseline, {}).get(length, {}))
-
-
 def difference_of_answers(ours: dict[int, dict], base: dict[int, dict]) -> dict | None:
     """Mean paired difference of two rows on a task by seed, of exact matches, with an interval over seeds and examples;
     None where one cannot reach the length. ValueError where they answered different examples."""

@@ -349,3 +349,12 @@ def test_tables_are_of_one_folder(capsys):
     with pytest.raises(SystemExit):
         report_command.main(["results/schemes", "results/crope-2"])
     assert "tables are of one folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script,successor", [
+    ("gather", "`python scripts/report.py --csv OUT.csv REPORT …`"),
+    ("quickstart", "`make quickstart`, or `python scripts/sweep.py quickstart`"),
+])  # fmt: skip
+def test_scripts_that_are_gone_name_what_took_their_place(script, successor):
+    said = command(f"scripts/{script}.py", "runs")
+    assert said.returncode == 1 and successor in said.stderr and said.stderr.count("\n") == 1 and not said.stdout

@@ -300,7 +300,9 @@ def test_styles_tell_arms_apart():
         if arms := Study.read(path.parent).grid.arms if path.parent.name in STUDIES else None:
             looks = panels.looks_of({arm: fields["pos"] for arm, fields in arms.items()})
             assert len({tuple(look.values()) for look in looks.values()}) == len(arms)
-            assert len({look["color"] for look in looks.values()}) == min(len(arms), 14)
+            assert len({look["color"] for look in looks.values()}) == min(
+                len(arms), len(panels.COLOURS) + len(panels.SPARE)
+            )
     looks = panels.looks_of({"a": "rope", "b": "rope", "c": "rope, rope, none", "d": "alibi"})
     assert looks["a"] == {"color": panels.COLOURS["rope"], "linestyle": "-"} and looks["b"]["linestyle"] == "--"
     assert looks["c"]["color"] in panels.SPARE and looks["d"]["color"] == panels.COLOURS["alibi"]
@@ -429,3 +431,9 @@ def test_errors_are_one_line(arguments, message, tmp_path, monkeypatch):
     given = [word.format(tmp=tmp_path, results=REPO / "results") for word in arguments]
     said = run_plot(monkeypatch, *given, "--out", tmp_path / "x.png")
     assert said.startswith("error: ") and message in said and "\n" not in said and not (tmp_path / "x.png").exists()
+
+
+def test_plot_eval_says_what_took_its_place():
+    code = compile((REPO / "scripts" / "plot_eval.py").read_text(), "plot_eval.py", "exec")
+    with pytest.raises(SystemExit, match="scripts/plot.py REPORT.json"):
+        exec(code, {})
