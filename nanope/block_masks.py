@@ -7,7 +7,8 @@ import functools
 
 import torch
 
-from nanope.attention import visible, way_of
+from nanope.attention import way_of
+from nanope.pairs import visible
 
 
 class BlockMasks:

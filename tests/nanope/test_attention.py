@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import schemes
 from model import GPT, resolve
-from nanope import attention
+from nanope import attention, cpu_attention
 from nanope.block_masks import causal_block_mask
 from nanope.ops import as_on
 
@@ -73,14 +73,14 @@ EVIDENCE = {  # of a name's beginning
 @all_cases_fast_without_options
 def test_the_kernel_that_is_named_is_the_one_that_runs(case, fields, monkeypatch):
     """In training and in evaluation, at block_size and beyond."""
-    forward = attention.BiasedAttention.forward
+    forward = cpu_attention.BiasedAttention.forward
     model, length = build(case, torch.float32, **fields), 2 * BLOCK if extends(case) else BLOCK
     for size in {BLOCK, length}:
         for training in (True, False):
             name = attention.kernel(model, torch.float32, size, training)
             with torch.set_grad_enabled(training), Ran() as ran:
                 found = lambda *args, ran=ran: ran.found.add("blocks") or forward(*args)  # noqa: E731
-                monkeypatch.setattr(attention.BiasedAttention, "forward", staticmethod(found))
+                monkeypatch.setattr(cpu_attention.BiasedAttention, "forward", staticmethod(found))
                 model.train(training)(tokens(size))
             evidence = next(kinds for start, kinds in EVIDENCE.items() if name.startswith(start))
             assert ran.found == evidence, name

@@ -22,7 +22,7 @@ import pytest
 import torch
 from models import BLOCK, HEADS, WIDTH, D, build, close, layer_context
 
-from nanope import attention
+from nanope import pairs
 
 pytestmark = pytest.mark.slow  # the import
 T = 3 * BLOCK
@@ -39,7 +39,7 @@ def drawn(*shape):
 
 def ours(pos, x):
     """(B or 1, H, T, T) bias of a layer with the normed input x (B, T, C), 0 where a key is hidden."""
-    bias = pos.bias(x, None, None, layer_context(pos, x))(*attention.indices(x.size(0), HEADS, 0, T, 0, x.device))
+    bias = pos.bias(x, None, None, layer_context(pos, x))(*pairs.indices(x.size(0), HEADS, 0, T, 0, x.device))
     return bias.view(-1, HEADS, T, T).tril()
 
 

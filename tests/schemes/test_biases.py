@@ -10,7 +10,7 @@ import torch
 from models import LAYERS, Largest, build, close, config, layer_context, refused, shaken, tokens
 
 from model import GPT
-from nanope import attention
+from nanope import attention, cpu_attention, pairs
 from schemes.alibi import ALiBi
 from schemes.fox import FoX
 from schemes.t5 import first_distances
@@ -79,7 +79,7 @@ def test_t5_bias_equals_transformers():
     T = 300
     theirs = layer.compute_bias(T, T)[0].detach()  # (H, T, T)
     x = torch.zeros(1, T, pos.n_embd)
-    _, head, m, n = attention.indices(1, pos.n_head, 0, T, 0, x.device)
+    _, head, m, n = pairs.indices(1, pos.n_head, 0, T, 0, x.device)
     assert torch.equal(pos.bias(x, None, None, layer_context(pos, x))(None, head, m, n).tril(), theirs.tril())
 
 
@@ -174,7 +174,7 @@ def test_a_trained_bias_in_blocks_equals_sdpa(case, window, start):
         bias = pos.bias(x, q, k, whole)
         ctx = layer_context(pos, x[:, start:], start)
         if blocks:
-            y = attention.attend_trained(q[:, :, start:], k, v, bias, ctx, window, chunk, None)
+            y = cpu_attention.attend_trained(q[:, :, start:], k, v, bias, ctx, window, chunk, None)
         else:
             y = attention.attend_by_chunks(q[:, :, start:], k, v, bias, ctx, window, 0.0, chunk)
         found.append((y, *torch.autograd.grad(y, (q, k, v, *pos.parameters()), g)))
@@ -199,7 +199,7 @@ def of_keys(case, dtype=torch.float64, **shape):
 @pytest.mark.parametrize("rows", [7, 256])
 def test_a_bias_of_the_keys_equals_the_dense_one(case, rows, monkeypatch):
     """In chunks of 7 queries, which do not divide the 40 tokens; behind a cache; with gradient it is the dense one."""
-    monkeypatch.setattr(attention, "ROWS", rows)
+    monkeypatch.setattr(cpu_attention, "ROWS", rows)
     model, idx = of_keys(case), tokens(40, B=3)
     dense = model.hidden(idx)
     with torch.no_grad():
@@ -246,7 +246,7 @@ def test_a_bias_of_the_keys_with_channels_that_are_no_neighbours():
     bias = pos.bias(x, q, k, ctx)
     with torch.no_grad():
         dense = attention.attend_by_chunks(q, k, v, bias, ctx, 0, 0.0, attention.CHUNK)
-        close(attention.attend_by_keys(q, k, v, bias, ctx, None), dense)
+        close(cpu_attention.attend_by_keys(q, k, v, bias, ctx, None), dense)
 
 
 def test_another_bias_is_not_of_the_keys_unless_it_says_so():
