@@ -13,6 +13,7 @@ from nanope.theory import EULER, LAST, TIMES, octaves, share_deviation
 
 MARK = re.compile(r"(<!-- made by scripts/theory.py: (\w+) -->\n).*?(<!-- end -->)", re.S)
 ZERO = 1e-9
+SAME = 0.05  # of all attention: curves of the last panel that are nowhere farther apart are drawn once
 
 
 def page_with(page: str, numbers: dict) -> str:
@@ -227,8 +228,8 @@ def curve(name: str, look: dict, x: list, y: list, intervals: list | None = None
     return Curve(name, look, list(map(float, x)), list(y), intervals or [None] * len(y), band=intervals is not None)
 
 
-def alike(values: list[float], others: list[float] | None) -> bool:
-    return others is not None and max(abs(a - b) for a, b in zip(values, others)) < 1e-3
+def alike(values: list[float], others: list[float] | None, most: float = 1e-3) -> bool:
+    return others is not None and max(abs(a - b) for a, b in zip(values, others)) < most
 
 
 def named(runs: dict, what: str) -> list[tuple[str, dict, list]]:
@@ -296,11 +297,12 @@ def bias_panel(runs, looks):
 
 
 def beyond_panel(runs, looks):
-    curves = [
-        curve(n, looks[n], octaves(TIMES * run["block_size"])[1:], y[1:])
-        for n, run, y in ((n, run, run["trained"]["beyond_16x"]) for n, run in runs.items())
-        if y
-    ]
+    """Of runs whose curves are nowhere SAME apart, the first is drawn, which is rope where it is one of them."""
+    curves = []
+    for name, run in sorted(runs.items(), key=lambda item: item[0] != "rope"):
+        y = run["trained"]["beyond_16x"]
+        if y and not any(alike(y[1:], other.y, SAME) for other in curves):
+            curves.append(curve(name, looks[name], octaves(TIMES * run["block_size"])[1:], y[1:]))
     if curves:
         x = curves[0].x
         longest = 2 * x[-1] - LAST / 2
