@@ -132,8 +132,8 @@ def frequencies(numbers: dict) -> str:
 
 
 def unmoved(found: dict) -> bool:
-    """Whether all frequencies are rope's."""
-    return max(abs(ratio - 1) for key in ("least", "largest") for ratio in found[key]) < 1e-6
+    """Whether all frequencies are rope's, or 0, as prope's slow pairs."""
+    return max(min(ratio, abs(ratio - 1)) for key in ("least", "largest") for ratio in found[key]) < 1e-6
 
 
 def decay(numbers: dict) -> str:
@@ -252,12 +252,15 @@ def frequency_panel(runs, looks):
         found = run["trained"]["frequencies"]
         if not found or name != "rope" and unmoved(found):
             continue
-        median = [value for value in found["median"] if value > 1e-6]  # prope has pairs that stand still
         ends = [list(pair) for pair in zip(found["least"], found["largest"])]
-        band = ends if name in ("comrope", "carope") and len(median) == len(ends) else None
-        curves.append(curve(name, looks[name], range(len(median)), median, band))
+        band = ends if name in ("comrope", "carope") else None
+        curves.append(curve(name, looks[name], range(len(ends)), found["median"], band))
     note = "median of layers and heads; band of comrope, carope: all"
-    return Lines("Trained frequencies", note, "channel pair", "over rope’s", curves, "rope", log_y=True, points=False)
+    seen = [value for c in curves for value in c.y + sum(filter(None, c.intervals), []) if value > 0]
+    return Lines(
+        "Trained frequencies", note, "channel pair", "over rope’s", curves, "rope", log_y=True, points=False,
+        limits=(min(seen) / 2, max(seen) * 2) if seen else None,
+    )  # fmt: skip
 
 
 def similarity_panel(runs, looks):
