@@ -8,7 +8,7 @@
     newest   one new token without a bias: it sees all keys, or the window's
     flex     a bias, a window or documents on CUDA: FlexAttention
     blocks   a bias with parameters, in training on a CPU: nanope/cpu_attention.py
-    keys     a bias `of_keys`, without gradient on a CPU: the same file
+    keys     a bias `of_keys`, without gradient on a CPU: the same file, with a mask of one row for a chunk
     chunks   whatever is left: sdpa for a chunk of queries, with a dense mask of those and the keys that they may see.
              Masks that are more than a chunk together are computed again in the backward pass
     dense    `scores` or `weights` of a scheme's own: no fused kernel, dense scores of a chunk of queries

@@ -1,4 +1,5 @@
-"""Attention with a bias on a CPU, where sdpa has no kernel for it: a bias that is trained, and one of the keys alone.
+"""Two ways of attention with a bias that only a CPU takes: a bias that is trained, whose gradient no fused kernel
+gives, and a bias of the keys alone, as a mask of one row.
 
 Both compute what nanope.attention.attend_by_chunks does. Shapes as in nanope/attention.py.
 """

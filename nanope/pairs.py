@@ -1,4 +1,5 @@
-"""Which queries see which keys, and a chunk of queries at a time: what all ways of attention share.
+"""Which queries see which keys, the place of a token in its document, and a chunk of queries at a time: what the
+ways of attention with a mask of their own share.
 
 Shapes: B batch, H heads, T queries of this pass, S = start + T keys; R queries of a chunk, N keys that it may see.
 """

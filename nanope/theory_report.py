@@ -229,7 +229,7 @@ def curve(name: str, look: dict, x: list, y: list, intervals: list | None = None
 
 
 def alike(values: list[float], others: list[float] | None, most: float = 1e-3) -> bool:
-    return others is not None and max(abs(a - b) for a, b in zip(values, others)) < most
+    return others is not None and len(others) == len(values) and max(abs(a - b) for a, b in zip(values, others)) < most
 
 
 def named(runs: dict, what: str) -> list[tuple[str, dict, list]]:
@@ -247,7 +247,7 @@ def turn_panel(runs, looks):
 
 
 def frequency_panel(runs, looks):
-    curves = []
+    curves, seen = [], []  # the axis shows all, which is many powers of ten
     for name, run in runs.items():
         found = run["trained"]["frequencies"]
         if not found or name != "rope" and unmoved(found):
@@ -255,8 +255,8 @@ def frequency_panel(runs, looks):
         ends = [list(pair) for pair in zip(found["least"], found["largest"])]
         band = ends if name in ("comrope", "carope") else None
         curves.append(curve(name, looks[name], range(len(ends)), found["median"], band))
+        seen += [value for value in found["median"] + sum(band or [], []) if value > 0]
     note = "median of layers and heads; band of comrope, carope: all"
-    seen = [value for c in curves for value in c.y + sum(filter(None, c.intervals), []) if value > 0]
     return Lines(
         "Trained frequencies", note, "channel pair", "over rope’s", curves, "rope", log_y=True, points=False,
         limits=(min(seen) / 2, max(seen) * 2) if seen else None,
@@ -300,7 +300,7 @@ def bias_panel(runs, looks):
 
 
 def beyond_panel(runs, looks):
-    """Of runs whose curves are nowhere SAME apart, the first is drawn, which is rope where it is one of them."""
+    """A run whose curve is nowhere SAME from one that is drawn is left out; rope is drawn first."""
     curves = []
     for name, run in sorted(runs.items(), key=lambda item: item[0] != "rope"):
         y = run["trained"]["beyond_16x"]
