@@ -26,11 +26,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import schemes
-from nanope import attention, checks, convert, coordinates, hf
+from nanope import attention, checks, convert, coordinates, hf, pairs
 from nanope.block_masks import BlockMasks
 from nanope.loss import linear_cross_entropy, linear_nll
 from nanope.ops import Linear, double_device, fuse_rotations, gelu, wide
-from nanope.pairs import places_in_documents
 from schemes import SCHEMES as SCHEMES  # for those who import it from here
 from schemes.base import Context, first_axis
 
@@ -296,7 +295,7 @@ class GPT(nn.Module):
         x = self.transformer["wte"](idx)  # (B, T, C)
         places, documents = torch.arange(start, end, device=idx.device), None
         if self.config.document_mask:
-            places, documents = places_in_documents(idx, self.config.eot, caches[0] if caches else None)
+            places, documents = pairs.places_in_documents(idx, self.config.eot, caches[0] if caches else None)
         # Positions in float64, which is exact for every length. The embedding as a view: torch.compile would make
         # another graph for the first layer, whose x is the embedding itself
         steps = places.to(double_device(idx.device), torch.float64) + offset

@@ -19,6 +19,7 @@ from nanope.conformance import VOCABULARY, Case
 from nanope.evaluation.models import open_run
 from nanope.evaluation.protocols import split_of
 from nanope.ops import rope_frequencies
+from nanope.pairs import indices
 from schemes.base import Context, Scheme
 
 LONGEST = 1024  # block_size of the tiny models, so that tables reach every position below
@@ -272,10 +273,8 @@ def bias_by_distance(layers: list[Seen], distances: list[int]) -> list[float] | 
         if bias is None:
             return None
         T, last = seen.x.size(1), min(LAST, seen.x.size(1) - max(distances))
-        m = torch.arange(T - last, T).view(-1, 1)
-        batch, heads = torch.arange(1).view(-1, 1, 1, 1), torch.arange(seen.scheme.n_head).view(-1, 1, 1)
         # A bias is elementwise on m and n: those of the last queries and all keys, of which the distances are taken
-        n = torch.arange(T).view(1, -1)
+        batch, heads, m, n = indices(1, seen.scheme.n_head, T - last, T, 0, seen.x.device)
         values = bias(batch, heads, m, n).expand(1, seen.scheme.n_head, last, T)[0].double()
         by = torch.stack([values.gather(-1, (m - d).expand(values.size(0), -1, 1)) for d in (0, *distances)])
         found.append((by[1:] - by[:1]).mean((1, 2, 3)))

@@ -228,15 +228,19 @@ def curve(name: str, look: dict, x: list, y: list, intervals: list | None = None
     return Curve(name, look, list(map(float, x)), list(y), intervals or [None] * len(y), band=intervals is not None)
 
 
-def alike(values: list[float], others: list[float] | None, most: float = 1e-3) -> bool:
-    return others is not None and len(others) == len(values) and max(abs(a - b) for a, b in zip(values, others)) < most
+def alike(values: list[float], others: list[float], most: float) -> bool:
+    return len(others) == len(values) and max(abs(a - b) for a, b in zip(values, others)) < most
 
 
-def named(runs: dict, what: str) -> list[tuple[str, dict, list]]:
-    """(name, run, values) of runs that have them; those that equal rope's are left to its curve."""
-    rope = runs.get("rope", {}).get("trained", {}).get(what)
-    found = [(name, run, run["trained"][what]) for name, run in runs.items() if run["trained"][what]]
-    return [(name, run, values) for name, run, values in found if name == "rope" or not alike(values, rope)]
+def named(runs: dict, what: str, most: float = 1e-3) -> list[tuple[str, dict, list]]:
+    """(name, run, values) of runs that have them; those nowhere `most` from rope's, or an earlier one's, are left to
+    it."""
+    kept = {}
+    for name in sorted(runs, key=lambda name: name != "rope"):
+        values = runs[name]["trained"][what]
+        if values and not any(alike(values, others, most) for others in kept.values()):
+            kept[name] = values
+    return [(name, run, kept[name]) for name, run in runs.items() if name in kept]
 
 
 def turn_panel(runs, looks):
@@ -300,12 +304,8 @@ def bias_panel(runs, looks):
 
 
 def beyond_panel(runs, looks):
-    """A run whose curve is nowhere SAME from one that is drawn is left out; rope is drawn first."""
-    curves = []
-    for name, run in sorted(runs.items(), key=lambda item: item[0] != "rope"):
-        y = run["trained"]["beyond_16x"]
-        if y and not any(alike(y[1:], other.y, SAME) for other in curves):
-            curves.append(curve(name, looks[name], octaves(TIMES * run["block_size"])[1:], y[1:]))
+    found = named(runs, "beyond_16x", SAME)
+    curves = [curve(n, looks[n], octaves(TIMES * run["block_size"])[1:], y[1:]) for n, run, y in found]
     if curves:
         x = curves[0].x
         longest = 2 * x[-1] - LAST / 2
