@@ -289,7 +289,9 @@ def throughput_table(study: Study, bench: dict) -> Table:
     published = (study.grid.published or {}).get("tokens_per_s", {})
     table = Table(
         f"training speed: medians over {bench['rounds']} interleaved rounds, of tokens/s and of ratios within a round, "
-        f"on {bench['device']}, {bench['threads']} thread(s)",
+        f"on {bench['device']}, {bench['threads']} thread(s)"
+        + "; in groups with a rope each, so that ratios alone compare"
+        * ("rope_seconds" in bench),
         ["arm", "tokens/s", "relative to rope", "peak memory, MB"]
         + ["published, tokens/s", "published, relative", "verdict"] * bool(published),
     )

@@ -66,15 +66,40 @@ def draw(generator, seeds, sd_seed, sd_document, paired):
 
 
 @pytest.mark.parametrize(
-    "sd_seed, sd_document, paired", [(0.02, 0.001, True), (0.001, 0.02, True), (0.02, 0.02, True), (0.02, 0.02, False)]
+    "seeds, sd_seed, sd_document, paired",
+    [
+        (3, 0.02, 0.001, True),
+        (3, 0.001, 0.02, True),
+        (3, 0.02, 0.02, True),
+        (3, 0.02, 0.02, False),
+        (2, 0.02, 0.02, True),  # Satterthwaite's degrees of freedom have 0.90 here
+    ],
 )
-def test_comparison_of_three_seeds_errs_as_often_as_it_says(sd_seed, sd_document, paired):
+def test_a_comparison_errs_no_more_often_than_it_says(seeds, sd_seed, sd_document, paired):
     generator = np.random.default_rng(0)
-    results = [paired_difference(*draw(generator, 3, sd_seed, sd_document, paired), paired) for _ in range(400)]
+    drawn = [draw(generator, seeds, sd_seed, sd_document, paired) for _ in range(400)]
+    results = [paired_difference(*arms, paired) for arms in drawn]
     inside = np.mean([r["interval"][0] <= 0 <= r["interval"][1] for r in results])
-    assert 0.92 <= inside <= 0.995  # a percentile bootstrap has 0.76 in the first case
+    assert 0.94 <= inside <= 0.995  # a percentile bootstrap has 0.76 in the first case
     assert all((r["p_value"] < 0.05) == (not r["interval"][0] <= 0 <= r["interval"][1]) for r in results)
     assert results[0]["levels"] == ["seeds", "documents"]
+    if paired:
+        for (a, b, tokens), got in zip(drawn, results):
+            alone = scipy.stats.ttest_rel(b.sum(1), a.sum(1)).confidence_interval()
+            assert got["interval"][1] - got["interval"][0] >= (alone.high - alone.low) / tokens.sum()
+
+
+def test_levels_join_as_in_banerjee():
+    a = np.random.default_rng(4).normal(2, 0.3, (3, 9)) * 500
+    b = a + np.random.default_rng(5).normal(10, 5, (3, 9)) + np.array([[-8], [1], [7]])
+    got, each = paired_difference(a, b, np.full(9, 500), True), (b - a) / 500
+    widths = [np.ptp(scipy.stats.ttest_1samp(each.mean(axis), 0).confidence_interval()) for axis in (0, 1)]
+    assert np.ptp(got["interval"]) == pytest.approx(math.hypot(*widths))
+    assert got["difference"] == pytest.approx(each.mean())
+    same = paired_difference(a, a[::-1], np.full(9, 500), True)  # seeds differ, and not their means
+    assert same["difference"] == pytest.approx(0) and same["p_value"] == pytest.approx(1)
+    sure = paired_difference(np.zeros((1, 300)), 1 + np.linspace(0, 1e-9, 300)[None], np.ones(300), True)
+    assert 0 < sure["p_value"] < 1e-90
 
 
 def test_pairing_removes_what_documents_and_seeds_share():

@@ -22,7 +22,7 @@ from nanope.study.runner import prepare
 ANSWERS = {"answers": {"protocol": "task"}}
 # Arm → seed → of five examples how many tokens are right, at 8 and 16
 RIGHT = {
-    "rope": {1: ([4, 4, 4, 4, 3], [4, 1, 0, 0, 2]), 2: ([4, 4, 4, 3, 3], [0, 1, 0, 0, 2])},
+    "rope": {1: ([4, 4, 4, 4, 3], [4, 1, 0, 0, 2]), 2: ([4, 4, 4, 3, 3], [0, 1, 4, 0, 2])},
     "alibi": {1: ([4, 4, 4, 4, 4], [4, 4, 4, 4, 2]), 2: ([4, 4, 4, 4, 3], [4, 4, 4, 3, 4])},
     "learned": {1: ([4, 4, 4, 4, 3], None), 2: ([4, 4, 0, 0, 0], None)},
 }
@@ -46,16 +46,16 @@ def test_tables_have_accuracies_chance_and_paired_differences(study):
     text = markdown(study)
     assert "**exact match by length (answers)**" in text and "| arm | 8 | 16 |" in text
     line = next(line for line in text.splitlines() if line.startswith("| rope |") and "70.0%" in line)
-    assert "70.0% [0.0%, 100.0%]" in line and "10.0% [0.0%, 100.0%]" in line  # 0.8 and 0.6, 0.2 and 0.0
+    assert "70.0% [0.0%, 100.0%]" in line and "20.0% [10.0%, 90.0%]" in line  # 0.8 and 0.6; 0.2 twice: of one
     assert "| learned | 60.0% [0.0%, 100.0%] | n/a |" in text and "| chance | 6.2% | 6.2% |" in text
     a, b = (np.array([[r == 4 for r in RIGHT[arm][seed][1]] for seed in (1, 2)], float) for arm in ("rope", "alibi"))
     found = paired_difference(a, b, np.ones(5), True)
     low, high = found["interval"]
-    assert found["difference"] == pytest.approx(0.7) and low > 0
-    assert f"**+0.700 [{low:+.3f}, {high:+.3f}]**" in text
+    assert found["difference"] == pytest.approx(0.6) and low > 0
+    assert f"**+0.600 [{low:+.3f}, {high:+.3f}]**" in text
     assert "exact match with the context cropped to a row of training" in text
     assert "5 examples of each length, the same for all arms and seeds; trained on copy up to 8" in text
-    assert "n/a: too long." in text and "$+0.700$" in latex_text(study)
+    assert "n/a: too long." in text and "$+0.600$" in latex_text(study)
 
 
 def test_worse_is_marked_with_an_arrow_down(tmp_path):
@@ -64,7 +64,7 @@ def test_worse_is_marked_with_an_arrow_down(tmp_path):
         tmp_path / "runs", grid, {"alibi": [1.0, 1.0], "rope": [1.0, 1.0]},
         rows=lambda run: [task_row(RIGHT[run.arm][run.seed][1])],
     )  # fmt: skip
-    assert "-0.700" in markdown(study) and "↓" in markdown(study)
+    assert "-0.600" in markdown(study) and "↓" in markdown(study)
 
 
 def test_what_is_always_right_and_what_never_is_differ_for_sure(tmp_path):
