@@ -201,11 +201,13 @@ def draw_lines(axes, panel: Lines, title: str) -> Labels:
 
 
 def y_limits(panel: Lines) -> tuple[float, float]:
-    """Robust against outlying curves; the baseline's is never one. Bands may widen the axis by three quarters each way,
-    and leave it beyond."""
+    """Robust against outlying curves; the baseline's is never one, nor is what its narrowest interval holds. Bands may
+    widen the axis by three quarters each way, and leave it beyond."""
     to, back = (np.log, np.exp) if panel.log_y else (np.asarray, np.asarray)
     extents = {c.name: (to(min(c.y[c.settled :])), to(max(c.y[c.settled :]))) for c in panel.curves}
-    low, high = robust_limits(list(extents.values()), extents.get(panel.baseline, ()))
+    base = next((c.intervals for c in panel.curves if c.name == panel.baseline and c.band), [])
+    noise = min((to(i) for i in base if i), key=np.ptp, default=())
+    low, high = robust_limits(list(extents.values()), (*extents.get(panel.baseline, ()), *noise))
     reach = 0.75 * (high - low)
     inside = [c for c in panel.curves if c.band and extents[c.name][0] >= low and extents[c.name][1] <= high]
     bounds = [to(bound) for c in inside for i in c.intervals[c.settled :] if i for bound in i]

@@ -1,4 +1,5 @@
-"""Figures of a study at a paper's width: by default loss by length and paired differences, a row for each setting.
+"""Figures of a study at a paper's width: by default loss by length and paired differences, a row for each setting;
+where these are many, differences alone.
 
     draw(study, Path("figure.png"), ["loss", "position"])
     write_figures(study, folder)                       # figure.png and figure.pdf there
@@ -8,6 +9,7 @@ bytes, whatever the reader's own matplotlib settings are.
 """
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -19,6 +21,7 @@ from nanope.study.panels import OF_REPORTS, PANELS, looks_of, of_reports
 from schemes import label
 
 WIDTH, COLUMN, HEIGHT = 6.75, 3.35, 2.75  # inches: a page, a column, a row of panels
+ROWS = 3  # that fit a page
 STYLE = {
     "font.family": "serif", "font.serif": ["STIXGeneral", "DejaVu Serif"], "text.parse_math": False,
     "font.size": 8, "axes.labelsize": 8, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5,
@@ -75,7 +78,7 @@ def save(figure: Figure, out: Path) -> None:
 
 def figure_of(study, panels: list[str] | None = None) -> Figure | None:
     """A row of panels for each setting; None where there is nothing to draw. By default a study without several lengths
-    shows its training curves instead."""
+    shows its training curves instead, and one of more settings than fit a page the differences alone."""
     looks = looks_of({arm: label(fields.get("pos", "rope")) for arm, fields in study.grid.arms.items()})
     rows = []
     settings = [s for s in study.grid.settings if any(study.runs[s, arm] for arm in study.grid.arms)]
@@ -83,6 +86,9 @@ def figure_of(study, panels: list[str] | None = None) -> Figure | None:
         of_tasks = {s: panel for s in settings if (panel := PANELS["accuracy"](study, s, looks))}
         settings = [s for s in settings if s not in of_tasks]
         rows += [("", [*of_tasks.values()])] * bool(of_tasks)
+    if panels is None and len(settings) > ROWS:
+        found = [(s, PANELS["difference"](study, s, looks)) for s in settings]
+        return compose([("", [replace(panel, title=s) for s, panel in found if panel])])
     for setting in settings:
         make = lambda name, setting=setting: PANELS[name](study, setting, looks)  # noqa: E731
         found = [make(p) for p in panels] if panels else [make("length") or make("loss"), make("difference")]
@@ -125,6 +131,6 @@ def pairs(panels: list) -> list[list]:
 def height_of(panel) -> float:
     """Inches: more where many arms stand one below the other."""
     if isinstance(panel, Forest):
-        return max(HEIGHT, 0.85 + len(panel.rows) * (0.07 * len(panel.marks) + 0.07))
+        return 0.85 + len(panel.rows) * (0.07 * len(panel.marks) + 0.07)
     names = [curve.name for curve in panel.curves] if isinstance(panel, Lines) else []
     return max(HEIGHT, 0.85 + 0.125 * sum(1 + wrapped(name).count("\n") for name in names))

@@ -167,8 +167,8 @@ def difference(study: Study, setting: str, looks: dict) -> Forest | None:
     known = lambda arm: [d["difference"] for d in found[arm] if d]  # noqa: E731
     order = sorted(found, key=lambda arm: (found[arm][-1] is None, known(arm)[-1]))
     return Forest(
-        f"Paired difference from {baseline}{cropped}" + ("" if seeds > 1 else ", one seed"),
-        "filled: 95 % interval excludes 0",
+        f"Paired difference from {baseline}{cropped}",
+        "filled: 95 % interval excludes 0" + "; one seed" * (seeds < 2),
         f"← better      {what} minus {'cropped ' * bool(cropped)}{baseline}’s",
         marks,
         [(arm, looks[arm], found[arm]) for arm in order],

@@ -131,20 +131,22 @@ class Study:
         trained = self.config(setting, self.grid.baseline).block_size
         return trained if trained in base else None
 
-    def differences(self, setting: str, lengths: list[int]) -> dict[str, list[dict | None]]:
-        """The rows_by_length less the baseline's: arm → difference_of_rows at each of `lengths`. Where the baseline's
-        context is cropped (cropped_to), it too has differences beyond."""
+    def compared(self, setting: str, lengths: list[int]) -> dict[str, list[tuple[dict, dict] | None]]:
+        """The rows_by_length of each arm beside the baseline's, by seed, at each of `lengths`; None where they are the
+        same rows. Where the baseline's context is cropped (cropped_to), it too is compared beyond."""
         _, rows = self.rows_by_length(setting)
         base = dict(rows.get(self.grid.baseline, {}))
         if trained := self.cropped_to(setting):
             base |= {n: base[trained] for n in lengths if n > trained}
         return {
-            arm: [
-                None if at.get(n) is base.get(n) else difference_of_rows(at.get(n, {}), base.get(n, {}))
-                for n in lengths
-            ]
+            arm: [None if at.get(n) is base.get(n) else (at.get(n, {}), base.get(n, {})) for n in lengths]
             for arm, at in rows.items()
         }
+
+    def differences(self, setting: str, lengths: list[int]) -> dict[str, list[dict | None]]:
+        """Of what is compared at each of `lengths`: arm → difference_of_rows; None where there is none."""
+        found = self.compared(setting, lengths)
+        return {arm: [pair and difference_of_rows(*pair) for pair in pairs] for arm, pairs in found.items()}
 
     @property
     def unit(self) -> str:

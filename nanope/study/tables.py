@@ -12,6 +12,7 @@ from nanope.study.markup import Table, accuracy_cell, difference_cell, mean_cell
 from nanope.study.probe_tables import probe_tables
 from nanope.study.results import Study, scaled, three_of, throughput
 from nanope.study.seed_statistics import (
+    change_of_difference,
     difference_of_answers,
     difference_of_losses,
     difference_of_rows,
@@ -27,6 +28,7 @@ def tables(study: Study) -> list[Table]:
     grid, found = study.grid, []
     if grid.arms and (grid.published or {}).get("rows"):
         found.append(published_table(study))
+    found += settings_tables(study)
     for setting in grid.settings if grid.arms else ():
         found += leaderboard(study, setting)
         found.append(training_table(study, setting))
@@ -85,6 +87,39 @@ def leaderboard(study: Study, setting: str) -> list[Table]:
         rate = f"{study.config(setting, arm).learning_rate:g}"
         table.rows.append([arm, str(len(study.runs[setting, arm])), rate, *cells, *cost])
     return [table]
+
+
+def settings_tables(study: Study) -> list[Table]:
+    """Differences from the baseline in every setting, and what a setting changes in them: each less that in the first
+    setting. [] where fewer than two settings have the same training length and scored the same targets."""
+    grid, by_setting = study.grid, {setting: study.rows_by_length(setting) for setting in study.grid.settings}
+    settings = [setting for setting, (protocol, _) in by_setting.items() if protocol == "same-targets"]
+    by_arm = [by_length for setting in settings for by_length in by_setting[setting][1].values()]
+    rows = [row for by_length in by_arm for by_seed in by_length.values() for row in by_seed.values()]
+    scored = {row["targets_sha256"] for row in rows if row["nats_per_token"] is not None}
+    trained = {study.any_config(setting).block_size for setting in settings}
+    if len(settings) < 2 or len(scored) > 1 or len(trained) > 1:
+        return []
+    first, lengths = settings[0], sorted({row["length"] for row in rows})
+    what = f"nats per {study.unit} less {grid.baseline}" + ", its context cropped to 1×" * bool(study.cropped_to(first))
+    head = ["setting", "arm", *(f"{n / max(trained):.3g}×" for n in lengths)]
+    less = Table(f"{what}, by setting", head, left=2)
+    change = Table(f"what a setting changes: {what}, less the same in {first}", head, left=2)
+    before = study.compared(first, lengths)
+    for setting in settings:
+        for arm, pairs in study.compared(setting, lengths).items():
+            if not any(pairs):  # the baseline
+                continue
+            found = [pair and difference_of_rows(*pair) for pair in pairs]
+            less.rows.append([setting, arm, *blank_or_cells(pairs, found)])
+            if setting != first and arm in before:
+                found = [pair and change_of_difference(pair, then) for pair, then in zip(pairs, before[arm])]
+                change.rows.append([setting, arm, *blank_or_cells(pairs, found)])
+    return [less, change]
+
+
+def blank_or_cells(pairs: list[tuple | None], found: list[dict | None]) -> list[str]:
+    return [difference_cell(d, digits=3) if pair else "" for pair, d in zip(pairs, found)]
 
 
 # ---- evaluations

@@ -35,7 +35,7 @@ class Made:
     """A study of given nats by length: levels, arm → [nats at each length, or None]; seeds differ by 0.01."""
 
     folder, unit, cropped_to = Path("made"), "token", Study.cropped_to
-    rows_by_length, differences = Study.rows_by_length, Study.differences
+    rows_by_length, compared, differences = Study.rows_by_length, Study.compared, Study.differences
 
     def __init__(self, levels, lengths=(256, 512, 1024, 2048, 4096), seeds=3, reports=True, settings=("",), **grid):
         arms = {arm: {"pos": arm} for arm in levels}
@@ -205,6 +205,22 @@ def test_what_lies_far_outside_stands_at_the_edge_with_its_value():
     study = Made({"rope": [3.0, 4.0, 6.0, 8.0, 12.0], **{arm: [3.0] * 5 for arm in ("fox", "cable", "t5")}})
     with figures.style():
         assert figures.figure_of(study).axes[0].get_ylim()[1] > 12  # the baseline is what all are compared with
+
+
+def test_what_the_baselines_noise_holds_is_not_at_the_edge():
+    levels = {"rope": 3.0, "fox": 3.0005, "cable": 3.0006, "t5": 3.01, "none": 9.0}
+    study = Made({arm: [nats] * 5 for arm, nats in levels.items()})
+    with figures.style():
+        words = texts(figures.figure_of(study))
+    assert "none ↑ 9.02" in words and not any(word.startswith("t5 ") for word in words)
+
+
+def test_of_many_settings_differences_alone_are_drawn():
+    levels = {arm: [3.0 + 0.1 * i] * 5 for i, arm in enumerate(("rope", "fox", "alibi"))}
+    with figures.style():
+        few, many = (figures.figure_of(Made(levels, settings=[*"wxyz"][:n])) for n in (3, 4))
+    assert len(few.axes) == 6 and len(many.axes) == 4
+    assert {"(a) w", "(d) z"} <= texts(many) and "nats per token minus rope’s" in " ".join(texts(many))
 
 
 def texts(figure) -> set[str]:

@@ -8,6 +8,7 @@ import pytest
 import scipy.stats
 from studies import EVAL, SWEEPS, report_row, study_of, write_grid
 
+from nanope.evaluation.statistics import paired_difference
 from nanope.study import report
 from nanope.study.files import RunFolders
 from nanope.study.grid import Grid
@@ -337,6 +338,41 @@ def test_a_leaderboard_and_figure_may_compare_with_the_baseline_cropped_to_its_t
     assert study.cropped_to("") is None and study.differences("", [32])["rope"] == [None]
     forest = PANELS["difference"](study, "", looks_of({"rope": "rope", "crope": "crope"}))
     assert forest.title == "Paired difference from rope"
+
+
+def test_what_a_setting_changes_is_the_paired_difference_of_differences(tmp_path):
+    """Each arm less rope at its training length, in a setting less in the first, over seeds and documents."""
+    settings = {"plain": {}, "normed": {"qk_norm": True}}
+    path = write_grid(tmp_path / "g.yaml", eval=EVAL, settings=settings, baseline="rope", cropped=True, seeds=3)
+    generator = np.random.default_rng(0)
+    nll = {}
+
+    def rows(run):
+        for n in (16, 32):
+            nll[run.setting, run.arm, run.seed, n] = np.array([10, 20]) * generator.normal(2, 0.1, 2)
+        return [report_row(nll[run.setting, run.arm, run.seed, n], n) for n in (16, 32)]
+
+    losses = {"rope": [2.0] * 3, "crope": [2.0] * 3}
+    study = study_of(tmp_path / "out", path, losses, rows=rows)
+    less, change, *_ = tables(study)
+    assert less.title == "nats per token less rope, its context cropped to 1×, by setting"
+    assert change.title == f"what a setting changes: {less.title.partition(', by')[0]}, less the same in plain"
+    assert [row[:2] for row in less.rows] == [[s, arm] for s in settings for arm in ("rope", "crope")]
+    assert [row[:2] for row in change.rows] == [["normed", "rope"], ["normed", "crope"]]
+    of = lambda setting, arm, n: np.stack([nll[setting, arm, seed, n] for seed in (1, 2, 3)])  # noqa: E731
+    for arm, n, cell in (("rope", 32, change.rows[0][3]), ("crope", 16, change.rows[1][2])):
+        then, now = (of(setting, arm, n) - of(setting, "rope", 16) for setting in settings)
+        assert cell == difference_cell(paired_difference(then, now, np.array([10, 20]), True) | {"seeds": 3}, 3)
+        assert cell.startswith(f"{(now - then).sum() / 90:+.3f} [")
+    assert change.rows[0][2] == ""  # rope less itself
+
+
+@pytest.mark.parametrize("of_second", [{"targets": "other"}, {"length": 16, "protocol": "nonoverlapping"}])
+def test_settings_that_scored_other_targets_are_not_compared(tmp_path, of_second):
+    path = write_grid(tmp_path / "g.yaml", eval=EVAL, settings={"plain": {}, "normed": {"qk_norm": True}})
+    row = lambda run: [report_row([20, 41], **(of_second if run.setting == "normed" else {}))]  # noqa: E731
+    study = study_of(tmp_path / "out", path, {"rope": [2.0, 2.1], "crope": [2.0, 2.2]}, rows=row)
+    assert not [table.title for table in tables(study) if "setting" in table.title]
 
 
 def test_arms_that_share_a_speed_share_its_row_and_the_training_length_orders_the_leaderboard(tmp_path):
