@@ -58,7 +58,10 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {error}" if main_rank else 1)
     except KeyboardInterrupt:
         if main_rank:
-            print("\ninterrupted: finished rows are kept, and the same command goes on from there", file=sys.stderr)
+            print(
+                "\ninterrupted: finished rows of a report are kept, and the same command goes on from there",
+                file=sys.stderr,
+            )
         sys.exit(128 + signal.SIGINT)
 
 

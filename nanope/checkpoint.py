@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -192,6 +193,8 @@ def load(path: Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except OSError:
         raise
+    except pickle.UnpicklingError as error:  # its text advises to load the file unsafely
+        raise ValueError(f"{path} cannot be read as a checkpoint: it is none that torch.save made") from error
     except Exception as error:
         raise ValueError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from error
     if not isinstance(state, dict) or not {"model", "config", "step"} <= state.keys():

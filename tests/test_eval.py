@@ -349,6 +349,8 @@ MESSAGES = [
     ("--run RUN --protocol shift --stream", "--stream shift"),
     ("--run RUN --protocol shift --scaling pi --factor 2", "--scaling shift"),
     ("--run RUN --protocol shift --stride 4", "--stride shift"),
+    ("--run RUN --protocol shift --split val_long", "val_long shift"),
+    ("--run RUN --lengths 16 --attention 2 --split val_long", "val_long --attention"),
     ("--run RUN --lengths 32 --json=", "--json empty"),
     ("--run RUN --lengths 32 --data=", "--data empty"),
     ("--run RUN --lengths 32 --split vall", "vall val"),

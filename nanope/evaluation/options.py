@@ -107,10 +107,8 @@ def make_parser(description: str = "") -> Parser:
     add("--data", type=given_path, help="data folder (default: the run's own, which must be as it was in training)")
     add("--split", default="val", help="a split of the data, or val_long, the long documents of val (default: val)")
     add("--stream", action="store_true", help="the split as one text, documents joined by end-of-text tokens")
-    text = (
-        "context lengths in tokens, or 4x for 4 training lengths; the training length is added. For task: lengths of "
-    )
-    text += "examples in the task's unit (default: 1x 2x 4x 8x)"
+    text = "context lengths in tokens, or 4x for 4 training lengths; a training length below the longest is added. For "
+    text += "task: lengths of examples in the task's unit (default: 1x 2x 4x 8x)"
     add("--lengths", type=length_of, nargs="+", help=text)
     add("--protocol", nargs="+", choices=PROTOCOLS, default=["same-targets"], help="see below (default: same-targets)")
     add("--stride", type=int, help="S of same-targets and sliding, see below (default: half the shortest length)")
@@ -175,6 +173,8 @@ def parse(arguments: list[str] | None, description: str) -> argparse.Namespace:
         for name in names:
             if not used and getattr(args, name) != parser.get_default(name):
                 parser.error(f"--{name} is {what}")
+    if args.split == "val_long" and ("shift" in args.protocol or args.attention):
+        parser.error("--split val_long is a list of documents, and shift and --attention take windows of a whole split")
     if args.compare and "shift" in args.protocol:
         parser.error("--compare takes every protocol but shift, whose rows are differences already")
     for name in ("run", "model", "data", "json", "key_tokens"):

@@ -42,9 +42,11 @@ class Parts:
 
 
 def source_hashes(model: Model) -> list[str]:
-    """Of every file that a model's figures depend on."""
-    files = [REPO / "model.py", REPO / "eval.py", *sorted((REPO / "nanope" / "evaluation").glob("*.py"))]
-    files += [REPO / "nanope" / f"{name}.py" for name in ("attention", "convert", "coordinates", "hf", "ops")]
+    """Of every file that a model's figures may depend on."""
+    files = [REPO / "model.py", REPO / "eval.py"]
+    files += [
+        path for folder in ("nanope", "nanope/evaluation", "data") for path in sorted((REPO / folder).glob("*.py"))
+    ]
     if isinstance(model, GPT):
         files += schemes.sources(model.config.pos) + schemes.sources("rope")  # rope is what a scaled model becomes
     return [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]

@@ -27,7 +27,7 @@ def evaluate_shift(model: Model, data: Data, tokenizer: Tokenizer, options: Opti
     """A row for each offset: the NLL of some windows of the training length, spread over the split, whose first token
     stands at that position, and the largest change of any token's NLL from offset 0, in nats.
 
-    The model is the unscaled one. Every rank computes all of it, in one forward pass an offset. Null figures and a
+    The model is the unscaled one. Every rank computes all of it. Null figures and a
     reason for a model without positions that could be shifted.
     """
     length = model.config.block_size
@@ -39,11 +39,13 @@ def evaluate_shift(model: Model, data: Data, tokenizer: Tokenizer, options: Opti
     windows = spread_windows(tokens, options.windows, length)
     text = read_windows(tokens, windows.start, length)  # (B, T + 1)
     n_bytes = int(tokenizer.token_bytes[text[:, 1:]].sum())
-    plain = losses(model, text, 0, compute.dtype)
+    parts = np.array_split(text, math.ceil(text.size / compute.batch_tokens))
+    at = lambda offset: torch.cat([losses(model, part, offset, compute.dtype) for part in parts])  # noqa: E731
+    plain = at(0)  # (B, T)
     for row in rows:
-        nll = losses(model, text, row["offset"], compute.dtype)
+        nll = at(row["offset"])
         row["nats_per_token"] = nll.mean().item()
-        row["perplexity"] = math.exp(row["nats_per_token"])
+        row["perplexity"] = float(np.exp(row["nats_per_token"]))
         row["bits_per_byte"] = nll.sum().item() / math.log(2) / n_bytes
         row["tokens"] = nll.numel()
         row["largest_change"] = (nll - plain).abs().max().item()
@@ -63,12 +65,10 @@ def why_not_shifted(model: Model) -> str | None:
         return "positions are shifted in runs of train.py, not in models of transformers"
     pos = model.config.pos
     if "wpe" in model.transformer:
-        return (
-            f"{label(pos)} adds absolute positions to the embeddings; rope, crope and comrope have positions to shift"
-        )
+        return f"{label(pos)} adds absolute positions to the embeddings; rope has positions to shift"
     here, there = queries_and_keys(model, 0), queries_and_keys(model, 997)
     if all(torch.equal(a, b) for a, b in zip(here, there)):
-        return f"{label(pos)} has no positions that could be shifted; rope, crope and comrope have"
+        return f"{label(pos)} has no positions that could be shifted, as rope has"
     return None
 
 

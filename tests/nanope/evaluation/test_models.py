@@ -1,8 +1,11 @@
 """What is evaluated: lengths that a scheme cannot do, scaled copies, and what is refused."""
 
+import hashlib
+
 import pytest
 from evaluating import evaluate, model, rows, save_run
 
+from nanope import REPO
 from nanope.evaluation.models import open_run
 from nanope.evaluation.parts import source_hashes
 from nanope.evaluation.report import table
@@ -63,3 +66,5 @@ def test_a_scheme_from_outside_changes_the_hash_of_what_figures_depend_on(tmp_pa
     before = source_hashes(gpt)
     path.write_text(source + "# changed\n")
     assert source_hashes(gpt) != before and source_hashes(model()) != before
+    for part in ("nanope/cpu_attention.py", "nanope/loss.py", "nanope/evaluation/scoring.py", "data/shards.py"):
+        assert hashlib.sha256((REPO / part).read_bytes()).hexdigest() in before
