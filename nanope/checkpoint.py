@@ -194,7 +194,8 @@ def load(path: Path) -> dict:
     except OSError:
         raise
     except pickle.UnpicklingError as error:  # its text advises to load the file unsafely
-        raise ValueError(f"{path} cannot be read as a checkpoint: it is none that torch.save made") from error
+        what = "it is no file of torch.save, or holds other things than tensors and plain values"
+        raise ValueError(f"{path} cannot be read as a checkpoint: {what}") from error
     except Exception as error:
         raise ValueError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from error
     if not isinstance(state, dict) or not {"model", "config", "step"} <= state.keys():

@@ -27,8 +27,8 @@ def evaluate_shift(model: Model, data: Data, tokenizer: Tokenizer, options: Opti
     """A row for each offset: the NLL of some windows of the training length, spread over the split, whose first token
     stands at that position, and the largest change of any token's NLL from offset 0, in nats.
 
-    The model is the unscaled one. Every rank computes all of it. Null figures and a
-    reason for a model without positions that could be shifted.
+    The model is the unscaled one. Every rank computes all of it. Null figures and a reason for a model without
+    positions that could be shifted.
     """
     length = model.config.block_size
     kind = {"length": length, "protocol": "shift", "scaling": "none", "factor": 1.0, "cropping_baseline": False}
@@ -39,11 +39,11 @@ def evaluate_shift(model: Model, data: Data, tokenizer: Tokenizer, options: Opti
     windows = spread_windows(tokens, options.windows, length)
     text = read_windows(tokens, windows.start, length)  # (B, T + 1)
     n_bytes = int(tokenizer.token_bytes[text[:, 1:]].sum())
-    parts = np.array_split(text, math.ceil(text.size / compute.batch_tokens))
-    at = lambda offset: torch.cat([losses(model, part, offset, compute.dtype) for part in parts])  # noqa: E731
-    plain = at(0)  # (B, T)
+    n = max(1, compute.batch_tokens // length)  # windows a forward pass
+    parts = [text[i : i + n] for i in range(0, len(text), n)]
+    plain = losses_of_parts(model, parts, 0, compute.dtype)  # (B, T)
     for row in rows:
-        nll = at(row["offset"])
+        nll = losses_of_parts(model, parts, row["offset"], compute.dtype)
         row["nats_per_token"] = nll.mean().item()
         row["perplexity"] = float(np.exp(row["nats_per_token"]))
         row["bits_per_byte"] = nll.sum().item() / math.log(2) / n_bytes
@@ -84,6 +84,10 @@ def queries_and_keys(model: GPT, offset: int) -> list[torch.Tensor]:
     with attending(model, attend):
         model.hidden(torch.zeros(1, 4, dtype=torch.int64, device=model.lm_head.weight.device), offset=offset)
     return found
+
+
+def losses_of_parts(model: GPT, parts: list[np.ndarray], offset: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.cat([losses(model, part, offset, dtype) for part in parts])
 
 
 @torch.no_grad()

@@ -129,7 +129,7 @@ def paired_difference(a: np.ndarray, b: np.ndarray, tokens: np.ndarray, paired: 
     narrower than that of one level alone, so three seeds count as three. p is the level at which it would end at 0.
 
     Simulated without a true difference for 2, 3 and 5 seeds and 4 to 40 documents (five cases are in
-    tests/nanope/evaluation/test_statistics.py): it covers 0 in 0.95 to 0.99 of cases. The sum of the variances with
+    tests/nanope/evaluation/test_statistics.py): it covers 0 in 0.94 to 0.99 of cases. The sum of the variances with
     Satterthwaite's degrees of freedom, which was here until 2026-11-30, does so in 0.88 (2 seeds) and 0.92 (3) in the
     worst case, and a percentile bootstrap in 0.76.
     """

@@ -205,7 +205,7 @@ def y_limits(panel: Lines) -> tuple[float, float]:
     widen the axis by three quarters each way, and leave it beyond."""
     to, back = (np.log, np.exp) if panel.log_y else (np.asarray, np.asarray)
     extents = {c.name: (to(min(c.y[c.settled :])), to(max(c.y[c.settled :]))) for c in panel.curves}
-    base = next((c.intervals for c in panel.curves if c.name == panel.baseline and c.band), [])
+    base = next((c.intervals[c.settled :] for c in panel.curves if c.name == panel.baseline and c.band), [])
     noise = min((to(i) for i in base if i), key=np.ptp, default=())
     low, high = robust_limits(list(extents.values()), (*extents.get(panel.baseline, ()), *noise))
     reach = 0.75 * (high - low)

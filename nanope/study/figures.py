@@ -88,7 +88,8 @@ def figure_of(study, panels: list[str] | None = None) -> Figure | None:
         rows += [("", [*of_tasks.values()])] * bool(of_tasks)
     if panels is None and len(settings) > ROWS:
         found = [(s, PANELS["difference"](study, s, looks)) for s in settings]
-        return compose([("", [replace(panel, title=s) for s, panel in found if panel])])
+        if forests := [replace(panel, title=s) for s, panel in found if panel]:
+            return compose([*rows, ("", forests)])
     for setting in settings:
         make = lambda name, setting=setting: PANELS[name](study, setting, looks)  # noqa: E731
         found = [make(p) for p in panels] if panels else [make("length") or make("loss"), make("difference")]
@@ -131,6 +132,6 @@ def pairs(panels: list) -> list[list]:
 def height_of(panel) -> float:
     """Inches: more where many arms stand one below the other."""
     if isinstance(panel, Forest):
-        return 0.85 + len(panel.rows) * (0.07 * len(panel.marks) + 0.07)
+        return max(1.6, 0.85 + len(panel.rows) * (0.07 * len(panel.marks) + 0.07))
     names = [curve.name for curve in panel.curves] if isinstance(panel, Lines) else []
     return max(HEIGHT, 0.85 + 0.125 * sum(1 + wrapped(name).count("\n") for name in names))

@@ -50,11 +50,14 @@ def difference_of_rows(ours: dict[int, dict], base: dict[int, dict]) -> dict | N
 
 def change_of_difference(pair: tuple[dict, dict], first: tuple[dict, dict]) -> dict | None:
     """By how much the difference of two rows of reports changes from one setting, `first`, to another: that of `pair`
-    less that of `first`, each (ours, base) as of difference_of_rows, all on the same tokens; paired by seed."""
+    less that of `first`, each (ours, base) as of difference_of_rows; paired by seed. ValueError where they scored
+    different tokens."""
     four = [{s: row for s, row in rows.items() if row["nats_per_token"] is not None} for rows in (*pair, *first)]
     seeds = sorted(set.intersection(*map(set, four)))
     if not seeds:
         return None
+    if len({rows[s]["targets_sha256"] for rows in four for s in seeds}) > 1:
+        raise ValueError("two settings' evaluations scored different tokens: they are of different data")
     ours, base, ours_first, base_first = (np.array([r[s]["per_document"]["nll"] for s in seeds]) for r in four)
     tokens = np.array(four[0][seeds[0]]["per_document"]["tokens"])
     found = paired_difference(ours_first - base_first, ours - base, tokens, True)

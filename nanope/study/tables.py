@@ -91,11 +91,11 @@ def leaderboard(study: Study, setting: str) -> list[Table]:
 
 def settings_tables(study: Study) -> list[Table]:
     """Differences from the baseline in every setting, and what a setting changes in them: each less that in the first
-    setting. [] where fewer than two settings have the same training length and scored the same targets."""
+    setting. [] where fewer than two scored same-targets, or not all the same ones at the same training length."""
     grid, by_setting = study.grid, {setting: study.rows_by_length(setting) for setting in study.grid.settings}
     settings = [setting for setting, (protocol, _) in by_setting.items() if protocol == "same-targets"]
-    by_arm = [by_length for setting in settings for by_length in by_setting[setting][1].values()]
-    rows = [row for by_length in by_arm for by_seed in by_length.values() for row in by_seed.values()]
+    by_length = [at for setting in settings for at in by_setting[setting][1].values()]  # of every arm
+    rows = [row for at in by_length for by_seed in at.values() for row in by_seed.values()]
     scored = {row["targets_sha256"] for row in rows if row["nats_per_token"] is not None}
     trained = {study.any_config(setting).block_size for setting in settings}
     if len(settings) < 2 or len(scored) > 1 or len(trained) > 1:
@@ -113,7 +113,7 @@ def settings_tables(study: Study) -> list[Table]:
             found = [pair and difference_of_rows(*pair) for pair in pairs]
             less.rows.append([setting, arm, *blank_or_cells(pairs, found)])
             if setting != first and arm in before:
-                found = [pair and change_of_difference(pair, then) for pair, then in zip(pairs, before[arm])]
+                found = [pair and then and change_of_difference(pair, then) for pair, then in zip(pairs, before[arm])]
                 change.rows.append([setting, arm, *blank_or_cells(pairs, found)])
     return [less, change]
 
@@ -325,7 +325,7 @@ def throughput_table(study: Study, bench: dict) -> Table:
     table = Table(
         f"training speed: medians over {bench['rounds']} interleaved rounds, of tokens/s and of ratios within a round, "
         f"on {bench['device']}, {bench['threads']} thread(s)"
-        + "; in groups with a rope each, so that ratios alone compare"
+        + "; timed in groups, each beside its own rope: only ratios compare"
         * ("rope_seconds" in bench),
         ["arm", "tokens/s", "relative to rope", "peak memory, MB"]
         + ["published, tokens/s", "published, relative", "verdict"] * bool(published),

@@ -45,7 +45,7 @@ def test_rows_and_short_form(data):
     x, y = batch(split, np.linspace(0, len(split) - 17, 5).astype(int), 16)
     with torch.no_grad():
         nll = model("rope")(torch.from_numpy(x), torch.from_numpy(y), reduction="none")[1].double()
-    in_parts = evaluate(model("rope"), data, None, ["shift"], Compute(batch_tokens=35), offsets=offsets, windows=5)
+    in_parts = evaluate(model("rope"), data, None, ["shift"], Compute(batch_tokens=5), offsets=offsets, windows=5)
     for whole, part in zip(report["results"], in_parts["results"]):
         assert part["nats_per_token"] == pytest.approx(whole["nats_per_token"]) and part["tokens"] == 80
     first = report["results"][0]

@@ -219,7 +219,8 @@ def test_of_many_settings_differences_alone_are_drawn():
     levels = {arm: [3.0 + 0.1 * i] * 5 for i, arm in enumerate(("rope", "fox", "alibi"))}
     with figures.style():
         few, many = (figures.figure_of(Made(levels, settings=[*"wxyz"][:n])) for n in (3, 4))
-    assert len(few.axes) == 6 and len(many.axes) == 4
+        alone = figures.figure_of(Made({"rope": [3.0] * 5}, settings=[*"wxyz"]))  # without differences
+    assert len(few.axes) == 6 and len(many.axes) == 4 == len(alone.axes)
     assert {"(a) w", "(d) z"} <= texts(many) and "nats per token minus rope’s" in " ".join(texts(many))
 
 
