@@ -39,8 +39,7 @@ def evaluate_shift(model: Model, data: Data, tokenizer: Tokenizer, options: Opti
     windows = spread_windows(tokens, options.windows, length)
     text = read_windows(tokens, windows.start, length)  # (B, T + 1)
     n_bytes = int(tokenizer.token_bytes[text[:, 1:]].sum())
-    n = max(1, compute.batch_tokens // length)  # windows a forward pass
-    parts = [text[i : i + n] for i in range(0, len(text), n)]
+    parts = [text[part] for part in windows.batches(compute.batch_tokens)]
     plain = losses_of_parts(model, parts, 0, compute.dtype)  # (B, T)
     for row in rows:
         nll = losses_of_parts(model, parts, row["offset"], compute.dtype)
