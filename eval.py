@@ -44,6 +44,8 @@ from nanope.evaluation.shift import evaluate_shift, shift_figures
 from nanope.evaluation.statistics import FIGURES, METHOD, position_curve, row_figures
 from nanope.evaluation.tasks import evaluate_task, training_length
 
+MOST_NATS = 500.0  # a token, beyond which perplexity is no finite number: guessing has 11 with GPT-2's tokens
+
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments, __doc__)
@@ -220,12 +222,16 @@ def measure(
     compute: Compute,
     keys: KeyTokens | None = None,
 ) -> dict:
-    """The figures of one row: a model, a protocol and a length; with those of key tokens where they are given."""
+    """The figures of one row: a model, a protocol and a length; with those of key tokens where they are given. Null
+    figures and a reason where the loss is not finite, or beyond MOST_NATS."""
     protocol, length, scaling = row["protocol"], row["length"], row["scaling"]
     windows = windows_of(targets, protocol, length, options.stride)
     assert np.array_equal(windows.targets(), targets.positions), "every length scores the same tokens"
     label = f"{protocol} {length}" + (f" {scaling}" if scaling != "none" else "")
     nll, hits = score(model, tokens, windows, compute, label)
+    if not nll.mean() < MOST_NATS:
+        reason = f"its loss is {nll.mean():.4g} nats a token: the model has diverged"
+        return dict.fromkeys(FIGURES + KEY_FIGURES * bool(keys)) | {"reason": reason}
     found = row_figures(nll, hits, tokenizer.token_bytes[targets.ids], targets.document)
     found["targets_sha256"] = targets.sha256
     if keys:

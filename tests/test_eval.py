@@ -349,6 +349,7 @@ MESSAGES = [
     ("--run RUN --protocol shift --stream", "--stream shift"),
     ("--run RUN --protocol shift --scaling pi --factor 2", "--scaling shift"),
     ("--run RUN --protocol shift --stride 4", "--stride shift"),
+    ("--run RUN --protocol shift --lengths 4x", "--lengths shift"),
     ("--run RUN --protocol shift --split val_long", "val_long shift"),
     ("--run RUN --lengths 16 --attention 2 --split val_long", "val_long --attention"),
     ("--run RUN --lengths 32 --json=", "--json empty"),

@@ -162,10 +162,17 @@ def parse(arguments: list[str] | None, description: str) -> argparse.Namespace:
         parser.error("--model needs --data, a folder prepared with the model's tokenizer")
     if args.compare and len(args.compare) < 2:
         parser.error("--compare needs two runs or more")
+    if args.compare and "shift" in args.protocol:
+        parser.error("--compare takes every protocol but shift, whose rows are differences already")
     others = ("stream", "stride", "max_targets", *(() if args.probe or args.attention else ("scaling",)))
     for names, used, what in (
         (("offsets", "windows"), "shift" in args.protocol, "for --protocol shift"),
         (others, not shift_alone, "not for --protocol shift"),
+        (
+            ("lengths",),
+            not shift_alone or args.attention,
+            "not for --protocol shift, whose windows have the training length",
+        ),
         (("examples",), task, "for --protocol task"),
         (("stream", "stride", "max_targets", "split", "probe", "attention"), not task, "not for --protocol task"),
         (("epsilon", "key_tokens"), "same-targets" in args.protocol, "for --protocol same-targets"),
@@ -175,8 +182,6 @@ def parse(arguments: list[str] | None, description: str) -> argparse.Namespace:
                 parser.error(f"--{name} is {what}")
     if args.split == "val_long" and ("shift" in args.protocol or args.attention):
         parser.error("--split val_long is a list of documents, and shift and --attention take windows of a whole split")
-    if args.compare and "shift" in args.protocol:
-        parser.error("--compare takes every protocol but shift, whose rows are differences already")
     for name in ("run", "model", "data", "json", "key_tokens"):
         if getattr(args, name) is not None and not getattr(args, name).strip():
             parser.error(f"--{name} needs a name, not an empty one")

@@ -82,13 +82,14 @@ def evaluate_probe(
         if reason is None and filler_tokens(length) < 1:
             reasons[length] = f"two times {KEY} + {VALUE} tokens do not fit into a length of {length}"
     tokens, _, documents = spans_of(data, options.split, False, 0)
-    # The trials are those of the longest length that has documents, the same for all
-    for length in sorted((n for n, reason in reasons.items() if reason is None), reverse=True):
+    # The trials are those of the longest length that has documents, the same for all lengths, and for all models,
+    # whatever length they reach
+    for length in sorted((n for n in reasons if filler_tokens(n) > 0), reverse=True):
         try:
             trials = make_trials(tokens, documents, length, options.probe, options.seed)
             break
         except ValueError as error:
-            reasons[length] = str(error)
+            reasons[length] = reasons[length] or str(error)
     rows = []
     for length, reason in reasons.items():
         row = {"length": length, **variant.label}

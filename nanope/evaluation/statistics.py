@@ -100,13 +100,13 @@ def position_curve(nll: np.ndarray, document: np.ndarray, length: int) -> dict:
     over tokens; low and high, its 95 % interval over documents (null for a single one); tokens.
     """
     edges = growing_edges(length)
-    nll, document = nll.reshape(-1, length), document.reshape(-1, length)[:, 0]
+    nll, document = nll.reshape(-1, length), document.reshape(-1, length)
     curve = {"first": edges[:-1].tolist(), "last": (edges[1:] - 1).tolist()}
     curve |= {"nats": [], "low": [], "high": [], "tokens": []}
-    present = np.flatnonzero(np.bincount(document))
     for first, end in zip(edges[:-1] - 1, edges[1:] - 1):
-        sums = np.bincount(document, nll[:, first:end].sum(1))[present]
-        counts = np.bincount(document)[present] * (end - first)
+        of = document[:, first:end].ravel()
+        counts = np.bincount(of)
+        sums, counts = np.bincount(of, nll[:, first:end].ravel())[counts > 0], counts[counts > 0]
         low, high = document_interval(sums, counts) or (None, None)
         curve["nats"].append(float(sums.sum() / counts.sum()))
         curve["low"].append(low)

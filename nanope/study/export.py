@@ -57,11 +57,11 @@ def lines_of(name: str, report: dict) -> list[dict]:
         ]
         about = {"report": name, "run": report.get("run") or report.get("model"), "step": report.get("step")}
         about |= {"pos": label(report["pos"])} | {f"config.{k}": v for k, v in report.get("config", {}).items()}
-        about |= {"data_hash": report["data_hash"], "dtype": report["dtype"]}
+        about |= {"data": report["data_dir"], "data_hash": report["data_hash"], "dtype": report["dtype"]}
         return [
             about
             | {k: row.get(k) for k in ("protocol", "length", "scaling", "factor")}
-            | {"stride": report["stride"], "stream": report["stream"]}
+            | {"split": report["split"], "stride": report["stride"], "stream": report["stream"]}
             | {k: row.get(k) for k in FIGURES}
             | {k: row[k] for k in SOMETIMES if k in row}
             | dict(zip(("low", "high"), row.get("interval") or (None, None)))

@@ -35,32 +35,29 @@ def difference_of_losses(ours: dict[int, float], base: dict[int, float]) -> dict
 
 
 def difference_of_rows(ours: dict[int, dict], base: dict[int, dict]) -> dict | None:
-    """Mean paired difference of two rows of reports by seed, in nats per token, with an interval over seeds and
-    documents (paired_difference). ValueError where they scored different tokens."""
-    both = sorted(ours.keys() & base.keys())
-    seeds = [s for s in both if ours[s]["nats_per_token"] is not None and base[s]["nats_per_token"] is not None]
-    if not seeds:
-        return None
-    if len({r[s]["targets_sha256"] for r in (ours, base) for s in seeds}) > 1:
-        raise ValueError("two runs' evaluations scored different tokens: they are of different data")
-    a, b = (np.array([r[s]["per_document"]["nll"] for s in seeds]) for r in (base, ours))
-    found = paired_difference(a, b, np.array(ours[seeds[0]]["per_document"]["tokens"]), True)
-    return {"difference": found["difference"], "interval": found["interval"], "seeds": len(seeds)}
+    """Mean paired difference of two rows of reports by seed: see contrast."""
+    return contrast([ours], [base])
 
 
 def change_of_difference(pair: tuple[dict, dict], first: tuple[dict, dict]) -> dict | None:
-    """By how much the difference of two rows of reports changes from one setting, `first`, to another: that of `pair`
-    less that of `first`, each (ours, base) as of difference_of_rows; paired by seed. ValueError where they scored
-    different tokens."""
-    four = [{s: row for s, row in rows.items() if row["nats_per_token"] is not None} for rows in (*pair, *first)]
-    seeds = sorted(set.intersection(*map(set, four)))
+    """By how much a difference of rows changes from one setting, `first`, to another: that of `pair` less that of
+    `first`, each (ours, base) as of difference_of_rows: see contrast."""
+    return contrast([pair[0], first[1]], [pair[1], first[0]])
+
+
+def contrast(plus: list[dict[int, dict]], minus: list[dict[int, dict]]) -> dict | None:
+    """Sum of the rows of reports in `plus` less that of those in `minus`, each seed → row, in nats per token: the mean
+    over the seeds that all have, with an interval over seeds and documents (paired_difference). None where no seed has
+    all figures. ValueError where they scored different tokens."""
+    every = [{s: row for s, row in rows.items() if row["nats_per_token"] is not None} for rows in plus + minus]
+    seeds = sorted(set.intersection(*map(set, every)))
     if not seeds:
         return None
-    if len({rows[s]["targets_sha256"] for rows in four for s in seeds}) > 1:
-        raise ValueError("two settings' evaluations scored different tokens: they are of different data")
-    ours, base, ours_first, base_first = (np.array([r[s]["per_document"]["nll"] for s in seeds]) for r in four)
-    tokens = np.array(four[0][seeds[0]]["per_document"]["tokens"])
-    found = paired_difference(ours_first - base_first, ours - base, tokens, True)
+    if len({rows[s]["targets_sha256"] for rows in every for s in seeds}) > 1:
+        raise ValueError("two evaluations scored different tokens: they are of different data")
+    nll = np.array([[rows[s]["per_document"]["nll"] for s in seeds] for rows in every])  # (rows, seeds, documents)
+    tokens = np.array(every[0][seeds[0]]["per_document"]["tokens"])
+    found = paired_difference(nll[len(plus) :].sum(0), nll[: len(plus)].sum(0), tokens, True)
     return {"difference": found["difference"], "interval": found["interval"], "seeds": len(seeds)}
 
 

@@ -34,6 +34,7 @@ def test_reports_become_a_csv_and_a_figure(runs, tmp_path, monkeypatch):  # noqa
     key = ("rope", "same-targets", "64")
     (cell,) = [line for line in lines if (line["pos"], line["protocol"], line["length"]) == key]
     assert float(cell["nats_per_token"]) == rows(report)[64]["nats_per_token"]
+    assert (cell["split"], cell["data"]) == ("val", report["data_dir"])
     assert "config.n_embd" not in cell and "config.pos" in cell  # what all runs share is left out
     script("plot", *reports, "--out", "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")

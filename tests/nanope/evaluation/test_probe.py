@@ -78,6 +78,14 @@ def test_lengths_out_of_reach_have_a_reason(data):
     assert "do not fit into a length of 40" in short[0]["reason"] and short[1]["recall"] is not None
 
 
+def test_trials_do_not_depend_on_how_far_a_model_reaches(data):
+    far, near = Oracle(80, 1), Oracle(80, 1)  # the last token alone: right at some trials
+    near.check_length = GPT(GPTConfig(80, 320, 1, 2, 16, pos="learned"), seed=0).check_length
+    rows = [probe(oracle, data, 6) for oracle in (far, near)]
+    assert rows[0][0] == rows[1][0] and rows[0][0]["recall"] is not None
+    assert rows[0][1]["recall"] is not None and rows[1][1]["recall"] is None
+
+
 def test_depths_are_bins_of_the_same_trials(data):
     """Each bin against the trials of its depth alone, one by one, and all bins together against the whole."""
     gpt, split = model("rope", 80), data.split("val")

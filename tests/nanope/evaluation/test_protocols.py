@@ -1,9 +1,11 @@
 """Which tokens are scored, in which windows, against what each protocol's definition says, written out slowly."""
 
+import json
 import math
 
 import numpy as np
 import pytest
+import torch
 from evaluating import documents, evaluate, log_probabilities, model, nll_of_windows, rows
 
 from data.tokenizer import load_tokenizer
@@ -96,6 +98,16 @@ def test_per_position_is_the_mean_by_position_with_bins_and_bands(data):
     widths = np.array(curve["last"]) - np.array(curve["first"]) + 1
     assert widths[0] == 1 and widths.max() > 16  # log-spaced
     assert got["nats_per_token"] == pytest.approx(means.mean(), abs=1e-6)
+
+
+def test_a_diverged_model_has_null_figures_and_a_reason(data):
+    for scale in 1e4, 1e30, float("nan"):  # perplexity is beyond float64, logits beyond float32, no number at all
+        gpt = model("rope")
+        with torch.no_grad():
+            gpt.lm_head.weight.mul_(scale)
+        report = evaluate(gpt, data, [32], ["same-targets", "per-position"])
+        json.dumps(report["results"], allow_nan=False)
+        assert all(row["nats_per_token"] is None and "diverged" in row["reason"] for row in report["results"])
 
 
 def test_per_position_of_a_table_ends_where_the_table_does(data):

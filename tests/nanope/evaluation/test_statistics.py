@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from nanope.evaluation.statistics import document_interval, paired_difference, row_figures
+from nanope.evaluation.statistics import document_interval, paired_difference, position_curve, row_figures
 
 
 def test_means_weight_tokens_not_documents():
@@ -19,6 +19,19 @@ def test_means_weight_tokens_not_documents():
     assert alone["interval"] is None is alone["perplexity_interval"]
     found = {"document": [0, 2], "nll": [3.0, 5.0], "tokens": [3, 1], "bytes": [4, 4]}
     assert figures["per_document"] == found
+
+
+def test_a_curve_counts_each_token_for_its_own_document():
+    """A window of a stream may hold the end of one document and the beginning of the next."""
+    nll = np.array([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0], [1.0, 3.0, 5.0, 9.0]])
+    document = np.array([[0, 0, 1, 1], [1, 1, 1, 3], [3, 3, 3, 3]])
+    curve = position_curve(nll.ravel(), document.ravel(), 4)
+    for i, (first, last) in enumerate(zip(curve["first"], curve["last"])):
+        here, of = nll[:, first - 1 : last], document[:, first - 1 : last]
+        each = [here[of == d] for d in np.unique(of)]
+        band = document_interval(np.array([d.sum() for d in each]), np.array([d.size for d in each]))
+        assert (curve["low"][i], curve["high"][i]) == pytest.approx(band)
+        assert curve["nats"][i] == pytest.approx(here.mean()) and curve["tokens"][i] == here.size
 
 
 def test_an_interval_over_equal_documents_is_students():
