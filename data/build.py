@@ -22,7 +22,7 @@ from data.encode import encode_units
 from data.files import File
 from data.hub import download
 from data.library import Wanted
-from data.plan import RECORD, Request, make_plan, unfinished_plan
+from data.plan import RECORD, Request, check_workers, make_plan, unfinished_plan
 from data.progress import Progress
 from data.publish import join_units, publish, resolved
 from data.shards import Data, DataError, open_data, output, write_json
@@ -68,8 +68,7 @@ def prepare(
     verify: as for open_data, of a folder that is complete.
     DataError for what the user can put right. Then `out` was not touched, and `out`.partial keeps what is finished.
     """
-    if workers < 1:
-        raise DataError(f"--workers must be at least 1, not {workers}")
+    check_workers(workers)
     if part and not 1 <= part[0] <= part[1]:
         raise DataError(f"--part must be i/n with i from 1 to n, not {part[0]}/{part[1]}")
     if wanted and keep_downloads:

@@ -28,7 +28,7 @@ class File:
 
     name: str  # relative to the source, whose files are sorted by it
     bytes: int
-    identity: str  # hex digest that changes with the content
+    identity: str  # hex digest that changes with the content: on the hub with all of it, else with samples of it
     split: str | None = None  # of a corpus that has its own splits
     path: str | None = None  # where the file is; None until it is downloaded
     table: object = field(default=None, compare=False, repr=False)  # of the library `datasets`: see data/library.py

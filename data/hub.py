@@ -12,7 +12,8 @@ import urllib.request
 from pathlib import Path
 
 from data.corpora import SPLITS, Corpus, Subset
-from data.files import File
+from data.files import File, some
+from data.progress import note
 from data.shards import DataError, file_sha256
 
 WAIT_AND_RETRY = (408, 429)  # HTTP statuses besides 5xx
@@ -69,18 +70,37 @@ def _cached(repo: str, revision: str, patterns: list[str]) -> tuple[str, list[Fi
         )
     )
     # In that cache a file is a link to a blob, and the blob's name is its sha256.
-    return folder.name, [
+    found = [
         File(path.relative_to(folder).as_posix(), path.stat().st_size, path.resolve().name, path=str(path))
         for path in folder.rglob("*.parquet")
+        if any(fnmatch.fnmatchcase(path.relative_to(folder).as_posix(), pattern) for pattern in patterns)
     ]
+    there = {file.name for file in found}
+    for name in sorted(there):  # the cache does not know what it lacks, but many names tell how many there are
+        if numbers := re.search(r"-\d{5}-of-(\d{5})", name):
+            siblings = {f"{name[: numbers.start()]}-{i:05d}-of-{numbers[1]}.parquet" for i in range(int(numbers[1]))}
+            if missing := sorted(siblings - there):
+                raise DataError(
+                    f"the hub library's cache has only a part of {repo}: {some(missing)} is not there; without "
+                    f"HF_HUB_OFFLINE the same command downloads it"
+                )
+    note(
+        f"offline: {len(found):,} files of {repo}, {sum(f.bytes for f in found) / 1e6:,.0f} MB, are in the hub "
+        "library's cache, and are taken for all of it"
+    )
+    return folder.name, found
 
 
 def download(corpus: Corpus, commit: str, file: File, folder: Path) -> File:
     """Download a file of the corpus into `folder`. Returns the File with its path.
 
-    A file that is there already is taken as it is. The hub's library retries a download that breaks off.
+    A file that is there already is taken as it is; one of the hub library's cache must have its sha256. The hub's
+    library retries a download that breaks off.
     """
     if file.path:
+        blob = Path(file.path).resolve()
+        if blob.name == file.identity and len(blob.name) == 64 and file_sha256(blob) != blob.name:
+            raise DataError(f"{blob}, which is {file.name} in the hub library's cache, is damaged; delete it")
         return file
     try:
         if corpus.archive:

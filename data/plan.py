@@ -14,7 +14,7 @@ from data.files import File
 from data.library import Wanted, expected_bytes, loaded_files
 from data.readers import estimated_bytes
 from data.shards import DataError, cores
-from data.sources import check_reading, identity_of, source_files
+from data.sources import check_reading, contents_of, identity_of, source_files
 from data.split import validation_rule
 from data.tasks import Examples
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -112,7 +112,8 @@ class Request:
         files, differ = None, self._differences(plan)
         if read_source and not differ:
             _, files = self.files(plan["revision"])
-            if identity_of(files) != plan["source"]["identity"]:
+            contents = plan["source"].get("files_sha256")
+            if identity_of(files) != plan["source"]["identity"] or contents and contents_of(files) != contents:
                 differ = ["other text in the source"]
         if differ:
             raise DataError(
@@ -150,6 +151,7 @@ def make_plan(request: Request, revision: str | None, files: list[File], sizes: 
     unit_bytes = sizes.unit if text_bytes is None else min(max(text_bytes // 64, sizes.least_unit), sizes.unit)
     rule = validation_rule(corpus, files, request.val_bytes(), text_bytes, options["skip_bad"], survey)
     fingerprints = dict(file.fingerprint for file in files if file.fingerprint)  # of the library `datasets`
+    contents = contents_of(files) if request.source is not None else None
     licences = {file.table.info.license for file in files if file.table is not None}
     return {
         "dataset": request.name,
@@ -157,7 +159,8 @@ def make_plan(request: Request, revision: str | None, files: list[File], sizes: 
         "revision": revision,
         "licence": ", ".join(sorted(filter(None, licences))) or corpus.licence,
         "source": {"files": len(files), "file_bytes": sum(file.bytes for file in files), "identity": identity_of(files)}
-        | ({"fingerprint": fingerprints} if fingerprints else {}),
+        | ({"fingerprint": fingerprints} if fingerprints else {})
+        | ({"files_sha256": contents} if contents else {}),
         "tokenizer": {key: getattr(tokenizer, key) for key in ("name", "sha256", "n_vocab", "eot", "version")},
         "vocab_size": tokenizer.n_vocab,
         "dtype": tokenizer.dtype.name,
@@ -197,6 +200,7 @@ def estimate(
     examples: Examples | None = None,
 ) -> str:
     """Tokens, disk space and minutes on this machine for a corpus, in a sentence. Nothing is downloaded or written."""
+    check_workers(workers)
     request = Request.checked(name, subset_name, source, tokenizer_name, {}, field, separator, wanted, examples)
     corpus, subset, tokenizer = request.corpus, request.subset, request.tokenizer
     if source is None and (subset or corpus.archive):
@@ -214,6 +218,12 @@ def estimate(
         f"{tokens * tokenizer.dtype.itemsize / 1e9:,.2f} GB on disk, {text_bytes / rate / 60:,.1f} minutes "
         f"with {workers} workers at {rate / 1e6:.1f} MB/s{where}"
     )
+
+
+def check_workers(workers: int) -> None:
+    """DataError for none."""
+    if workers < 1:
+        raise DataError(f"--workers must be at least 1, not {workers}")
 
 
 def _bytes_per_second(tokenizer: Tokenizer, workers: int, sample: str) -> float:

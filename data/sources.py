@@ -11,7 +11,7 @@ from data.hub import hub_files
 from data.library import is_saved, saved_files
 from data.progress import note
 from data.readers import Bad, read_file
-from data.shards import DataError, json_sha256
+from data.shards import VERIFY_LIMIT, DataError, file_sha256, json_sha256
 
 
 def source_files(
@@ -68,8 +68,16 @@ def check_reading(files: list[File], reading: dict[str, str]) -> None:
 
 
 def identity_of(files: list[File]) -> str:
-    """Hex sha256 that changes with the name, the size, the content or the split of a file."""
+    """Hex sha256 that changes with the name, the size, the split or the identity of a file."""
     return json_sha256([[file.name, file.bytes, file.identity, file.split] for file in files])
+
+
+def contents_of(files: list[File]) -> str | None:
+    """Hex sha256 of all bytes of the files of a --source, at which their identities look in samples. None where they
+    have more than VERIFY_LIMIT, and for what is no file: tables, and folders that a corpus reads in its own way."""
+    if sum(file.bytes for file in files) > VERIFY_LIMIT or not all(Path(file.path).is_file() for file in files):
+        return None
+    return json_sha256([file_sha256(file.path) for file in files])
 
 
 def _split_of(name: str) -> str:

@@ -29,8 +29,8 @@ class Survey:
     documents: int = 0
     empty: int = 0
     bytes: int = 0
-    low: float = 1.0  # extremes of `fraction` over the documents
-    high: float = 0.0
+    low: tuple[float, int] = (1.0, 0)  # extremes of `fraction` over the documents, with their bytes
+    high: tuple[float, int] = (0.0, 0)
 
 
 def text_sha256(text: str) -> bytes:
@@ -52,8 +52,8 @@ def survey(corpus: Corpus, files: list[File], bad: Bad, survey_bytes: int, most:
                 if not text or text.isspace():
                     seen.empty += 1
                 else:
-                    place = fraction(text_sha256(text))
-                    seen.documents, seen.bytes = seen.documents + 1, seen.bytes + len(text.encode())
+                    place = fraction(text_sha256(text)), len(text.encode())
+                    seen.documents, seen.bytes = seen.documents + 1, seen.bytes + place[1]
                     seen.low, seen.high = min(seen.low, place), max(seen.high, place)
                     if seen.bytes > most:
                         return None
@@ -107,15 +107,18 @@ def _threshold(share: float, asked: int | None, seen: Survey | None) -> float:
     """Texts whose `fraction` is below this go to validation. It is `share`, unless a side would be empty."""
     if seen and seen.low == seen.high:
         raise DataError(f"all {seen.documents} documents are the same, so none can be kept for validation")
-    if seen and share <= seen.low:
-        note(f"{asked:,} bytes of validation would take no document; the one with the smallest hash is taken")
-        return math.nextafter(seen.low, 1)
-    if seen and share > seen.high:
+    if seen and share <= seen.low[0]:
+        note(
+            f"{asked:,} bytes of validation would take no document; the one with the smallest hash is taken, "
+            f"{seen.low[1]:,} of {seen.bytes:,} bytes"
+        )
+        return math.nextafter(seen.low[0], 1)
+    if seen and share > seen.high[0]:
         note(
             f"{asked:,} bytes of validation would take every document; the one with the largest hash is left for "
-            f"training"
+            f"training, {seen.high[1]:,} of {seen.bytes:,} bytes"
         )
-        return seen.high
+        return seen.high[0]
     if share >= 1:
         raise DataError(f"so much validation, {asked:,} bytes of text, is the whole corpus; take less")
     return share
@@ -129,9 +132,10 @@ def assigned(documents: Documents, rule: dict, own_split: str | None) -> Assigne
             split = "val" if name in rule["documents"] else "train"
         elif rule["kind"] == "hash":
             split = "val" if fraction(digest) < rule["sha256_fraction_below"] else "train"
-        elif rule["kind"] == "cut":
+        elif rule["kind"] == "cut" and text and not text.isspace():  # others are counted and left out
             middle = round(len(text) * (1 - rule["share"]))
-            cut = text.rfind("\n", 0, middle) + 1 or middle
+            least = round(len(text) * (1 - 1.5 * rule["share"]))  # no line is so long that validation takes most of it
+            cut = text.rfind("\n", least, middle) + 1 or middle
             if not text[:cut].strip() or not text[cut:].strip():
                 raise DataError(f"{name} is too little text for training and validation")
             yield "train", name, text[:cut], digest

@@ -57,8 +57,11 @@ def sort(generator: Random, length: int) -> str:
 
 def addition(generator: Random, length: int) -> str:
     a, b = ("".join(drawn(generator, DIGITS, length)) for _ in range(2))
-    total = f"{int(a[::-1]) + int(b[::-1]):0{length + 1}d}"
-    return f"{a}+{b}={total[::-1]}"
+    total, carried = "", 0
+    for pair in zip(a, b):
+        carried, digit = divmod(sum(map(int, pair)) + carried, 10)
+        total += str(digit)
+    return f"{a}+{b}={total}{carried}"
 
 
 def recall(generator: Random, length: int) -> str:

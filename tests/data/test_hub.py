@@ -15,8 +15,8 @@ import pytest
 from preparing import all_documents, contents, finish, start
 
 from data.corpora import CORPORA
-from data.hub import fetch
-from data.shards import open_data
+from data.hub import _cached, fetch
+from data.shards import DataError, open_data
 
 KILLED_BEFORE_JOINING = ["os.rename", r"/train_00000\.bin$", 1, "kill"]
 
@@ -171,6 +171,20 @@ def test_offline_from_the_cache(hub, tmp_path):
     assert not hub.asked and list((tmp_path / "home").rglob("*.parquet"))  # not deleted: it is not ours
     finish(from_hub(hub, tmp_path / "online"))
     assert contents(tmp_path / "out") == contents(tmp_path / "online")
+    blob = sorted((tmp_path / "home").rglob("*.parquet"))[1].resolve()
+    content = blob.read_bytes()
+    blob.write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
+    assert "is damaged" in finish(from_hub(hub, tmp_path / "damaged", HF_HUB_OFFLINE="1"), code=1)
+
+
+def test_a_cache_that_lacks_a_file_is_not_taken_for_the_corpus(tmp_path, monkeypatch):
+    for i in (0, 2):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        (tmp_path / "a" / f"train-{i:05d}-of-00003.parquet").write_text("x")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *given, **more: str(tmp_path))
+    with pytest.raises(DataError, match="only a part of owner/name: a/train-00001-of-00003.parquet is not there"):
+        _cached("owner/name", "main", ["a/train-*.parquet"])
+    assert _cached("owner/name", "main", ["b/*.parquet"])[1] == []  # of another subset
 
 
 @pytest.mark.slow

@@ -3,9 +3,11 @@
 import collections
 import hashlib
 import itertools
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ from preparing import (
 from data.encode import encode_units
 from data.plan import Request, make_plan
 from data.prepare import main, prepare, unescaped
-from data.shards import DataError, open_data
+from data.shards import DataError, fingerprint, open_data
 from data.summary import lengths_figure, quantile
 from data.tokenizer import load_tokenizer
 from data.units import Sizes, cut_group
@@ -157,6 +159,32 @@ def test_a_folder_of_something_else_is_not_touched(tmp_path, source):
     assert len(files(tmp_path, source, "empty").split("train"))
 
 
+@pytest.mark.parametrize("stopped", [False, True])
+def test_text_that_changes_between_the_samples_of_a_file_is_noticed(tmp_path, stopped, monkeypatch):
+    """A file's identity looks at 64 KiB of it. Else a run that continues would join documents of two texts."""
+    lines = [f"{i:05d} {'word ' * 50}" for i in range(4000)]
+    source = write_jsonl(tmp_path / "a.jsonl", lines)
+    if stopped:
+        with monkeypatch.context() as during, pytest.raises(KeyboardInterrupt):
+            during.setattr("data.build.join_units", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+            files(tmp_path, source)
+    else:
+        files(tmp_path, source)
+    before = fingerprint(source)
+    lines[2001] = lines[2001].replace("word", "WORD")
+    write_jsonl(source, lines)
+    assert fingerprint(source) == before
+    with pytest.raises(DataError, match="other text in the source"):
+        files(tmp_path, source)
+
+
+def test_names_that_are_not_utf8_do_not_stop_a_run(tmp_path):
+    source = Path(os.fsdecode(bytes(tmp_path / "caf") + b"\xe9.jsonl"))
+    source.write_text('{"text": "one"}\nno JSON\n{"text": "two"}\n')
+    data = files(tmp_path, source, skip_bad=True)
+    assert data.manifest["source"]["bad"] and sorted(all_documents(data)) == ["one", "two"]
+
+
 # ---- the command ----
 
 
@@ -183,6 +211,7 @@ def test_command_line(tmp_path, source):
         ("builtin --val_tokens -3", "--val_tokens must be at least 1, not -3"),
         ("builtin --long_tokens 0", "--long_tokens must be at least 1, not 0"),
         ("builtin --workers 0", "--workers must be at least 1, not 0"),
+        ("builtin --workers 0 --dry_run", "--workers must be at least 1, not 0"),
         ("builtin --val_tokens 9", "names its validation documents"),
         ("builtin --val_bytes 9", "names its validation documents"),
         ("files --source IN --val_bytes 9 --val_tokens 9", "give one"),

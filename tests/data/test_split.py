@@ -70,6 +70,8 @@ def test_no_side_stays_empty(tmp_path, source, capsys):
     assert documents(few, "val") == [order[0]] and documents(most, "train") == [order[-1]]
     notes = capsys.readouterr().err
     assert "would take no document" in notes and "would take every document" in notes
+    total = sum(len(text.encode()) for text in TEXTS)
+    assert all(f" {len(text.encode()):,} of {total:,} bytes" in notes for text in (order[0], order[-1]))
     assert fraction(b"\xff" * 32) < 1
     with pytest.raises(DataError, match="all 3 documents are the same"):
         files(tmp_path, write_jsonl(tmp_path / "same.jsonl", ["same"] * 3), "same")
@@ -85,6 +87,18 @@ def test_single_document_is_cut_at_a_line(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(DataError, match="too little text"):
         files(tmp_path, tmp_path / "a.txt", "tiny")
+
+
+def test_a_single_document_of_long_lines_is_cut_near_its_end(tmp_path):
+    """Where the last line break is far back, all behind it would be validation. What is empty is no second document."""
+    (tmp_path / "in").mkdir()
+    text = "first line\n" + "no break " * 1000
+    (tmp_path / "in" / "a.txt").write_text(text)
+    (tmp_path / "in" / "b.txt").write_text(" \n")
+    data = files(tmp_path, tmp_path / "in")
+    (train,), (val,) = documents(data, "train"), documents(data, "val")
+    assert train + val == text and 0.04 < len(val) / len(text) < 0.08
+    assert data.manifest["source"]["empty"] == 1
 
 
 def test_a_few_large_texts_have_a_validation_document(tmp_path):

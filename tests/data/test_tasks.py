@@ -49,6 +49,11 @@ def test_the_answer_is_right_and_nothing_else_is_scored(name):
         assert len(sizes) == 1  # examples of one length have one number of tokens
 
 
+def test_sums_may_be_longer_than_pythons_limit_of_digits():
+    (text,) = evaluation_examples("addition", 5000, 1, seed=0)
+    assert len(text) == 5000 + 1 + 5000 + 1 + 5001
+
+
 def test_flipflop_has_the_probabilities_of_the_paper():
     text = "".join(evaluation_examples("flipflop", 400, 50, seed=0))
     assert [text.count(c) / (len(text) / 2) for c in "wir"] == pytest.approx([0.1, 0.8, 0.1], abs=0.01)
