@@ -39,6 +39,7 @@ from nanope.distributed import (
     gathered,
     pinned,
     ranks_of,
+    settle_buckets,
     shard,
     to_host,
     use_dtype,
@@ -115,13 +116,14 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
     config = as_begun(config, state)
     what = f"the step to resume from: {folder} must be one folder, shared by all nodes"
     ranks.check_equal(state["step"] if state else 0, device, what)
-    model, taken = (build_model(state), None) if state else initial_model(config, data.tokenizer_hash)
-    describe_tokens(model, data)
-    model.activation_checkpointing = config.activation_checkpointing
-    if sharded := config.fsdp and ranks.world > 1:
-        shard(model, ranks, device)
-    else:
-        model.to(device)
+    with errors_explained(config, None, device):
+        model, taken = (build_model(state), None) if state else initial_model(config, data.tokenizer_hash)
+        describe_tokens(model, data)
+        model.activation_checkpointing = config.activation_checkpointing
+        if sharded := config.fsdp and ranks.world > 1:
+            shard(model, ranks, device)
+        else:
+            model.to(device)
     if config.micro_batch_size in (None, "auto"):
         found = state["config"]["micro_batch_size"] if state else None
         if found and share % found == 0:
@@ -131,7 +133,7 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
     config = replace(config, micro_batch_size=micro, pos_options=model.config.pos_options)
     validation = Validation(data.split("val"), config, micro, ranks, device, sharded)
 
-    with contextlib.ExitStack() as closing:
+    with errors_explained(config, share, device), contextlib.ExitStack() as closing:
         # ---- The run's folder, the optimizer, and the state of a checkpoint
         closing.enter_context(locked(folder, ranks))
         optimizer = make_optimizer(model, config)
@@ -155,7 +157,6 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
         take = partial(checkpoint.snapshot, model, optimizer, scaler, config, data, progress, copies)
         keeper = closing.enter_context(Keeper(config, progress, take, ranks, log, observe))
         stop = closing.enter_context(Stop())
-        closing.enter_context(errors_explained(config, share, device))
         observe("ready", progress.step, model)
 
         if progress.step == 0:
@@ -189,12 +190,15 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
 
         if progress.watched != progress.step:  # before the first step, or put off by a signal
             lowest = validate_and_sample()
-            finished = progress.step > 0 and progress.step == config.max_steps
-            keeper.save(step=bool(stop.agreed) or finished, best=lowest)
+            # The checkpoint of a step that was due does not have its validation yet
+            again = progress.step == config.max_steps or due(progress.step, config.checkpoint_interval)
+            keeper.save(step=bool(stop.agreed) or progress.step > 0 and again, best=lowest)
 
         # ---- The loop
         pending: deque[Outcome] = deque()
         checkpoint_owed = False
+        if progress.step < config.max_steps:
+            settle_buckets(parallel, micro, device, dtype)
         log.start_clock(progress.step)
         while progress.step < config.max_steps and not stop.agreed:
             observe("step", progress.step, model)
@@ -279,8 +283,9 @@ def run(config: RunConfig, ranks: Ranks, device: torch.device, observe: Callable
 
 
 @contextlib.contextmanager
-def errors_explained(config: RunConfig, share: int, device: torch.device):
-    """Within it a ValueError says what to do about a memory that is too small, and what `deterministic` forbids."""
+def errors_explained(config: RunConfig, share: int | None, device: torch.device):
+    """Within it a ValueError says what to do about a memory that is too small, and what `deterministic` forbids.
+    `share`: windows of a rank in a step; None before there is a model to take them."""
     try:
         yield
     except RuntimeError as error:

@@ -63,7 +63,7 @@ def snapshot(
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
         "step": progress.step,
-        "config": dataclasses.asdict(config),
+        "config": dataclasses.asdict(config) | {"resume": False},  # the same files, interrupted or not
         "data_hash": data.hash,
         "tokenizer": dict(data.manifest["tokenizer"]),
         "best_val_loss": progress.best_val_loss,
@@ -310,6 +310,12 @@ class Writer:
         self.thread = threading.Thread(target=run, daemon=True)
         self.thread.start()
 
+    def busy(self, seconds: float) -> bool:
+        """Whether something is still being written after so many seconds, or sooner where nothing is."""
+        if self.thread:
+            self.thread.join(seconds)
+        return self.thread is not None and self.thread.is_alive()
+
     def wait(self) -> None:
         """Until nothing is being written."""
         if self.thread:
@@ -339,7 +345,7 @@ class Keeper:
         log: Log,
         observe: Callable[[str, int, Path], None],
     ):
-        self.run, self.keep = Path(config.out_dir), config.keep_checkpoints
+        self.run, self.keep, self.patience = Path(config.out_dir), config.keep_checkpoints, config.rank_timeout / 4
         self.progress, self.take, self.ranks, self.log, self.observe = progress, take, ranks, log, observe
         self.writer = Writer()
         self.saved = progress.step  # of the newest good step_N.pt
@@ -352,11 +358,18 @@ class Keeper:
         if kind is not KeyboardInterrupt:  # of a second Ctrl-C, which waits for nothing
             self.writer.wait()
 
+    def wait(self) -> None:
+        """Until nothing is being written, on every rank. The others hear of it before they would give the first up: a
+        large checkpoint may take longer than rank_timeout."""
+        while self.ranks.first(self.writer.busy(self.patience)):
+            pass
+        self.writer.wait()
+
     def save(self, step: bool, best: bool) -> None:
         """Write step_N.pt, best.pt, both or neither, as of this moment. Training goes on meanwhile."""
         if not (step or best):
             return
-        self.writer.wait()  # at most one is being written: the next one's copies go where its are
+        self.wait()  # at most one is being written: the next one's copies go where its are
         progress, lowest = self.progress, self.progress.best_val_loss
         if best:
             progress.best_val_loss = progress.val_loss
@@ -388,17 +401,17 @@ class Keeper:
             self.unwritten = error
             self.log.say(
                 f"warning: at step {state['step']} a checkpoint could not be written ({error}): training goes on; "
-                f"the newest good one is of step {self.saved}"
+                + (f"the newest good one is of step {self.saved}" if self.saved else "there is none yet")
             )
             return False
 
     def finish(self, stopped_by: int) -> None:
         """Wait until everything is on the disk; `stopped_by` is the signal that ended the run, or 0. OSError where the
         last checkpoint could not be written, also not when tried again."""
-        self.writer.wait()
+        self.wait()
         if self.ranks.first(self.unwritten is not None):
             self.save(step=True, best=False)
-            self.writer.wait()
+            self.wait()
         step = self.progress.step
         if stopped_by:
             saved = "checkpoint written: continue with --resume true"

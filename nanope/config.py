@@ -30,7 +30,8 @@ SINCE |= {"deterministic": False, "compile_mode": None, "activation_checkpointin
 # Fields of a model that change its attention, beside its scheme
 SWITCHES = ("window", "document_mask", "qk_norm", "logit_scale", "logit_scale_start")
 
-# Fields that do not change a result, beyond rounding. Where a run is and what it tells meanwhile:
+# Fields that do not change a result, beyond rounding; micro_batch_size does with dropout, whose masks it divides. Where
+# a run is and what it tells meanwhile:
 ELSEWHERE = ("out_dir", "resume", "device", "wandb", "verify_data")  # a study's names of runs do not depend on these
 ROUTINE = ("micro_batch_size", "compile", "rank_timeout", "checkpoint_interval", "keep_checkpoints", "log_interval")
 ROUTINE += ("sample_interval", "deterministic", "compile_mode", "activation_checkpointing", "fsdp")

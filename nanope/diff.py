@@ -35,7 +35,7 @@ def differences(config: RunConfig, run: Path) -> list[str]:
         if isinstance(here, dict) and isinstance(there, dict):
             options = sorted((k for k in here.keys() | there.keys() if here.get(k) != there.get(k)), key=str)
             there, here = ({k: d.get(k) for k in options} for d in (there, here))
-        neutral = name in NEUTRAL
+        neutral = name in NEUTRAL and not (name == "micro_batch_size" and config.dropout)
         lines.append((neutral, f"{name}: {there} there, {here} here" + " (changes rounding at most)" * neutral))
     with contextlib.suppress(OSError, StopIteration):
         environments = (line.get("environment") for line in read_metrics(path.parent))

@@ -150,13 +150,34 @@ def data_parallel(model: torch.nn.Module, ranks: Ranks, device: torch.device) ->
     if ranks.world == 1 or is_sharded(model):
         return model
     for p in model.parameters():  # in DDP's buckets from the first step on: else its passes would add up beside them
-        p.grad = torch.zeros_like(p)
+        if p.requires_grad:
+            p.grad = torch.zeros_like(p)
     return DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
         forward_sync_buffers=False,
         gradient_as_bucket_view=True,
     )
+
+
+def settle_buckets(parallel: torch.nn.Module, micro: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Let DDP lay out its buckets of gradients before the first step, by a pass over `micro` windows without a step.
+
+    It lays them out anew after the first pass whose gradients it sums, in the order of that pass. Sums over three or
+    more ranks depend on the layout in their last bits. So a resumed run would differ in its first step from one that
+    was never interrupted, and has the new layout by then.
+    """
+    if isinstance(parallel, DistributedDataParallel):
+        model = parallel.module
+        idx = torch.zeros(micro, model.config.block_size, dtype=torch.int64, device=device)
+        with model.parameters_fixed(0):
+            with autocast(device, dtype):
+                _, loss = parallel(idx, idx)
+                auxiliary = model.auxiliary()
+            (loss if auxiliary is None else loss + auxiliary).backward()
+        for p in model.parameters():
+            if p.requires_grad:
+                p.grad.zero_()
 
 
 @contextlib.contextmanager

@@ -165,8 +165,13 @@ def pass_fits(model: GPT, micro: int, device: torch.device, dtype: torch.dtype) 
     return micro == 1 or torch.cuda.max_memory_reserved(device) <= 0.9 * total
 
 
-def out_of_memory(error: Exception, config: RunConfig, share: int, device: torch.device) -> str:
-    """What to say when the memory was too small for a run with config.micro_batch_size of `share` windows at a time."""
+def out_of_memory(error: Exception, config: RunConfig, share: int | None, device: torch.device) -> str:
+    """What to say when the memory was too small for a run with config.micro_batch_size of `share` windows at a time, or
+    with None for the model alone."""
+    estimated = f"train.py --plan estimates the memory ({first_line(error)})"
+    if share is None:
+        ways = "take a smaller model" + ", or --fsdp true on several ranks" * (not config.fsdp)
+        return f"out of memory on {device} for the model alone: {ways}. {estimated}"
     micro = config.micro_batch_size
     smaller = [n for n in divisors(share) if n < micro]
     if smaller:
@@ -177,7 +182,7 @@ def out_of_memory(error: Exception, config: RunConfig, share: int, device: torch
         advice = without_smaller_batches(config)
     return (
         f"out of memory at micro_batch_size {micro} ({micro} windows of {config.block_size} tokens) on {device}: "
-        f"{advice}; the result does not depend on it. train.py --plan estimates the memory ({first_line(error)})"
+        f"{advice}{'' if config.dropout else '; the result does not depend on it'}. {estimated}"
     )
 
 

@@ -119,7 +119,7 @@ def plan(
         parameters=parameters(model),
         groups={
             name: sum(p.numel() for p in group["params"])
-            for name, group in zip(("decayed", "plain", "positional"), groups)
+            for name, group in zip(("decayed", "plain", "positional", "own matrices"), groups)
         },
         flops_per_token=per_token,
         flops=tokens * per_token,

@@ -21,7 +21,7 @@ from nanope.distributed import Ranks
 FIXED_ON_RESUME = ("block_size", "n_layer", "n_head", "n_embd", "bias", "dropout", "vocab_size", "pos", "pos_options")
 FIXED_ON_RESUME += (*SWITCHES, "eot", "pos_lr_matrices", "batch_tokens", "seed", "data_seed", "data_order")
 # What may change without a word
-QUIET_ON_RESUME = ("resume", "out_dir", "data_dir", "verify_data", "micro_batch_size")
+QUIET_ON_RESUME = ("resume", "out_dir", "data_dir", "verify_data")
 
 
 def find_state(config: RunConfig, data: Data, ranks: Ranks) -> dict | None:
@@ -35,7 +35,10 @@ def find_state(config: RunConfig, data: Data, ranks: Ranks) -> dict | None:
     if state:
         check_resumable(state, as_begun(config, state), data)
         then = state["config"]
-        shown = [k for k in vars(config) if k in then and k not in (*FIXED_ON_RESUME, *QUIET_ON_RESUME)]
+        quiet = {*FIXED_ON_RESUME, *QUIET_ON_RESUME}
+        if not config.dropout or config.micro_batch_size in (None, "auto"):  # it divides what dropout draws
+            quiet.add("micro_batch_size")
+        shown = [k for k in vars(config) if k in then and k not in quiet]
         changed = [f"{k} {then[k]} → {getattr(config, k)}" for k in shown if then[k] != getattr(config, k)]
         if changed and ranks.main:
             text = f"warning: {run} goes on with other settings than it began with: {', '.join(changed)}"
@@ -68,9 +71,14 @@ def check_resumable(state: dict, config: RunConfig, data: Data) -> None:
 
 
 def launch() -> str:
-    """The launch that this process belongs to, the same for all its restarts by torchrun --max-restarts."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return name if name != "none" else f"{platform.node()} {os.getppid()}"  # torchrun's own process
+    """The launch that this process belongs to, the same for all its restarts by torchrun --max-restarts: torchrun's own
+    process, by when it began; over several nodes, each of which has one, its --rdzv_id."""
+    if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
+        return os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    number, began = os.getppid(), ""
+    with contextlib.suppress(OSError):  # numbers come again: in a container each torchrun may have the same
+        began = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[19]
+    return f"{platform.node()} {number} {began}"
 
 
 def resumed_if_restarted(config: RunConfig, ranks: Ranks) -> RunConfig:

@@ -32,6 +32,8 @@ def main():
     def observe(event, step, subject):
         if event == "folder":  # ranks need not look at the run's folder at the same moment
             time.sleep(float(os.environ.get("LATE", 0)) * int(rank))
+        if event == "write" and subject.name != "best.pt":
+            time.sleep(float(os.environ.get("SLOW_DISK", 0)))
         if event == "write" and os.environ.get("NO_ROOM") == subject.name and full.pop():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(subject))
         if event == "ready":

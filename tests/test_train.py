@@ -619,6 +619,15 @@ def test_out_of_memory_says_what_to_try(make):
     assert train(make("smaller", micro_batch_size=2), observe)["step"] == 12
 
 
+def test_a_model_that_is_too_large_says_so(make, monkeypatch):
+    def hungry(*_):
+        raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr("train.initial_model", hungry)
+    with pytest.raises(ValueError, match="on cpu for the model alone: take a smaller model, or --fsdp true .*--plan"):
+        train(make())
+
+
 def test_what_deterministic_cannot_have(make):
     def undetermined(*_):
         raise RuntimeError("that_cuda does not have a deterministic implementation\nmore")

@@ -121,6 +121,26 @@ def test_two_ranks_resume_exactly(make, pair, tmp_path):
     assert same_run(pair, cut.out_dir)
 
 
+def test_three_ranks_resume_exactly(make, tmp_path):
+    """A sum of three terms depends on their order, which depends on where a gradient lies in DDP's buckets."""
+    fields = dict(batch_tokens=192, micro_batch_size=2, n_layer=2, max_steps=8, eval_interval=4)
+    whole, cut = make("whole", **fields), make("cut", **fields, resume=True)
+    train_by_ranks(whole, tmp_path, 3)
+    assert {finish(process)[0] for process in start_ranks(cut, tmp_path, 3, SIGNAL_AT="1:3")} == {os.EX_TEMPFAIL}
+    assert last(cut.out_dir)["step"] == 4
+    train_by_ranks(cut, tmp_path, 3)
+    assert same_run(whole.out_dir, cut.out_dir)
+    for step in "48":  # all that the files hold, though a signal put off the validation of step 4
+        states = [checkpoint.load(checkpoint.find(Path(config.out_dir), step)) for config in (whole, cut)]
+        assert same(*(state | {"config": state["config"] | {"out_dir": ""}} for state in states))
+
+
+def test_a_checkpoint_may_take_longer_than_rank_timeout(make, tmp_path):
+    config = make(micro_batch_size=2, rank_timeout=5.0, max_steps=2, checkpoint_interval=0, eval_interval=0)
+    train_by_ranks(config, tmp_path, SLOW_DISK="8")
+    assert last(config.out_dir)["step"] == 2
+
+
 def test_torchrun_restarts_and_the_run_resumes_by_itself(make, pair, tmp_path):
     """A rank is killed in step 13. With --max-restarts the same launch continues, without --resume. SIGTERM to torchrun
     stops it; it ends as if nothing had happened."""
@@ -141,10 +161,22 @@ def test_a_restart_has_no_claim_on_the_run_of_another_launch(make, pair, tmp_pat
     before = files_of(pair)
     longer = make(**PAIR | dict(max_steps=50, out_dir=str(pair)))
     for count in "01":
-        torchrun = dict(TORCHELASTIC_RUN_ID="another", TORCHELASTIC_RESTART_COUNT=count, LOCAL_WORLD_SIZE="2")
+        torchrun = dict(TORCHELASTIC_RUN_ID="another", TORCHELASTIC_RESTART_COUNT=count, LOCAL_WORLD_SIZE="1")
         for status, _, said in map(finish, start_ranks(longer, tmp_path, **torchrun)):
             assert status == 1 and "already holds a run" in said
     assert files_of(pair) == before
+
+
+def test_a_launch_of_the_same_name_has_no_claim_on_an_earlier_run(make, tmp_path):
+    """--rdzv_id is a text that users take again, and a torchrun's number comes again in a container."""
+    launcher = ["-m", "torch.distributed.run", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "--rdzv_id=100"]
+    launcher += ["--nproc_per_node=1", "--max-restarts=1", rank.__file__]
+    config = make(max_steps=4)
+    assert finish(start([*launcher, *arguments(config)], tmp_path))[0] == 0
+    before = files_of(config.out_dir)
+    status, _, said = finish(start([*launcher, *arguments(dataclasses.replace(config, max_steps=8))], tmp_path))
+    assert status == 1 and said.count("already holds a run") == 2
+    assert files_of(config.out_dir) == before
 
 
 def test_compiled_blocks_under_ddp_with_accumulation(make, tmp_path):
@@ -152,7 +184,7 @@ def test_compiled_blocks_under_ddp_with_accumulation(make, tmp_path):
     eager, compiled = make("eager", **fields), make("compiled", compile=True, **fields)
     train(eager)
     said = train_by_ranks(compiled, tmp_path, BACKEND="aot_eager", COUNT="1")
-    assert said.count("reductions: 6\n") == 2  # on each rank once a step, of two micro-steps
+    assert said.count("reductions: 7\n") == 2  # on each rank once a step, of two micro-steps, and once before
     assert environments(compiled.out_dir)[0]["compile"]
     for key in ("train/loss", "val/loss", "grad_norm"):
         assert losses(compiled.out_dir, key) == pytest.approx(losses(eager.out_dir, key), rel=1e-5)

@@ -39,7 +39,7 @@ def ids():
 
 @pytest.mark.parametrize("pos", [pos if pos in QUICK else pytest.param(pos, marks=pytest.mark.slow) for pos in SCHEMES])
 def test_parameters_add_up(pos):
-    p = plan(run(pos=pos, bias=True, vocab_size=320), details=False)
+    p = plan(run(pos=pos, bias=True, vocab_size=320, pos_lr_matrices=True), details=False)
     model = GPT(p.config.model_config())
     assert (
         sum(n for part, n in p.parameters.items() if part != "total")
