@@ -26,7 +26,7 @@ PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", REPO / "CHANGELOG.md", *s
 TEXTS = {str(path.relative_to(REPO)): path.read_text() for path in PAGES}
 README = TEXTS["README.md"]
 # Programs that are not ours, and flags of theirs that prose names
-THEIRS = {"--help", "--max-restarts"}
+THEIRS = {"--help", "--max-restarts", "--rdzv_id", "--shutdown_timeout"}
 # Options that scripts/lm_eval.py hands to the harness; tests/scripts/test_lm_eval.py asks it for them
 HARNESS = {"--tasks", "--model", "--model_args", "--metadata", "--include_path", "--output_path", "--batch_size"}
 HARNESS |= {"--gen_kwargs"}
