@@ -31,7 +31,7 @@ from nanope.distributed import Ranks, peak_memory
 from nanope.errors import first_line
 from nanope.files import write_atomically
 from nanope.gpus import peak_flops
-from schemes import label
+from schemes import label, outside_sources
 
 # ---- the environment
 
@@ -58,7 +58,7 @@ def environment(
         "data_hash": data_hash,
         "seed": config.seed,
         "data_seed": config.data_seed,
-    }
+    } | ({"scheme_sources": code} if (code := outside_sources(config.pos)) else {})  # no commit has them
 
 
 def git_state(repo: Path) -> dict | None:

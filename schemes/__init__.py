@@ -117,6 +117,13 @@ def sources(pos: str | list[str]) -> list[Path]:
     return sorted(path.resolve() for path in files)
 
 
+def outside_sources(pos: str | list[str]) -> str | None:
+    """Hex digest of those sources of `pos` that are not of this package; None where there are none."""
+    here = Path(__file__).parent.resolve()
+    files = [path for path in sources(pos) if path.parent != here]
+    return hashlib.sha256(b"".join(map(Path.read_bytes, files))).hexdigest()[:16] if files else None
+
+
 # ---- options
 
 

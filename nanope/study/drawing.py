@@ -295,7 +295,7 @@ def draw_difference(axes, finding: dict, y: float, colour: str, marker: str) -> 
     value, (start, stop) = finding["difference"], ends_of(finding)
     if finding["interval"]:
         axes.plot(np.clip([start, stop], low, high), [y, y], color=colour, linewidth=1.1, solid_capstyle="butt")
-    clear = finding["interval"] is not None and not start <= 0 <= stop
+    clear = finding["interval"] is not None and finding.get("seeds", 2) > 1 and not start <= 0 <= stop
     look = {"color": colour, "markerfacecolor": colour if clear else "white", "markeredgewidth": 0.9, "zorder": 4}
     if low <= value <= high:
         axes.plot([value], [y], marker, markersize=3.8, **look)

@@ -23,8 +23,10 @@ SOMETIMES += ("task", "token_chance", "cropped_accuracy", "cropped_token_accurac
 
 def write_csv(paths: list[Path], file: TextIO) -> None:
     """Write the rows of the reports at `paths`, or of all runs of the folders among them. Fields of train.py that all
-    runs share are left out. ValueError for what is no report of eval.py."""
+    runs share are left out. ValueError for what is no report of eval.py, and where there is none."""
     lines = [line for path in paths for name, report in reports_of(path) for line in lines_of(name, report)]
+    if not lines:
+        raise ValueError(f"no report of eval.py in {', '.join(map(str, paths))}: name reports, or a folder of runs")
     fields = list(dict.fromkeys(k for line in lines for k in line))
     same = {k for k in fields if k.startswith("config.") and len({json.dumps(line.get(k)) for line in lines}) == 1}
     writer = csv.DictWriter(file, [k for k in fields if k not in same])
@@ -57,7 +59,7 @@ def lines_of(name: str, report: dict) -> list[dict]:
         ]
         about = {"report": name, "run": report.get("run") or report.get("model"), "step": report.get("step")}
         about |= {"pos": label(report["pos"])} | {f"config.{k}": v for k, v in report.get("config", {}).items()}
-        about |= {"data": report["data_dir"], "data_hash": report["data_hash"], "dtype": report["dtype"]}
+        about |= {"data": report.get("data_dir"), "data_hash": report["data_hash"], "dtype": report["dtype"]}
         return [
             about
             | {k: row.get(k) for k in ("protocol", "length", "scaling", "factor")}

@@ -42,13 +42,14 @@ from data.shards import given_path, unknown
 from data.tasks import task_named
 from nanope.config import SINCE, SWITCHES, RunConfig, as_field, carried, check
 from nanope.errors import nearest
-from nanope.evaluation.options import lengths_in_tokens
+from nanope.evaluation.options import lengths_in_tokens, make_parser
 from nanope.files import write_atomically
 from nanope.study.files import Files
 from nanope.study.run import Run, slug
 from nanope.values import read_yaml_file
 from schemes import label, problems_of, short, single
 
+EVAL_DEFAULTS = make_parser().parse_args(["--run", "a run"])
 PER_RUN = ("out_dir", "seed", "data_seed", "resume")  # a grid sets none of these: they are what tells its runs apart
 WRITTEN_OUT = ("base", "grid", "scales")  # keys of a grid file that a Grid no longer has
 
@@ -102,6 +103,17 @@ class Grid:
         if odd := [k for k in given if k not in keys]:
             raise ValueError(f"unknown key {odd[0]!r}{nearest(odd[0], keys)} (keys: {', '.join(keys)})")
 
+        for key in ("data", "fields", "grid", "tune", "eval", "throughput", "published"):
+            if not isinstance(given.get(key), dict | None):
+                raise ValueError(f"{key} must be a mapping, not {given[key]!r}")
+        for name, report in (given.get("eval") or {}).items():
+            if not isinstance(report, dict):
+                raise ValueError(f"eval: {name!r} must be a mapping, the arguments of eval.py, not {report!r}")
+        if "learning_rate" in changes.get("fields", {}) and given.get("tune"):
+            raise ValueError("learning_rate is tuned: change tune in the grid file")
+        if not isinstance(given.get("seeds", 1), int | list):
+            raise ValueError(f"seeds must be a number, or a list of different whole numbers, not {given['seeds']!r}")
+
         arms, seeds, baseline = as_mapping(given.get("arms"), "arms"), given.get("seeds", 1), given.get("baseline")
         if baseline is None or (baseline not in arms and "arms" in changes):  # a selection may leave it out
             baseline = next(iter(arms), None)
@@ -117,6 +129,9 @@ class Grid:
             "seeds": list(range(1, seeds + 1)) if isinstance(seeds, int) else list(seeds),
             "baseline": baseline,
         }
+        for fields in (*made["settings"].values(), (given.get("tune") or {}).get("fields") or {}):
+            for name in changes.get("fields", {}):  # of all runs
+                fields.pop(name, None)
         return cls(**{k: v for k, v in {**given, **made}.items() if v is not None})
 
     @classmethod
@@ -169,6 +184,9 @@ class Grid:
                 raise ValueError(
                     f"the report {name!r} of eval has a program: scripts/shift.py is now `protocol: shift`"
                 )
+            if odd := [k for k in report if k not in vars(EVAL_DEFAULTS)]:
+                hint = nearest(odd[0], vars(EVAL_DEFAULTS))
+                raise ValueError(f"the report {name!r} of eval: {odd[0]} is no argument of eval.py{hint}")
             if "lengths" not in report and as_list(report.get("protocol")) not in (["shift"], ["task"]):
                 raise ValueError(f"the report {name!r} of eval lacks lengths")
         for data in map(self.data_of, self.settings):
@@ -190,6 +208,8 @@ class Grid:
             if name not in RunConfig.__dataclass_fields__ or name in PER_RUN:
                 hint = nearest(name, RunConfig.__dataclass_fields__)
                 raise ValueError(f"tune: fields: {name} is no field that a grid may set{hint}")
+        if not isinstance(tune.get("seeds", []), list):
+            raise ValueError(f"tune: seeds is a list, such as [0], not {tune['seeds']!r}")
         if tune and (set(tune) - {"learning_rate", "seeds", "fields"} or not as_list(tune.get("learning_rate"))):
             raise ValueError(
                 f"tune takes learning_rate, a list, and optionally seeds and fields; it has {', '.join(tune)}"
@@ -244,7 +264,8 @@ class Grid:
         tune, found = self.tune or {}, []
         rates, seeds = map(float, as_list(tune.get("learning_rate"))), as_list(tune.get("seeds") or [0])
         for rate, seed in itertools.product(rates, seeds):
-            fields = at_rate(self.fields_of(setting, arm), rate) | (tune.get("fields") or {})
+            fields = at_rate(self.fields_of(setting, arm), rate)
+            fields |= {k: as_field(k, v) for k, v in (tune.get("fields") or {}).items()}
             fields |= {"seed": seed, "data_seed": seed}
             found.append(Run(arm, setting, seed, fields, {}, files, tuning=rate))
         return found
@@ -336,6 +357,9 @@ def as_mapping(value, key: str) -> dict[str, dict]:
         return {label(pos): {"pos": pos} for pos in value}
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"{key} must be a mapping of names to fields, not {value!r}")
+    for name, fields in (value or {}).items():
+        if not isinstance(fields, dict | None):
+            raise ValueError(f"{key}: {name} must be a mapping of fields, not {fields!r}")
     return {str(k): dict(v or {}) for k, v in (value or {}).items()}
 
 

@@ -134,8 +134,9 @@ def complete(args, grid: Grid, gpus: list[str]) -> None:
             raise ValueError(f"--{name} must be positive, not {getattr(args, name)}")
     if args.mfu is not None and not 0 < args.mfu <= 1:
         raise ValueError(f"--mfu must lie in (0, 1], not {args.mfu}")
-    if args.gpu and not args.plan:
-        raise ValueError("--gpu is for --plan: runs take the GPUs that are here")
+    for name in ("gpu", "price_per_hour", "tokens_per_s", "mfu"):
+        if getattr(args, name) is not None and not args.plan:
+            raise ValueError(f"--{name} is for --plan" + ": runs take the GPUs that are here" * (name == "gpu"))
     args.gpus = [] if args.gpu else gpus
     total = max(1, len(grid.arms) * len(grid.settings) * len(grid.seeds))
     room = 1 if args.gpu else (len(args.gpus) or cores()) // args.ranks

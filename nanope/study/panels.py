@@ -123,7 +123,7 @@ def curve_of(arm: str, by_length: dict, show: Callable, look: dict) -> Curve:
 def with_bands(curves: list[Curve], baseline: str, ends: dict[str, dict | None]) -> None:
     """Give a band to the baseline and to the lowest of the arms that end below it beyond noise, BANDS in all. `ends`:
     arm → its paired difference at the end. Bands of arms that tie would cover each other; differences say more."""
-    others = {arm: d for arm, d in ends.items() if arm != baseline and d and d["interval"]}
+    others = {arm: d for arm, d in ends.items() if arm != baseline and d and d["interval"] and d["seeds"] > 1}
     better = {arm: d["difference"] for arm, d in others.items() if d["interval"][1] < 0}
     chosen = [baseline, *sorted(better, key=better.get)][:BANDS]
     for curve in curves:
@@ -168,7 +168,7 @@ def difference(study: Study, setting: str, looks: dict) -> Forest | None:
     order = sorted(found, key=lambda arm: (found[arm][-1] is None, known(arm)[-1]))
     return Forest(
         f"Paired difference from {baseline}{cropped}",
-        "filled: 95 % interval excludes 0" + "; one seed" * (seeds < 2),
+        "filled: 95 % interval excludes 0" if seeds > 1 else "one seed: none is filled",
         f"← better      {what} minus {'cropped ' * bool(cropped)}{baseline}’s",
         marks,
         [(arm, looks[arm], found[arm]) for arm in order],

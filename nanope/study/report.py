@@ -6,6 +6,7 @@ from pathlib import Path
 from nanope.config import RunConfig
 from nanope.evaluation.key_tokens import key_rows
 from nanope.evaluation.probe_tables import key_notes
+from nanope.files import write_atomically
 from nanope.study.figures import write_figures
 from nanope.study.grid import Grid, as_list
 from nanope.study.markup import LOWER, NOISE, WORSE
@@ -31,8 +32,12 @@ def write(folder: Path) -> str:
     study = Study.read(folder)
     text, readme = markdown(study), study.folder / "README.md"
     if readme.is_file():
-        before, _, rest = readme.read_text().partition(BEGIN)
-        readme.write_text(f"{before}{BEGIN}\n{text}{END}{rest.partition(END)[2]}")
+        before, begun, rest = readme.read_text().partition(BEGIN)
+        _, ended, after = rest.partition(END)
+        if not (begun and ended):
+            raise ValueError(f"{readme} lacks the line {BEGIN}, or {END} behind it, between which the tables go")
+        made = f"{before}{BEGIN}\n{text}{END}{after}".encode()
+        write_atomically(readme, lambda file: file.write(made))
     else:
         (study.folder / "table.md").write_text(text)
     (study.folder / "table.tex").write_text(latex_text(study))

@@ -55,6 +55,8 @@ class Study:
         for seed in self.grid.seeds:
             if seed not in done:
                 diverged = " (diverged)" if seed in known and known[seed].diverged() else ""
+                if waiting and all(trial.diverged() for trial in self.grid.trials(self.files, setting, arm)):
+                    diverged = " (all trials diverged)"
                 self.missing.append(f"{label}, seed {seed}{diverged}")
         self.runs[setting, arm] = done
 

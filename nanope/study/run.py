@@ -10,6 +10,7 @@ from pathlib import Path
 
 from nanope.config import ELSEWHERE, SINCE, RunConfig
 from nanope.study.files import Files
+from schemes import outside_sources
 
 
 @dataclass
@@ -87,9 +88,16 @@ class Run:
 
     def trained(self) -> bool:
         """Whether training has ended. The last checkpoint may be gone only where every report is there."""
-        if not any(m["step"] == self.max_steps and "val/loss" in m for m in self.metrics()):
-            return False
-        return self.files.last_checkpoint(self.name) == self.max_steps or not self.missing_reports()
+        return self.ended() and not self.bare()
+
+    def ended(self) -> bool:
+        """Whether the metrics go to the end."""
+        return any(m["step"] == self.max_steps and "val/loss" in m for m in self.metrics())
+
+    def bare(self) -> bool:
+        """Whether it has ended, and its last checkpoint, which an evaluation needs, is gone."""
+        there = self.files.last_checkpoint(self.name) == self.max_steps
+        return self.ended() and not there and bool(self.missing_reports())
 
     def diverged(self) -> bool:
         """Whether max_bad_steps steps in a row that were not finite ended it. Started again, it would do so again."""
@@ -97,6 +105,11 @@ class Run:
         n = self.config.max_bad_steps
         in_a_row = len(steps) >= n and steps[-1]["step"] - steps[-n]["step"] == n - 1
         return in_a_row and all(m.get("skipped") for m in steps[-n:])
+
+    def other_code(self) -> bool:
+        """Whether its scheme comes from a file that has changed since it was trained: its name does not tell."""
+        then = {m["environment"].get("scheme_sources") for m in self.metrics() if "environment" in m} - {None}
+        return bool(then) and then != {outside_sources(self.config.pos)}
 
     def done(self) -> bool:
         return self.trained() and not self.missing_reports() or self.diverged()

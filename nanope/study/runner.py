@@ -4,6 +4,7 @@ Killed and started again, it goes on: what is done is read from files, and what 
 """
 
 import dataclasses
+import json
 import os
 import shlex
 import signal
@@ -16,6 +17,7 @@ from typing import TextIO
 
 import yaml
 
+from data.corpora import planned
 from data.shards import output
 from nanope import REPO
 from nanope.study.files import RunFolders, local
@@ -25,6 +27,11 @@ from nanope.study.results import bench_file
 from nanope.study.run import Run
 from nanope.study.status import Display
 
+# Arguments of data/prepare.py that decide what is in a folder, beside corpus and tokenizer
+OF_DATA = ("subset", "dataset", "config", "split", "revision", "field", "separator", "val_tokens", "val_bytes")
+OF_DATA += ("long_tokens", "shard_tokens", "skip_bad")
+# torchrun would not pass SIGUSR1 on, and would kill its ranks 30 seconds after a signal, in the midst of a checkpoint
+PATIENT = ("--signals_to_handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shutdown_timeout=110")
 INTERRUPTED = 75  # EX_TEMPFAIL, the exit code of what goes on where it is started again
 
 
@@ -59,6 +66,7 @@ def prepare(grid: Grid, sources: list[str] | None, root: Path = REPO) -> None:
         folder, is_task = local(name, root), data["corpus"] == "task"
         manifest = Path(folder) / "manifest.json"
         if manifest.is_file() and not is_task:
+            check_made(folder, data)
             continue
         what = [data["corpus"], *([data["task"]] if is_task else [])]
         options = {k: v for k, v in data.items() if k not in ("corpus", "task")}
@@ -69,6 +77,20 @@ def prepare(grid: Grid, sources: list[str] | None, root: Path = REPO) -> None:
             needed = is_task or not manifest.is_file()
             if needed and subprocess.run(command, pass_fds=[lock.fileno()]).returncode:
                 raise ValueError(f"the data were not made: {shlex.join(command[1:])}")
+
+
+def check_made(folder: str, data: dict) -> None:
+    """ValueError where a data folder was made with other options than a grid gives: its name tells corpus and tokenizer
+    alone."""
+    manifest = json.loads((Path(folder) / "manifest.json").read_text())
+    corpus = planned(manifest)
+    there = manifest | manifest.get("hub", {}) | {"field": corpus.field, "separator": corpus.separator}
+    for name, asked in data.items():
+        if name in OF_DATA and there.get(name) != asked:
+            raise ValueError(
+                f"{folder} was made with {name} {there.get(name)}, and the grid's data has {name} {asked}: delete the "
+                "folder, which is then made again, or change the grid"
+            )
 
 
 def flags(arguments: dict) -> list[str]:
@@ -150,8 +172,8 @@ class Work:
 
 
 def launched(command: list[str], ranks: int) -> list[str]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--"] if ranks > 1 else []
-    return [sys.executable, *torchrun, *command]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *PATIENT, "--"]
+    return [sys.executable, *(torchrun if ranks > 1 else []), *command]
 
 
 def slots_of(args) -> list[dict]:
@@ -177,7 +199,7 @@ class Runner:
 
     def execute(self) -> dict[str, str]:
         """Run, and wait for what other processes are at. Returns the errors of runs that failed, by name. On
-        Interrupted: pass the signal on, wait for the checkpoints, raise it again."""
+        Interrupted, and on any error: pass the signal on, wait for the checkpoints, raise it again."""
         self.look()
         try:
             while self.works or self.unfinished:
@@ -188,7 +210,7 @@ class Runner:
                 self.display.show(self.runs, [w.run for w in self.works] + elsewhere, self.failed)
                 time.sleep(0.3)
             return self.failed
-        except Interrupted:
+        except BaseException:
             for work in self.works:
                 work.process.send_signal(signal.SIGTERM)
             for work in self.works:
@@ -226,9 +248,14 @@ class Runner:
             return False
         work = Work(run, slot, lock, self.args.ranks, self.slots[slot], self.args.root)
         stage = work.next_stage()
-        if stage is None:
+        if stage is None or (stage == "training" and run.bare()):
             lock.close()
             self.changed = True
+            if stage:
+                self.failed[run.name] = (
+                    f"it has ended, and its checkpoint, which the evaluation {run.missing_reports()[0]!r} needs, is "
+                    f"gone: delete {run.folder}, and the same command trains it again"
+                )
             return False
         work.start(stage)
         self.works.append(work)

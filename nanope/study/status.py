@@ -16,6 +16,8 @@ def state_of(run: Run, failed: dict | None = None) -> str:
         return "failed"
     if run.done():
         return "done" if run.trained() else "diverged"
+    if run.bare():
+        return "checkpoint gone"
     if held(run):
         return "evaluating" if run.trained() else "training"
     return "to evaluate" if run.trained() else "stopped" if run.step() else "waiting"

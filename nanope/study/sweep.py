@@ -71,8 +71,9 @@ def run(args: argparse.Namespace, program: str, command: list[str]) -> int:
 
     if args.known and not (args.known / RUNS_FILE).is_file():
         raise ValueError(f"--known {args.known} holds no {RUNS_FILE}: give results, a folder that --collect made")
-    if args.plan and args.known:
-        raise ValueError("--plan is of all runs of the grid: leave --known out")
+    for name, given in (("plan", args.plan), ("status", args.status), ("collect", args.collect)):
+        if given and args.known:
+            raise ValueError(f"--{name} takes nothing from elsewhere: leave --known out")
     if args.plan:
         output(plan(grid, files, args))
         return 0
@@ -94,6 +95,11 @@ def run(args: argparse.Namespace, program: str, command: list[str]) -> int:
     prepare(grid, args.source, args.root)
     if args.known:
         output(f"{unpack(grid, files, args.known, args.root)} runs taken from {args.known}")
+    if old := [run for run in grid.runs(files) if run.other_code()]:
+        raise ValueError(
+            f"{len(old)} run(s) were trained with other code of their scheme than {old[0].config.pos} holds now, such "
+            f"as {old[0].folder}: delete these folders, or give another --out, which keeps them"
+        )
     if args.slurm:
         element = [program, args.grid, *said, "--out", str(files.folder)]
         element += ["--ranks", str(args.ranks), "--threads", str(args.threads)]
@@ -118,6 +124,7 @@ def work(grid: Grid, files: RunFolders, args: argparse.Namespace) -> int:
     if grid.throughput and (error := measure_throughput(grid, files)):
         failed["speed"] = error
     if grid.throughput or any(run and run.done() for run in grid.main_runs(files)):
+        grid.write(out)  # another sweep of the folder, with other arms, may have written its own meanwhile
         output("\n" + report.write(out))
         made = [out / name for name in ("table.md", "table.tex", "figure.png", "figure.pdf")]
         output("Written: " + ", ".join(str(path) for path in made if path.is_file()))
@@ -125,14 +132,20 @@ def work(grid: Grid, files: RunFolders, args: argparse.Namespace) -> int:
 
 
 def told(grid: Grid, files: RunFolders, failed: dict[str, str]) -> int:
-    """Print the errors of runs that failed. Returns the exit code."""
+    """Print the errors of runs that failed, and which arms have no learning rate. Returns the exit code."""
     for name, error in failed.items():
         print(f"\n{name}: {error}", file=sys.stderr)
-    if failed:
-        waiting = sum(run is None for run in grid.main_runs(files))
-        waiting = f", and {waiting} wait for the learning rate of failed trials" if waiting else ""
-        print(f"\n{len(failed)} run(s) failed{waiting}; the same command tries them again", file=sys.stderr)
-    return 1 if failed else 0
+    waiting, found = sum(run is None for run in grid.main_runs(files)), []
+    ended = [run.name for run in grid.runs(files) if run.name in failed and run.diverged()]
+    if again := len(failed) - len(ended):
+        found.append(f"{again} run(s) failed: the same command tries them again")
+    if ended:
+        found.append(f"{len(ended)} diverged, and are not tried again")
+    if waiting:
+        found.append(f"{waiting} wait for a learning rate: trials failed, or diverged at every rate")
+    if found:
+        print(f"\n{'; '.join(found)}", file=sys.stderr)
+    return 1 if failed or waiting else 0
 
 
 @contextlib.contextmanager

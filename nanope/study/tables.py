@@ -67,6 +67,7 @@ def leaderboard(study: Study, setting: str) -> list[Table]:
     if not bench or protocol != "same-targets" or len(lengths) < 2:
         return []
     trained, variants = study.any_config(setting).block_size, bench_variants(study.grid)
+    alike = {study.config(setting, arm).block_size for arm in rows} == {trained}
     shown = three_of(lengths, [n for n in lengths if n in (trained, 4 * trained, 16 * trained)])
     found, than = study.differences(setting, shown), ", its context cropped to 1×" * bool(study.cropped_to(setting))
     table = Table(
@@ -74,7 +75,7 @@ def leaderboard(study: Study, setting: str) -> list[Table]:
             setting,
             f"leaderboard: nats per {study.unit} less {baseline}{than}; speed and peak memory in parts of rope's",
         ),
-        ["arm", "seeds", "rate", *(f"{n / trained:.3g}×" for n in shown), "speed", "memory"],
+        ["arm", "seeds", "rate", *(f"{n / trained:.3g}×" if alike else f"{n:,}" for n in shown), "speed", "memory"],
     )
     first = shown.index(trained) if trained in shown else 0
     at_first = {arm: d["difference"] if (d := each[first]) else math.inf for arm, each in found.items()}
@@ -146,7 +147,7 @@ def has_figure(by_length: dict[int, dict[int, dict]]) -> bool:
 def protocol_tables(study: Study, setting: str, name: str, protocol: str, rows: dict) -> list[Table]:
     """Figures by length, differences from the baseline, and, where lengths share their targets, from the arm's own
     figure at the training length. rows: (arm, scaling) → length → seed → row."""
-    grid, unit, trained = study.grid, study.unit, study.any_config(setting).block_size
+    grid, unit = study.grid, study.unit
     lengths = sorted({n for by_length in rows.values() for n in by_length})
     mean, less, growth = (
         Table(titled(setting, f"{what}, {protocol} ({name})"), ["arm", *map(str, lengths)])
@@ -159,6 +160,7 @@ def protocol_tables(study: Study, setting: str, name: str, protocol: str, rows: 
     base = rows.get((grid.baseline, "none"), {})
     for (arm, scaling), by_length in rows.items():
         at = {n: by_length.get(n, {}) for n in lengths}
+        trained = study.config(setting, arm).block_size
         own = rows.get((arm, "none"), {}).get(trained, {})
         itself = trained if scaling == "none" else None
         title = scaled(arm, next(row for by_seed in by_length.values() for row in by_seed.values()))

@@ -21,6 +21,7 @@ from nanope.study.options import grid_of, parser_of
 from nanope.study.results import Study
 from nanope.study.slurm import write_script
 from nanope.study.status import state_of
+from nanope.study.sweep import told
 
 GRIDS = [path for path in sorted(SWEEPS.glob("*.yaml")) if path.stem != "wandb"]
 CASES = [(path, scale) for path in GRIDS for scale in [None, *yaml.safe_load(path.read_text()).get("scales", {})]]
@@ -110,6 +111,14 @@ def test_arms_as_the_benchmark_takes_them(fields, variant):
      "tune: fields: max_step is no field .*did you mean max_steps"),
     ({"eval": {"far": {"protocol": "sliding"}}}, "'far' of eval lacks lengths"),
     ({"eval": {"far": {"program": "scripts/shift.py"}}}, "scripts/shift.py is now `protocol: shift`"),
+    ({"eval": {"lengths": ["1x"]}}, "eval: 'lengths' must be a mapping"),
+    ({"eval": {"far": {"lengths": ["1x"], "max_target": 5}}}, "max_target is no argument of eval.py; .* max_targets"),
+    ({"seeds": 2.5}, "seeds must be a number"),
+    ({"data": "novels"}, "data must be a mapping, not 'novels'"),
+    ({"settings": {"short": 256}}, "settings: short must be a mapping"),
+    ({"fields": [1]}, "fields must be a mapping"),
+    ({"tune": [1e-3]}, "tune must be a mapping"),
+    ({"tune": {"learning_rate": [1e-3], "seeds": 3}}, "tune: seeds is a list"),
     ({"figure": "bits"}, "figure must be nats or perplexity"),
     ({"cropped": "1x"}, "cropped must be true or false, not '1x'"),
     ({"arms": {"rope a": {}, "rope, a": {}}}, "differ in punctuation only"),
@@ -265,6 +274,17 @@ def test_a_set_up_that_the_command_line_changes_is_no_longer_the_papers():
     assert reduced("--set", "max_steps=5", name="schemes") is None  # no paper's
 
 
+def test_what_the_command_line_sets_is_of_all_runs(tmp_path):
+    tune = {"learning_rate": [1e-3], "fields": {"max_steps": 1e2}}
+    settings = {"short": {}, "long": {"max_steps": 90}}
+    path = write_grid(tmp_path / "g.yaml", settings=settings, tune=tune)
+    steps = lambda grid: {run.max_steps for run in grid.planned_runs(RunFolders(tmp_path))}  # noqa: E731
+    assert steps(Grid.read(path)) == {30, 90, 100}
+    assert steps(Grid.read(path, changes={"fields": {"max_steps": 20}})) == {20}
+    with pytest.raises(ValueError, match="learning_rate is tuned"):
+        Grid.read(path, changes={"fields": {"learning_rate": 1e-3}})
+
+
 def test_a_settings_pos_places_the_arms_scheme_in_a_pattern(tmp_path):
     keys = {
         "arms": {"rope": {}, "alibi": {"pos": "alibi", "pos_options": {"slopes": 0.5}}},
@@ -350,3 +370,19 @@ def test_a_learning_rate_that_diverges_is_out_and_holds_nothing_up(tmp_path):
     shutil.rmtree(high.folder)
     diverge(high)
     assert high.done() and state_of(high) == "diverged" and grid.best_rate(files, "", "rope") == 1e-3
+
+
+def test_an_arm_that_diverges_at_every_rate_is_told(tmp_path, capsys):
+    grid = Grid.read(write_grid(tmp_path / "g.yaml", arms=["rope", "crope"], seeds=1, tune={"learning_rate": [1.0]}))
+    files = RunFolders(tmp_path / "out")
+    for trial in grid.runs(files):
+        diverge(trial) if trial.arm == "crope" else finish(trial, 3.0)
+    finish(grid.runs(files)[-1], 3.0)
+    assert told(grid, files, {}) == 1
+    assert "1 wait for a learning rate: trials failed, or diverged at every rate" in capsys.readouterr().err
+    grid.write(files.folder)
+    assert Study.read(files.folder).missing == ["crope, seed 1 (all trials diverged)"]
+    assert (
+        told(grid, files, {"tune-crope": "x", **{run.name: "bad" for run in grid.runs(files) if run.diverged()}}) == 1
+    )
+    assert "1 run(s) failed: the same command tries them again; 1 diverged, and are not" in capsys.readouterr().err

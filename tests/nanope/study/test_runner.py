@@ -2,18 +2,22 @@
 
 import itertools
 import os
+import signal
 import subprocess
 
 import pytest
-from studies import EVAL, FIELDS, arguments_of, finish, write_grid
+from studies import EVAL, FIELDS, arguments_of, finish, prepared, write_grid
+from training import files_of
 
 from nanope.study.files import RunFolders
 from nanope.study.grid import Grid
 from nanope.study.locks import alone, held, take
 from nanope.study.results import bench_file
-from nanope.study.runner import Work, flags, launched, measure_throughput, prepare, slots_of
+from nanope.study.runner import Runner, Work, flags, launched, measure_throughput, prepare, slots_of
 from nanope.study.slurm import write_script
 from nanope.study.status import state_of, status
+from nanope.study.sweep import main
+from schemes import outside_sources
 
 
 @pytest.fixture
@@ -65,8 +69,10 @@ def test_each_run_at_a_time_has_gpus_of_its_own():
     grid = Grid("g", arms={"a": {}}, seeds=[1, 2, 3])
     args = arguments_of("--ranks", "2", grid=grid, gpus="02578")
     assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots_of(args)] == ["0,2", "5,7"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
-    assert launched(["train.py"], 2)[1:] == [*torchrun, "train.py"] and launched(["train.py"], 1)[1:] == ["train.py"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    several = launched(["train.py"], 2)[1:]
+    assert several[:4] == torchrun and several[-2:] == ["--", "train.py"] and launched(["a"], 1)[1:] == ["a"]
+    assert "SIGUSR1" in several[4]  # which torchrun itself would not pass on
 
 
 def test_threads_do_not_depend_on_what_is_done():
@@ -80,6 +86,7 @@ def test_threads_do_not_depend_on_what_is_done():
     (["--ranks", "3", "--parallel", "2"], "02578", "more than the 5 GPU"),
     (["--gpu", "H100"], "", "--gpu is for --plan"),
     (["--parallel", "0"], "", "--parallel must be positive, not 0"),
+    (["--price_per_hour", "2"], "", "--price_per_hour is for --plan"),
     (["--mfu", "1.5"], "", r"--mfu must lie in \(0, 1\], not 1.5"),
 ])  # fmt: skip
 def test_options_that_cannot_be(words, gpus, error):
@@ -114,6 +121,56 @@ def test_an_evaluation_on_other_data_needs_them_before_anything_is_trained(tmp_p
     run = next(iter(grid.runs(RunFolders(tmp_path / "out"))))
     work = Work(run, 0, None, 1, {}, tmp_path)
     assert work.command("far")[-1] == os.path.relpath(tmp_path / "data" / "other")  # relative to the repository
+
+
+def test_data_that_were_made_with_other_options_are_refused(tmp_path):
+    data = {"corpus": "files", "tokenizer": "byte", "val_tokens": 800}
+    prepared(tmp_path).rename(tmp_path / "made")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "made").rename(tmp_path / "data" / "files-byte")
+    grid = lambda n: Grid.read(write_grid(tmp_path / "g.yaml", fields=FIELDS, data=data | {"val_tokens": n}))  # noqa: E731
+    prepare(grid(2500), None, root=tmp_path)
+    with pytest.raises(ValueError, match="made with val_tokens 2500, and the grid's data has val_tokens 800"):
+        prepare(grid(800), None, root=tmp_path)
+
+
+def test_an_evaluation_that_is_added_does_not_train_again_what_has_no_checkpoint(tmp_path, files):
+    """Reports of the weights before would stand beside those of others."""
+    keys = {"seeds": 1, "arms": ["rope"]}
+    (run,) = Grid.read(write_grid(tmp_path / "g.yaml", eval=EVAL, **keys)).runs(files)
+    finish(run, 2.0)
+    more = Grid.read(write_grid(tmp_path / "g.yaml", eval=EVAL | {"more": {"lengths": ["1x"]}}, **keys))
+    before = files_of(run.folder)
+    (error,) = Runner(more, files, arguments_of()).execute().values()
+    assert "its checkpoint, which the evaluation 'more' needs, is gone" in error and files_of(run.folder) == before
+    assert state_of(more.runs(files)[0]) == "checkpoint gone"
+
+
+def test_a_run_of_a_scheme_whose_file_has_changed_is_not_taken_as_done(tmp_path, monkeypatch, capsys):
+    scheme = tmp_path / "mine.py"
+    scheme.write_text("from schemes import Scheme\n\n\nclass Mine(Scheme):\n    pass\n")
+    data = prepared(tmp_path)
+    path = write_grid(tmp_path / "g.yaml", data, eval={}, seeds=1, arms=[f"{scheme}:Mine"])
+    monkeypatch.chdir(tmp_path)
+    files = RunFolders(tmp_path / "out")
+    (run,) = Grid.read(path).runs(files)
+    assert outside_sources(run.config.pos) and outside_sources("rope") is None
+    finish(run, 2.0, scheme_sources=outside_sources(run.config.pos))
+    assert run.done() and not run.other_code()
+    scheme.write_text(scheme.read_text() + "    # better\n")
+    assert run.other_code()
+    with pytest.raises(SystemExit, match="1 run.* were trained with other code of their scheme"):
+        main("scripts/sweep.py", "", arguments=[str(path), "--out", str(tmp_path / "out")])
+
+
+def test_an_error_of_the_sweep_leaves_no_process_behind(tmp_path, grid, files, monkeypatch):
+    monkeypatch.setattr(Work, "command", lambda self, stage: ["sleep", "30"])
+    runner = Runner(grid, files, arguments_of("--parallel", "1", grid=grid))
+    (files.folder / "logs").mkdir(parents=True)
+    monkeypatch.setattr(runner, "reap", lambda: (_ for _ in ()).throw(OSError("the disk is full")))
+    with pytest.raises(OSError, match="the disk is full"):
+        runner.execute()
+    assert [work.process.returncode for work in runner.works] == [-signal.SIGTERM]
 
 
 def test_status_shows_every_run(grid, files):
