@@ -33,16 +33,19 @@ CHUNK = 2**24  # elements of a dense mask or of dense scores that exist at once:
 SMALL_CHUNK, FEW_QUERIES = 2**21, 128  # the same on a CPU without gradients, where what is in its cache counts
 
 
-def attend(scheme, q, k, v, x, ctx, window: int = 0, dropout: float = 0.0, chunk: int | None = None) -> torch.Tensor:
+def attend(
+    scheme, q, k, v, x, ctx, window: int = 0, dropout: float = 0.0, chunk: int | None = None, way: str | None = None
+) -> torch.Tensor:
     """Attention of one layer: q (B, H, T, ≥ D) at start … S-1, k (B, H, S, ≥ D), v (B, H, S, D) → (B, H, T, D).
 
     scheme: the layer's; x (B, T, C): the block's normed input; ctx: schemes.base.Context; window: how many tokens a
     query sees, itself among them, 0 for all; dropout: probability for attention weights; chunk: elements of a dense
-    mask or of dense scores that exist at once, as many as are fast where None.
+    mask or of dense scores that exist at once, as many as are fast where None; way: as of way_of, that of this call
+    where None.
     """
     window = 0 if window >= k.size(2) else window
     chunk = chunk or chunk_here(q, k)
-    way = "flex" if ctx.block_mask is not None else way_here(scheme, q, ctx, window, dropout)
+    way = way or ("flex" if ctx.block_mask is not None else way_here(scheme, q, ctx, window, dropout))
     if way == "dense":
         return attend_densely(scheme, q, k, v, x, ctx, window, dropout, chunk)
     bias = scheme.bias(x, q, k, ctx)

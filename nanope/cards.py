@@ -22,7 +22,7 @@ from schemes.base import Scheme
 
 LABELS = ("Parameters", "Beyond block_size", "Cache", "Cost")  # the last lines of every scheme's docstring
 SMALL = GPTConfig(1024, 50304, 12, 12, 768)  # GPT-2 small
-ROWS = 2  # windows of a forward pass, on which FLOPs a token hardly depend
+ROWS = 16  # windows of a forward pass: what a pass computes once, such as seqpe's encoder, they share
 
 
 @dataclass
@@ -106,7 +106,8 @@ HEAD = """# Schemes
 
 Every scheme is one file of `schemes/`, and its name is a value of `pos`. They combine (`rope+fox`) and vary by layer
 (`[rope, rope, none]`). Parameters and FLOPs of matrix products are those of GPT-2 small (124M, length 1,024), against
-rope's; below 1 are dense schemes, which leave out keys that no query of a chunk sees. Speed and peak memory are of a
+rope's; below 1 are dense schemes, which leave out keys that no query of a chunk sees. The elementwise operations leave
+out the work of a bias, which is inside of a GPU's attention kernel. Speed and peak memory are of a
 training step on a CPU, relative to rope in the same run.
 
 {machine}

@@ -24,7 +24,7 @@ import torch
 
 from data.shards import Data
 from data.tokenizer import Tokenizer, load_tokenizer
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, resolve
 from nanope.config import RunConfig
 from nanope.distributed import HostCopies, Ranks, divided_as, is_divided, whole
 from nanope.errors import first_line
@@ -124,7 +124,9 @@ def build_model(state: dict, **changes) -> GPT:
     """The GPT of a checkpoint, with `changes` to its GPTConfig (such as another block_size). ValueError where the
     weights do not fit: a learned table is cut for a smaller block_size, never stretched."""
     names = GPTConfig.__dataclass_fields__
-    config = GPTConfig(**{**{k: v for k, v in state["config"].items() if k in names}, **changes})
+    # What the scheme's options leave to the config is that of the weights, such as the unit of distances
+    made = resolve(GPTConfig(**{k: v for k, v in state["config"].items() if k in names}))
+    config = dataclasses.replace(made, **changes)
     model = GPT(config)
     weights = dict(state["model"])
     wpe = "transformer.wpe.weight"

@@ -96,8 +96,13 @@ def initial_values(case: Case) -> None:
     for name, p in model.named_parameters():
         assert torch.isfinite(p).all(), f"{name} is not finite at the start"
     for pos in (module for module in model.modules() if isinstance(module, schemes.Scheme)):
-        for undecayed in pos.undecayed:  # an option may leave it out: then it is None
-            there = hasattr(pos, undecayed.split(".")[0])
+        for undecayed in pos.undecayed:
+            holder, _, last = undecayed.rpartition(".")
+            try:
+                found = getattr(pos.get_submodule(holder), last)
+            except AttributeError:  # an option may leave its module out: then that is None
+                found = getattr(pos, undecayed.partition(".")[0], ...)
+            there = found is None or isinstance(found, torch.nn.Parameter)
             assert there, f"undecayed names {undecayed!r}, and {pos.name} has no such parameter"
 
 

@@ -29,6 +29,11 @@ def to_rope(model):
     weight = model.lm_head.weight
     rope = type(model)(config).to(weight.device, weight.dtype)
     rope.load_state_dict(state)
+    for before, block in zip(model.transformer["h"], rope.transformer["h"]):
+        block.attn.logit_factor = before.attn.logit_factor
+        for name in ("base", "fraction"):  # not used by explicit frequencies, but by their scaling
+            if hasattr(before.attn.pos, name):
+                setattr(block.attn.pos, name, getattr(before.attn.pos, name))
     return rope.train(model.training)
 
 
@@ -47,7 +52,7 @@ def scaled(model, rule: str, factor: float):
         width = round(getattr(old, "fraction", 1.0) * old.head_width)
         freqs, logits = scale_frequencies(new.frequencies(), rule, factor, length, width, getattr(old, "base", 10000.0))
         new.freqs.copy_(freqs)
-        block.attn.logit_factor = logits
+        block.attn.logit_factor *= logits
     return rope
 
 

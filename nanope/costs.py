@@ -100,8 +100,10 @@ class GPUAttention:
     def __call__(self, scheme, q, k, v, x, ctx, window: int, dropout: float) -> torch.Tensor:
         window = 0 if window >= k.size(2) else window
         masks = {"window": window, "documents": ctx.documents is not None, "dropout": dropout}
-        if way_of(scheme, torch.device("cuda"), ctx.dtype, ctx.length, **masks) not in ("causal", "flex"):
-            return attend(scheme, q, k, v, x, ctx, window, dropout)
+        way = way_of(scheme, torch.device("cuda"), ctx.dtype, ctx.length, **masks)
+        if way not in ("causal", "flex"):
+            # Of chunks without dropout: with it a CPU's kernel saves T² probabilities, which those of a GPU do not
+            return attend(scheme, q, k, v, x, ctx, window, dropout if way == "dense" else 0.0, way=way)
         self.held.append(scheme.bias(x, q, k, ctx))  # FlexAttention saves the tensors that it captured
         width = v.size(-1)
         if q.size(-1) > width:  # kernels want equal widths
@@ -206,6 +208,8 @@ def products(run: Pass, tokens: int, again: Pass | None = None) -> dict[str, flo
     }
     everywhere = sum(parts[part] for part in ("attention projections", "MLP", "head and loss"))
     parts["positional scheme"] = (run.products - run.attention) / tokens - everywhere
+    if parts["positional scheme"] < 0:  # the scheme's projections are cheaper than dense ones
+        parts["attention projections"] += parts.pop("positional scheme")
     if again:
         scores = (again.attention - run.attention) / tokens
         parts["scores, computed again"] = scores

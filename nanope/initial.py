@@ -6,9 +6,10 @@ from pathlib import Path
 
 from data.shards import Data
 from data.tokenizer import load_tokenizer
-from model import GPT
+from model import GPT, GPTConfig, resolve
 from nanope.checkpoint import build_model, find, load
 from nanope.config import SWITCHES, RunConfig, completed, merged
+from schemes import layer_schemes, short, single
 
 # What weights and a config must have in common, and what a config may replace with init_pos_from_config
 SHAPE = ("n_layer", "n_head", "n_embd", "bias", "vocab_size")
@@ -65,17 +66,28 @@ def check_shape(have: dict, config: RunConfig, names: tuple[str, ...]) -> None:
 
 
 def with_weights(model: GPT, state: dict, source: str) -> tuple[GPT, str]:
-    """The model with all weights of a checkpoint that fit it, and a sentence on the others. ValueError where a table of
-    positions is too short."""
+    """The model with all weights of a checkpoint that fit it, a scheme's own only where its layer has the same scheme
+    with the same options, and a sentence on the others. ValueError where a table of positions is too short."""
     wpe, own, weights = "transformer.wpe.weight", model.state_dict(), model.renamed(state["model"])
     if wpe in own and wpe in weights:
         if len(weights[wpe]) < len(own[wpe]):
             raise ValueError(f"learned positions of {source} end at {len(weights[wpe])}, before {len(own[wpe])}")
         weights[wpe] = weights[wpe][: len(own[wpe])]
+    made = resolve(GPTConfig(**{k: v for k, v in state["config"].items() if k in GPTConfig.__dataclass_fields__}))
     taken = {name for name in own.keys() & weights.keys() if own[name].shape == weights[name].shape}
+    for layer in range(made.n_layer):  # another scheme's parameters may have the same names: path and fox have gates
+        if scheme_of(made, layer) != scheme_of(model.config, layer):
+            taken -= {name for name in taken if name.startswith(f"transformer.h.{layer}.attn.pos.")}
     model.load_state_dict({**own, **{name: weights[name] for name in taken}})
     left, new = in_short(weights.keys() - taken), in_short(own.keys() - taken)
     return model, f"weights of {source}: {len(taken)} tensors taken; left behind: {left}; new: {new}"
+
+
+def scheme_of(config: GPTConfig, layer: int) -> tuple[tuple[str, ...], dict]:
+    """The schemes of a layer, with their options."""
+    names = layer_schemes(config.pos, layer)
+    given = config.pos_options
+    return names, {name: given if single(config.pos) else given.get(short(name)) for name in names}
 
 
 def in_short(names) -> str:

@@ -18,6 +18,7 @@ from data.shards import Data, open_data
 from nanope.config import RunConfig, check, padded_vocabulary, with_vocabulary
 from nanope.costs import Unfilled, memory, parameters, products, simulate, windows_that_fit
 from nanope.distributed import Ranks, pick_device, pick_dtype
+from nanope.errors import first_line
 from nanope.gpus import PEAK_FLOPS, expected_mfu
 from nanope.optim import USABLE, divisors, make_optimizer, resolve_batch, within
 from nanope.plan_report import report, scheme_report
@@ -132,7 +133,10 @@ def plan(
         tokens_per_s=tokens_per_s,
     )
     if details:
-        add_details(p, share, asked)
+        try:
+            add_details(p, share, asked)
+        except RuntimeError as error:  # of a scheme from outside that looks at values, which fake tensors do not have
+            raise ValueError(f"memory and FLOPs cannot be estimated with {config.pos}: {first_line(error)}") from error
     return p
 
 

@@ -132,7 +132,8 @@ def scheme_report(shape: GPTConfig, names: list[str], runs: dict[str, Pass], row
         f"{shape.n_layer} layers × {shape.n_embd}, {shape.n_head} heads, length {shape.block_size:,}, vocabulary "
         f"{shape.vocab_size:,}; training FLOPs and bytes a token at {rows} windows a forward pass. Matrix products "
         f"count all {'scores of a window' if shape.window else 'T² scores'}; elementwise operations are those beyond "
-        "`none`; activations are bfloat16 on a GPU, eager.\n",
+        "`none`, without the work of a bias, which is inside of the attention kernel; activations are bfloat16 on a "
+        "GPU, eager.\n",
         "| scheme | parameters | own | against rope | matrix-product FLOPs | of the scheme | elementwise of the scheme "
         "| activations, bytes | against rope |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",

@@ -334,6 +334,8 @@ def of_run(run: Path, data: str | None = None) -> dict:
     subject = open_run(str(run), "last", data)
     model, seed = subject.model.eval(), subject.about["config"]["seed"]
     split, block = split_of(subject.data, "val"), model.config.block_size
+    if len(split) < TIMES * block:
+        raise ValueError(f"{run}: its validation split has {len(split):,} tokens, and {TIMES * block:,} are needed")
     text = torch.from_numpy(split.read(0, TIMES * block)).long().unsqueeze(0)
     start = GPT(model.config, seed).eval()
     about = {"step": subject.about["step"], "checkpoint_sha256": subject.sha256, "block_size": block}

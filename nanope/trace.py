@@ -134,6 +134,7 @@ def trace(config: RunConfig, steps: int) -> tuple[profile, torch.device]:
     config, pairs = batches(config, device)
     model = GPT(config.model_config(), seed=config.seed).to(device)
     model.describe_tokens(coordinates.made_up(config.vocab_size))
+    model.activation_checkpointing = config.activation_checkpointing
     optimizer = make_optimizer(model, config)
     add_ranges(model)
 

@@ -154,7 +154,9 @@ class Combined(Scheme):
         return {f"{name}.{own}" for name in self.names for own in self.part(name).undecayed_names()}
 
     def plain_name(self, name):
-        return name.partition(".")[2]
+        """Its own name in the first part that has it; path+fox has two gates, which start with values of their own."""
+        part, _, own = name.partition(".")
+        return own if part == next(p for p in self.names if own in dict(self.part(p).named_parameters())) else name
 
 
 def seen_by(part: Scheme, ctx: Context) -> Context:

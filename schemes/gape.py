@@ -22,7 +22,8 @@ def parts(x: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 class GAPE(RoPE):
-    """`gape`. Option: base. T is block_size at every length, so a distance means the same in a longer text.
+    """`gape`. Options: base; unit, the T of the equation, by default the block_size that the model is made with. It is
+    the same at every length, so a distance means the same in a longer text.
 
     The bias is of low rank, so it goes into q and k, and flash attention stays: channels g·m and g of the query meet
     (1 - l) and (1 - l)·n of the key. In bfloat16 and float16 the products g·m and (1 - l)·n are three channels each, 24
@@ -42,19 +43,23 @@ class GAPE(RoPE):
     wider = "bias"
     sole = ("encode",)  # the gates are of q and k before any other encoding, and the result is wider
 
-    def __init__(self, config, layer, *, base: float = 10000.0):
+    def __init__(self, config, layer, *, base: float = 10000.0, unit: float | None = None):
         super().__init__(config, layer, base=base)
-        self.training_length = config.block_size
+        self.unit = unit
         self.w_g, self.w_l = (nn.Parameter(torch.empty(self.n_head, self.head_width)) for _ in range(2))
         self.b_g, self.b_l, self.gamma = (nn.Parameter(torch.empty(self.n_head)) for _ in range(3))
+
+    @classmethod
+    def complete_options(cls, options, config):
+        return {**options, "unit": float(config.block_size) if options["unit"] is None else options["unit"]}
 
     def initial(self, name, shape, normal):
         return normal(0.02) if name in ("w_g", "w_l") else torch.zeros(shape)
 
     @classmethod
     def prepare(cls, layers, ctx):
-        """rope's cos and sin, and positions in training lengths (T or B, T, 1)."""
-        scaled = (ctx.positions / layers[0].training_length).to(ctx.device, ctx.dtype).unsqueeze(-1)
+        """rope's cos and sin, and positions in units (T or B, T, 1)."""
+        scaled = (ctx.positions / layers[0].unit).to(ctx.device, ctx.dtype).unsqueeze(-1)
         return [(*table, scaled) for table in super().prepare(layers, ctx)]
 
     def encode(self, qk, x, ctx):

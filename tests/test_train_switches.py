@@ -13,7 +13,7 @@ from training import at_step, folders, kill, last, make, metrics, one_thread, sa
 
 import eval as evaluation
 from data.shards import batch, open_data
-from model import GPT
+from model import GPT, GPTConfig
 from nanope import checkpoint, initial
 from nanope.config import parse
 from train import train
@@ -82,13 +82,30 @@ def test_weights_of_another_scheme(make, tmp_path, capsys):
     assert metrics(config.out_dir)[-1]["step"] == 2
 
 
+def test_parameters_of_another_scheme_are_not_taken_for_its_own():
+    """FoX's gates and PaTH's have one name and one shape."""
+    shape = dict(block_size=16, vocab_size=320, n_layer=2, n_head=2, n_embd=16)
+    state = lambda model: {"config": dataclasses.asdict(model.config), "model": model.state_dict()}  # noqa: E731
+    fox, path = GPT(GPTConfig(pos=["fox", "path"], **shape), seed=0), GPT(GPTConfig(pos="path", **shape), seed=1)
+    model, said = initial.with_weights(path, state(fox), "it")
+    gates = [block.attn.pos.gate.weight for block in model.transformer["h"]]
+    assert not torch.equal(gates[0], fox.transformer["h"][0].attn.pos.gate.weight)
+    assert torch.equal(gates[1], fox.transformer["h"][1].attn.pos.gate.weight)
+    assert "new: h.*.attn.pos.conv" in said
+    longer = GPT(GPTConfig(pos="comrope", **shape | {"block_size": 64}))  # whose frequencies are in another unit
+    _, said = initial.with_weights(longer, state(GPT(GPTConfig(pos="comrope", **shape))), "it")
+    assert said.endswith("left behind: h.*.attn.pos.P; new: h.*.attn.pos.P")
+
+
 def test_weights_of_an_earlier_checkpoint_of_the_same_scheme(make):
     """Its names are those from before schemes were members of attention."""
     train(make("comrope", pos="comrope", max_steps=1))
     state = last(make("comrope").out_dir)
     names = [name for name in state["model"] if ".attn.pos." in name]
     old = {name.replace(".attn.pos.", ".attn."): value for name, value in state["model"].items()}
-    model, said = initial.with_weights(GPT(make(pos="comrope", vocab_size=320).model_config()), {"model": old}, "it")
+    model, said = initial.with_weights(
+        GPT(make(pos="comrope", vocab_size=320).model_config()), state | {"model": old}, "it"
+    )
     assert names and said.endswith("left behind: none; new: none")
     assert all(torch.equal(model.state_dict()[name], state["model"][name]) for name in names)
 

@@ -21,8 +21,15 @@ def command_line(prog: str, description: str, rounds: int) -> argparse.ArgumentP
         prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     what = f"counted rounds, after one warm-up (default: {rounds})"
-    parser.add_argument("--rounds", type=int, default=rounds, help=what)
+    parser.add_argument("--rounds", type=positive, default=rounds, help=what)
     return parser
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on. ArgumentTypeError for less, ValueError for what is no number."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
 
 
 class Worker:

@@ -1,6 +1,7 @@
 """nanope/checkpoint.py: files that are whole and equal where their states are, and errors that name what is wrong."""
 # ruff: noqa: F811 - pytest finds fixtures by their names; those of training.py are imported
 
+import dataclasses
 import os
 import shutil
 import threading
@@ -8,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import BLOCK, close, config, shaken, tokens
 from training import CPU, files_of, folders, one_thread, plain, same, small_files  # noqa: F401 - fixtures
 
+from model import SCHEMES
 from nanope import checkpoint, distributed
+from nanope.checkpoint import build_model
 from nanope.distributed import HostCopies
 
 
@@ -198,3 +202,20 @@ def test_copies_of_a_gpu_arrive_before_they_are_read_and_reuse_their_memory(monk
 
 def test_other_ranks_copy_nothing():
     assert HostCopies(main=False).copy(torch.ones(2)) is None
+
+
+@pytest.mark.parametrize("pos", SCHEMES)
+def test_a_model_at_another_block_size_is_the_same_function(pos):
+    """As --init_from continues it: what a scheme takes from block_size is that of the weights."""
+    model = shaken(config(pos), torch.float32)
+    state = {"config": dataclasses.asdict(model.config), "model": model.state_dict()}
+    state["config"]["pos_options"] = {}  # as of a run from before these were written out
+    idx = tokens(BLOCK // 2)
+    try:
+        other = build_model(state, block_size=4 * BLOCK)
+    except ValueError as error:
+        assert pos in ("learned", "urpe"), error  # whose tables end there
+        return
+    if model.token_text is not None:
+        other.token_text = model.token_text
+    close(other.eval()(idx)[0], model.eval()(idx)[0], atol=2e-5)

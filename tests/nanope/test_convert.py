@@ -75,3 +75,13 @@ def test_to_rope_keeps_mode_and_dtype():
 def test_to_rope_refuses_the_others(pos):
     with pytest.raises(ValueError, match=f"^{pos} "):
         GPT(config(pos)).to_rope()
+
+
+@pytest.mark.parametrize("case", ["rope fraction", "crope fraction"])
+@pytest.mark.parametrize("rule", ["pi", "ntk", "yarn"])
+def test_scaling_and_to_rope_commute(case, rule):
+    """The plain rope of a model knows the base and the width that frequencies are scaled by, and what scores are."""
+    model, idx = shaken(config(*ROPES[case])), tokens(3 * BLOCK)
+    expected = model.scaled(rule, 4.0)(idx)[0]
+    close(model.to_rope().scaled(rule, 4.0)(idx)[0], expected, atol=1e-9)
+    close(model.scaled(rule, 4.0).to_rope()(idx)[0], expected, atol=1e-9)

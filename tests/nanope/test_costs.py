@@ -262,3 +262,14 @@ def test_a_large_model_is_passed_without_its_memory():
     assert parameters(run.model)["total"] == 1_555_201_600 and run.peak > 50e9
     # kB; the parameters alone would be 6 GB
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
+
+
+@pytest.mark.parametrize("fields", [{"pos": "alibi"}, {"window": 16}, {"document_mask": True, "eot": 0}])
+def test_dropout_saves_no_probabilities_on_a_gpu(fields):
+    """No kernel there saves T² of them; a mask may be."""
+    plain, dropped = (
+        simulate(dataclasses.replace(SHAPE, dropout=p, **fields), ROWS, torch.bfloat16, gpu=True).saved["attention"]
+        for p in (0.0, 0.1)
+    )
+    pairs = SHAPE.n_layer * ROWS * SHAPE.n_head * SHAPE.block_size**2
+    assert dropped - plain < 6 * pairs  # 12.5 with probabilities

@@ -231,3 +231,10 @@ def test_position_parameters():
     model = build("comrope 4 ld")
     assert len(model.position_parameters()) == 2 * LAYERS
     assert model.position_parameters() <= dict(model.named_parameters()).keys()
+
+
+def test_two_parts_start_with_values_of_their_own():
+    """path+fox has two gates of one name and shape. Those of the first are those of the scheme alone."""
+    both, path = (GPT(config(pos), seed=3).transformer["h"][0].attn.pos for pos in ("path+fox", "path"))
+    gates = [both.part(name).gate.weight for name in ("path", "fox")]
+    assert torch.equal(gates[0], path.gate.weight) and not torch.equal(*gates)

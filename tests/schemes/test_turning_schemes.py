@@ -185,7 +185,7 @@ def gape_bias(pos, qk, m, n):
     q, k = qk[0, m, 0].double(), qk[0, n, 1].double()
     w_g, w_l, b_g, b_l, gamma = (w.detach().double() for w in (pos.w_g, pos.w_l, pos.b_g, pos.b_l, pos.gamma))
     g, fading = F.softplus((w_g * q).sum(-1) + b_g), 1 - torch.sigmoid((w_l * k).sum(-1) + b_l)
-    return -F.softplus(gamma) * g * fading * (m - n) / pos.training_length
+    return -F.softplus(gamma) * g * fading * (m - n) / pos.unit
 
 
 @pytest.mark.parametrize("low,close_by,far", [(torch.float32, 3e-5, 1e-6), (torch.bfloat16, 3e-3, 0.012)])
