@@ -75,15 +75,16 @@ def _cached(repo: str, revision: str, patterns: list[str]) -> tuple[str, list[Fi
         for path in folder.rglob("*.parquet")
         if any(fnmatch.fnmatchcase(path.relative_to(folder).as_posix(), pattern) for pattern in patterns)
     ]
-    there = {file.name for file in found}
-    for name in sorted(there):  # the cache does not know what it lacks, but many names tell how many there are
-        if numbers := re.search(r"-\d{5}-of-(\d{5})", name):
-            siblings = {f"{name[: numbers.start()]}-{i:05d}-of-{numbers[1]}.parquet" for i in range(int(numbers[1]))}
-            if missing := sorted(siblings - there):
-                raise DataError(
-                    f"the hub library's cache has only a part of {repo}: {some(missing)} is not there; without "
-                    f"HF_HUB_OFFLINE the same command downloads it"
-                )
+    counted = {}  # the cache does not know what it lacks, but many names tell how many there are
+    for file in found:
+        if numbers := re.match(r"(.*)-(\d{5})-of-(\d{5})", file.name):
+            counted.setdefault((numbers[1], numbers[3]), set()).add(int(numbers[2]))
+    for (name, total), there in sorted(counted.items()):
+        if missing := [f"{name}-{i:05d}-of-{total}" for i in range(int(total)) if i not in there]:
+            raise DataError(
+                f"the hub library's cache has only a part of {repo}: {some(missing)} is not there; without "
+                f"HF_HUB_OFFLINE the same command downloads it"
+            )
     note(
         f"offline: {len(found):,} files of {repo}, {sum(f.bytes for f in found) / 1e6:,.0f} MB, are in the hub "
         "library's cache, and are taken for all of it"

@@ -98,7 +98,7 @@ def validation_rule(
         share = min(share, corpus.val_bytes / text_bytes)
     counts = {"val_bytes": None if text_bytes is None else round(share * text_bytes), "text_bytes": text_bytes}
     if seen and seen.documents == 1:
-        note("there is a single document: its end, from a line break on, is the validation document")
+        note("there is a single document: its end, from a line break near it on, is the validation document")
         return {"kind": "cut"} | counts | {"share": min(share, 0.5)}
     return {"kind": "hash"} | counts | {"sha256_fraction_below": _threshold(share, counts["val_bytes"], seen)}
 
@@ -135,7 +135,7 @@ def assigned(documents: Documents, rule: dict, own_split: str | None) -> Assigne
         elif rule["kind"] == "cut" and text and not text.isspace():  # others are counted and left out
             middle = round(len(text) * (1 - rule["share"]))
             least = round(len(text) * (1 - 1.5 * rule["share"]))  # no line is so long that validation takes most of it
-            cut = text.rfind("\n", least, middle) + 1 or middle
+            cut = text.rfind("\n", least, middle) + 1 or text.rfind(" ", least, middle) + 1 or middle
             if not text[:cut].strip() or not text[cut:].strip():
                 raise DataError(f"{name} is too little text for training and validation")
             yield "train", name, text[:cut], digest

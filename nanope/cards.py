@@ -106,8 +106,7 @@ HEAD = """# Schemes
 
 Every scheme is one file of `schemes/`, and its name is a value of `pos`. They combine (`rope+fox`) and vary by layer
 (`[rope, rope, none]`). Parameters and FLOPs of matrix products are those of GPT-2 small (124M, length 1,024), against
-rope's; below 1 are dense schemes, which leave out keys that no query of a chunk sees. The elementwise operations leave
-out the work of a bias, which is inside of a GPU's attention kernel. Speed and peak memory are of a
+rope's; below 1 are dense schemes, which leave out keys that no query of a chunk sees. Speed and peak memory are of a
 training step on a CPU, relative to rope in the same run.
 
 {machine}

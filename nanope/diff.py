@@ -29,7 +29,7 @@ def differences(config: RunConfig, run: Path) -> list[str]:
     for field in dataclasses.fields(RunConfig):
         name = field.name
         there, here = theirs.get(name, "absent"), mine[name]
-        left_open = here is None and field.default is None
+        left_open = here in (None, "auto") and field.default is None
         if there == here or left_open or name in ("out_dir", "resume"):
             continue
         if isinstance(here, dict) and isinstance(there, dict):

@@ -76,18 +76,20 @@ def with_weights(model: GPT, state: dict, source: str) -> tuple[GPT, str]:
     made = resolve(GPTConfig(**{k: v for k, v in state["config"].items() if k in GPTConfig.__dataclass_fields__}))
     taken = {name for name in own.keys() & weights.keys() if own[name].shape == weights[name].shape}
     for layer in range(made.n_layer):  # another scheme's parameters may have the same names: path and fox have gates
-        if scheme_of(made, layer) != scheme_of(model.config, layer):
-            taken -= {name for name in taken if name.startswith(f"transformer.h.{layer}.attn.pos.")}
+        then, now = parts_of(made, layer), parts_of(model.config, layer)
+        for prefix in then.keys() | now.keys():
+            if then.get(prefix) != now.get(prefix):
+                taken -= {name for name in taken if name.startswith(f"transformer.h.{layer}.attn.pos.{prefix}")}
     model.load_state_dict({**own, **{name: weights[name] for name in taken}})
     left, new = in_short(weights.keys() - taken), in_short(own.keys() - taken)
     return model, f"weights of {source}: {len(taken)} tensors taken; left behind: {left}; new: {new}"
 
 
-def scheme_of(config: GPTConfig, layer: int) -> tuple[tuple[str, ...], dict]:
-    """The schemes of a layer, with their options."""
-    names = layer_schemes(config.pos, layer)
-    given = config.pos_options
-    return names, {name: given if single(config.pos) else given.get(short(name)) for name in names}
+def parts_of(config: GPTConfig, layer: int) -> dict[str, tuple[str, dict]]:
+    """How the names of a layer's own parameters begin, by scheme → the scheme and its options."""
+    names, given = layer_schemes(config.pos, layer), config.pos_options
+    options = {name: given if single(config.pos) else given.get(short(name)) for name in names}
+    return {f"{short(name)}." * (len(names) > 1): (name, options[name]) for name in names}
 
 
 def in_short(names) -> str:

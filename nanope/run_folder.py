@@ -73,8 +73,9 @@ def check_resumable(state: dict, config: RunConfig, data: Data) -> None:
 def launch() -> str:
     """The launch that this process belongs to, the same for all its restarts by torchrun --max-restarts: torchrun's own
     process, by when it began; over several nodes, each of which has one, its --rdzv_id."""
-    if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
-        return os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    if name != "none" and os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
+        return name
     number, began = os.getppid(), ""
     with contextlib.suppress(OSError):  # numbers come again: in a container each torchrun may have the same
         began = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[19]

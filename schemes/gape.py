@@ -2,6 +2,8 @@
 g = softplus(w_g·q + b_g) says how much of the past fades, the key's l = σ(w_l·k + b_l) protects that key,
 Γ_h = softplus(γ_h). q and k are those before rotation; T is the training length."""
 
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -45,6 +47,8 @@ class GAPE(RoPE):
 
     def __init__(self, config, layer, *, base: float = 10000.0, unit: float | None = None):
         super().__init__(config, layer, base=base)
+        if unit is not None and not 0 < unit < math.inf:
+            raise ValueError(f"gape's unit {unit} must be a positive number of tokens")
         self.unit = unit
         self.w_g, self.w_l = (nn.Parameter(torch.empty(self.n_head, self.head_width)) for _ in range(2))
         self.b_g, self.b_l, self.gamma = (nn.Parameter(torch.empty(self.n_head)) for _ in range(3))

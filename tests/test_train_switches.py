@@ -92,6 +92,8 @@ def test_parameters_of_another_scheme_are_not_taken_for_its_own():
     assert not torch.equal(gates[0], fox.transformer["h"][0].attn.pos.gate.weight)
     assert torch.equal(gates[1], fox.transformer["h"][1].attn.pos.gate.weight)
     assert "new: h.*.attn.pos.conv" in said
+    both = [GPT(GPTConfig(pos="rope+fox", pos_options={"rope": {"base": b}}, **shape)) for b in (1e4, 5e5)]
+    assert initial.with_weights(both[1], state(both[0]), "it")[1].endswith("left behind: none; new: none")
     longer = GPT(GPTConfig(pos="comrope", **shape | {"block_size": 64}))  # whose frequencies are in another unit
     _, said = initial.with_weights(longer, state(GPT(GPTConfig(pos="comrope", **shape))), "it")
     assert said.endswith("left behind: h.*.attn.pos.P; new: h.*.attn.pos.P")

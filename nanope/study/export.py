@@ -63,7 +63,7 @@ def lines_of(name: str, report: dict) -> list[dict]:
         return [
             about
             | {k: row.get(k) for k in ("protocol", "length", "scaling", "factor")}
-            | {"split": report["split"], "stride": report["stride"], "stream": report["stream"]}
+            | {"split": report.get("split"), "stride": report["stride"], "stream": report["stream"]}
             | {k: row.get(k) for k in FIGURES}
             | {k: row[k] for k in SOMETIMES if k in row}
             | dict(zip(("low", "high"), row.get("interval") or (None, None)))

@@ -49,7 +49,7 @@ from nanope.study.run import Run, slug
 from nanope.values import read_yaml_file
 from schemes import label, problems_of, short, single
 
-EVAL_DEFAULTS = make_parser().parse_args(["--run", "a run"])
+EVAL_ARGUMENTS = vars(make_parser().parse_args(["--run", "a run"])).keys()
 PER_RUN = ("out_dir", "seed", "data_seed", "resume")  # a grid sets none of these: they are what tells its runs apart
 WRITTEN_OUT = ("base", "grid", "scales")  # keys of a grid file that a Grid no longer has
 
@@ -130,8 +130,13 @@ class Grid:
             "baseline": baseline,
         }
         for fields in (*made["settings"].values(), (given.get("tune") or {}).get("fields") or {}):
-            for name in changes.get("fields", {}):  # of all runs
+            for name in changes.get("fields", {}):  # of all runs, but for what arms are
                 fields.pop(name, None)
+        if changes.get("fields") and len({json.dumps(s, sort_keys=True) for s in made["settings"].values()}) < len(
+            made["settings"]
+        ):
+            set_ = ", ".join(changes["fields"])
+            raise ValueError(f"{set_} set for all runs makes settings equal: choose some of them by --settings")
         return cls(**{k: v for k, v in {**given, **made}.items() if v is not None})
 
     @classmethod
@@ -184,8 +189,8 @@ class Grid:
                 raise ValueError(
                     f"the report {name!r} of eval has a program: scripts/shift.py is now `protocol: shift`"
                 )
-            if odd := [k for k in report if k not in vars(EVAL_DEFAULTS)]:
-                hint = nearest(odd[0], vars(EVAL_DEFAULTS))
+            if odd := [k for k in report if k not in EVAL_ARGUMENTS]:
+                hint = nearest(odd[0], EVAL_ARGUMENTS)
                 raise ValueError(f"the report {name!r} of eval: {odd[0]} is no argument of eval.py{hint}")
             if "lengths" not in report and as_list(report.get("protocol")) not in (["shift"], ["task"]):
                 raise ValueError(f"the report {name!r} of eval lacks lengths")
@@ -208,8 +213,8 @@ class Grid:
             if name not in RunConfig.__dataclass_fields__ or name in PER_RUN:
                 hint = nearest(name, RunConfig.__dataclass_fields__)
                 raise ValueError(f"tune: fields: {name} is no field that a grid may set{hint}")
-        if not isinstance(tune.get("seeds", []), list):
-            raise ValueError(f"tune: seeds is a list, such as [0], not {tune['seeds']!r}")
+        if isinstance(tune.get("seeds"), int) and tune["seeds"] > 1:  # would be one seed of that number
+            raise ValueError(f"tune: seeds is a list of seeds, such as [0], not {tune['seeds']!r}")
         if tune and (set(tune) - {"learning_rate", "seeds", "fields"} or not as_list(tune.get("learning_rate"))):
             raise ValueError(
                 f"tune takes learning_rate, a list, and optionally seeds and fields; it has {', '.join(tune)}"

@@ -31,7 +31,7 @@ def parser_of(program: str, description: str) -> argparse.ArgumentParser:
     what("--settings", nargs="+", metavar="SETTING", help="only these settings")
     what("--seeds", type=int, nargs="+", metavar="N", help="a number of seeds, or several seeds themselves")
     what("--corpus", help="another corpus for all settings, as data/prepare.py names it")
-    text = "fields of train.py for all runs, such as max_steps=100"
+    text = "fields of train.py for all runs, such as max_steps=100; what an arm has of its own stays"
     what("--set", nargs="+", default=[], metavar="FIELD=VALUE", help=text)
 
     where = parser.add_argument_group("where and how").add_argument

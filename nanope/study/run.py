@@ -88,16 +88,15 @@ class Run:
 
     def trained(self) -> bool:
         """Whether training has ended. The last checkpoint may be gone only where every report is there."""
-        return self.ended() and not self.bare()
-
-    def ended(self) -> bool:
-        """Whether the metrics go to the end."""
-        return any(m["step"] == self.max_steps and "val/loss" in m for m in self.metrics())
+        if not any(m["step"] == self.max_steps and "val/loss" in m for m in self.metrics()):
+            return False
+        return self.files.last_checkpoint(self.name) == self.max_steps or not self.missing_reports()
 
     def bare(self) -> bool:
-        """Whether it has ended, and its last checkpoint, which an evaluation needs, is gone."""
-        there = self.files.last_checkpoint(self.name) == self.max_steps
-        return self.ended() and not there and bool(self.missing_reports())
+        """Whether it has reports, lacks another one, and has no checkpoint to make it from."""
+        return bool(
+            self.files.reports(self.name) and self.missing_reports() and self.files.last_checkpoint(self.name) is None
+        )
 
     def diverged(self) -> bool:
         """Whether max_bad_steps steps in a row that were not finite ended it. Started again, it would do so again."""

@@ -16,10 +16,10 @@ def state_of(run: Run, failed: dict | None = None) -> str:
         return "failed"
     if run.done():
         return "done" if run.trained() else "diverged"
-    if run.bare():
-        return "checkpoint gone"
     if held(run):
         return "evaluating" if run.trained() else "training"
+    if run.bare():
+        return "checkpoint gone"
     return "to evaluate" if run.trained() else "stopped" if run.step() else "waiting"
 
 

@@ -113,7 +113,7 @@ def work(grid: Grid, files: RunFolders, args: argparse.Namespace) -> int:
     out, runs = files.folder, grid.runs(files)
     (out / "logs").mkdir(parents=True, exist_ok=True)
     if args.only:
-        return told(grid, files, Runner(grid, files, args, args.only).execute())
+        return told(grid, files, Runner(grid, files, args, args.only).execute(), whole=False)
 
     grid.write(out)
     if runs:
@@ -131,11 +131,12 @@ def work(grid: Grid, files: RunFolders, args: argparse.Namespace) -> int:
     return told(grid, files, failed)
 
 
-def told(grid: Grid, files: RunFolders, failed: dict[str, str]) -> int:
-    """Print the errors of runs that failed, and which arms have no learning rate. Returns the exit code."""
+def told(grid: Grid, files: RunFolders, failed: dict[str, str], whole: bool = True) -> int:
+    """Print the errors of runs that failed, and of a whole grid how many have no learning rate. Returns the exit
+    code."""
     for name, error in failed.items():
         print(f"\n{name}: {error}", file=sys.stderr)
-    waiting, found = sum(run is None for run in grid.main_runs(files)), []
+    waiting, found = sum(run is None for run in grid.main_runs(files)) if whole else 0, []
     ended = [run.name for run in grid.runs(files) if run.name in failed and run.diverged()]
     if again := len(failed) - len(ended):
         found.append(f"{again} run(s) failed: the same command tries them again")

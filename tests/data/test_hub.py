@@ -180,10 +180,12 @@ def test_offline_from_the_cache(hub, tmp_path):
 def test_a_cache_that_lacks_a_file_is_not_taken_for_the_corpus(tmp_path, monkeypatch):
     for i in (0, 2):
         (tmp_path / "a").mkdir(exist_ok=True)
-        (tmp_path / "a" / f"train-{i:05d}-of-00003.parquet").write_text("x")
+        (tmp_path / "a" / f"train-{i:05d}-of-00003-0f92e{i}.parquet").write_text("x")
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *given, **more: str(tmp_path))
-    with pytest.raises(DataError, match="only a part of owner/name: a/train-00001-of-00003.parquet is not there"):
+    with pytest.raises(DataError, match="only a part of owner/name: a/train-00001-of-00003 is not there"):
         _cached("owner/name", "main", ["a/train-*.parquet"])
+    (tmp_path / "a" / "train-00001-of-00003-77.parquet").write_text("x")
+    assert len(_cached("owner/name", "main", ["a/train-*.parquet"])[1]) == 3
     assert _cached("owner/name", "main", ["b/*.parquet"])[1] == []  # of another subset
 
 

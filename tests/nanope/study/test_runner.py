@@ -143,7 +143,14 @@ def test_an_evaluation_that_is_added_does_not_train_again_what_has_no_checkpoint
     before = files_of(run.folder)
     (error,) = Runner(more, files, arguments_of()).execute().values()
     assert "its checkpoint, which the evaluation 'more' needs, is gone" in error and files_of(run.folder) == before
-    assert state_of(more.runs(files)[0]) == "checkpoint gone"
+    (run,) = more.runs(files)
+    assert state_of(run) == "checkpoint gone"
+    lock = take(run, 0)
+    assert state_of(run) == "training"
+    lock.close()
+    (run.folder / "checkpoints").mkdir()
+    (run.folder / "checkpoints" / "step_25.pt").touch()  # killed while the last one was being written
+    assert not run.bare() and state_of(run) == "stopped"
 
 
 def test_a_run_of_a_scheme_whose_file_has_changed_is_not_taken_as_done(tmp_path, monkeypatch, capsys):
