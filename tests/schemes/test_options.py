@@ -30,7 +30,7 @@ ALTERNATIVES = {
     "lerope": {"base": 50.0},
     "xpos": {"base": 50.0, "scale": 3.0},
     "pope": {"base": 50.0, "start": "uniform"},
-    "gape": {"base": 50.0},
+    "gape": {"base": 50.0, "unit": 7.0},
     "selective": {"base": 50.0, "rank": 0, "gate": True, "phase_bias": True},
     "t5": {"buckets": 8, "longest": 40, "std": 0.5, "share_layers": False},
     "kerple": {"kind": "power"},
