@@ -120,13 +120,16 @@ def host_copy(state, copy: Callable[[torch.Tensor], torch.Tensor], copies: dict 
 # ---- a model from a checkpoint
 
 
+def model_config_of(state: dict) -> GPTConfig:
+    """The GPTConfig of a checkpoint. What the scheme's options leave to it, such as the unit of distances, is written
+    out: it belongs to the weights."""
+    return resolve(GPTConfig(**{k: v for k, v in state["config"].items() if k in GPTConfig.__dataclass_fields__}))
+
+
 def build_model(state: dict, **changes) -> GPT:
     """The GPT of a checkpoint, with `changes` to its GPTConfig (such as another block_size). ValueError where the
     weights do not fit: a learned table is cut for a smaller block_size, never stretched."""
-    names = GPTConfig.__dataclass_fields__
-    # What the scheme's options leave to the config is that of the weights, such as the unit of distances
-    made = resolve(GPTConfig(**{k: v for k, v in state["config"].items() if k in names}))
-    config = dataclasses.replace(made, **changes)
+    config = dataclasses.replace(model_config_of(state), **changes)
     model = GPT(config)
     weights = dict(state["model"])
     wpe = "transformer.wpe.weight"

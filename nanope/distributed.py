@@ -175,9 +175,7 @@ def settle_buckets(parallel: torch.nn.Module, micro: int, device: torch.device, 
                 _, loss = parallel(idx, idx)
                 auxiliary = model.auxiliary()
             (loss if auxiliary is None else loss + auxiliary).backward()
-        for p in model.parameters():
-            if p.requires_grad:
-                p.grad.zero_()
+        parallel.zero_grad(set_to_none=False)  # they stay in the buckets
 
 
 @contextlib.contextmanager

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from data.shards import Data
 from data.tokenizer import load_tokenizer
-from model import GPT, GPTConfig, resolve
-from nanope.checkpoint import build_model, find, load
+from model import GPT, GPTConfig
+from nanope.checkpoint import build_model, find, load, model_config_of
 from nanope.config import SWITCHES, RunConfig, completed, merged
 from schemes import layer_schemes, short, single
 
@@ -73,7 +73,7 @@ def with_weights(model: GPT, state: dict, source: str) -> tuple[GPT, str]:
         if len(weights[wpe]) < len(own[wpe]):
             raise ValueError(f"learned positions of {source} end at {len(weights[wpe])}, before {len(own[wpe])}")
         weights[wpe] = weights[wpe][: len(own[wpe])]
-    made = resolve(GPTConfig(**{k: v for k, v in state["config"].items() if k in GPTConfig.__dataclass_fields__}))
+    made = model_config_of(state)
     taken = {name for name in own.keys() & weights.keys() if own[name].shape == weights[name].shape}
     for layer in range(made.n_layer):  # another scheme's parameters may have the same names: path and fox have gates
         then, now = parts_of(made, layer), parts_of(model.config, layer)

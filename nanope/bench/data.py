@@ -27,7 +27,7 @@ from data.shards import cores, open_data, output
 from data.sources import source_files
 from data.tokenizer import GPT2_PATTERN, load_tokenizer
 from nanope import REPO
-from nanope.bench.turns import Worker, command_line, heading, ratios, row, spread, take_turns, workers
+from nanope.bench.turns import Worker, check_counts, command_line, heading, ratios, row, spread, take_turns, workers
 
 FLOOR = 0.9  # of the better of threads and processes
 MEMORY_LIMIT = 1.5e9  # bytes, of all processes of prepare with 2 workers
@@ -223,6 +223,7 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--workers", type=int, help="processes and threads (default: all cores)")
     args = parser.parse_args(arguments)
+    check_counts(parser, {"rounds": args.rounds})
 
     processes = args.workers or cores()
     corpus = CORPORA["novels"]

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from data.shards import output
-from nanope.bench.turns import Worker, command_line, heading, ratios, row, spread, take_turns, workers
+from nanope.bench.turns import Worker, check_counts, command_line, heading, ratios, row, spread, take_turns, workers
 from nanope.distributed import peak_memory, pick_device
 
 OURS, PEER = "eval.py", "transformers"
@@ -116,6 +116,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
     args = parser.parse_args(arguments)
+    check_counts(parser, {"rounds": args.rounds})
     output(
         f"{args.n_layer} layers × {args.n_embd}, vocabulary {args.vocab_size:,}, float32, "
         f"{args.batch_tokens:,} tokens a turn; median of {args.rounds} rounds\n"

@@ -32,7 +32,18 @@ import torch
 from data.shards import as_path, output
 from model import GPT, SCHEMES, Block, GPTConfig, resolve
 from nanope import coordinates
-from nanope.bench.turns import Worker, command_line, heading, ratios, rope_ratios, row, spread, take_turns, workers
+from nanope.bench.turns import (
+    Worker,
+    check_counts,
+    command_line,
+    heading,
+    ratios,
+    rope_ratios,
+    row,
+    spread,
+    take_turns,
+    workers,
+)
 from nanope.config import SWITCHES
 from nanope.distributed import autocast, peak_memory, pick_device, use_dtype
 from nanope.log import device_name
@@ -317,9 +328,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, dict], di
     args.schemes = [v for scheme in args.schemes for v in (SCHEMES if scheme == "all" else [scheme])]
 
     own = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
-    for name, value in {**own, **{k: getattr(args, k) for k in COUNTS}}.items():
-        if value is not None and value < 1:
-            parser.error(f"--{name} must be at least 1, not {value}")
+    check_counts(parser, {**own, **{k: getattr(args, k) for k in COUNTS}})
     if args.source is not None and not args.source.is_file():
         parser.error(f"--from {args.source}: no such file")
     if args.shape == "all" and args.json:

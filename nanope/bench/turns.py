@@ -21,15 +21,15 @@ def command_line(prog: str, description: str, rounds: int) -> argparse.ArgumentP
         prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     what = f"counted rounds, after one warm-up (default: {rounds})"
-    parser.add_argument("--rounds", type=positive, default=rounds, help=what)
+    parser.add_argument("--rounds", type=int, default=rounds, help=what)
     return parser
 
 
-def positive(text: str) -> int:
-    """A whole number from 1 on. ArgumentTypeError for less, ValueError for what is no number."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
-    return number
+def check_counts(parser: argparse.ArgumentParser, counts: dict[str, int | None]) -> None:
+    """End the process where a number of something, by the name of its option, is below 1."""
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, not {value}")
 
 
 class Worker:

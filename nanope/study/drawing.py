@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator, ScalarFor
 from matplotlib.transforms import ScaledTranslation
 
 from nanope.study.labels import Labels, wrapped
+from nanope.study.seed_statistics import beyond_noise
 
 MARKS = "osD"  # of a forest's lengths
 FLATTENS = 4  # arms without which an axis has a quarter of the range or less do not set it
@@ -295,8 +296,12 @@ def draw_difference(axes, finding: dict, y: float, colour: str, marker: str) -> 
     value, (start, stop) = finding["difference"], ends_of(finding)
     if finding["interval"]:
         axes.plot(np.clip([start, stop], low, high), [y, y], color=colour, linewidth=1.1, solid_capstyle="butt")
-    clear = finding["interval"] is not None and finding.get("seeds", 2) > 1 and not start <= 0 <= stop
-    look = {"color": colour, "markerfacecolor": colour if clear else "white", "markeredgewidth": 0.9, "zorder": 4}
+    look = {
+        "color": colour,
+        "markerfacecolor": colour if beyond_noise(finding) else "white",
+        "markeredgewidth": 0.9,
+        "zorder": 4,
+    }
     if low <= value <= high:
         axes.plot([value], [y], marker, markersize=3.8, **look)
     for edge, beyond, arrow in ((low, start < low, "<"), (high, stop > high, ">")):

@@ -111,8 +111,6 @@ class Grid:
                 raise ValueError(f"eval: {name!r} must be a mapping, the arguments of eval.py, not {report!r}")
         if "learning_rate" in changes.get("fields", {}) and given.get("tune"):
             raise ValueError("learning_rate is tuned: change tune in the grid file")
-        if not isinstance(given.get("seeds", 1), int | list):
-            raise ValueError(f"seeds must be a number, or a list of different whole numbers, not {given['seeds']!r}")
 
         arms, seeds, baseline = as_mapping(given.get("arms"), "arms"), given.get("seeds", 1), given.get("baseline")
         if baseline is None or (baseline not in arms and "arms" in changes):  # a selection may leave it out
@@ -126,17 +124,16 @@ class Grid:
                 given.get("settings"), given.pop("grid", None) or {}, path, given.get("fields") or {}
             ),
             "arms": arms,
-            "seeds": list(range(1, seeds + 1)) if isinstance(seeds, int) else list(seeds),
+            "seeds": list(range(1, seeds + 1)) if isinstance(seeds, int) else seeds,
             "baseline": baseline,
         }
         for fields in (*made["settings"].values(), (given.get("tune") or {}).get("fields") or {}):
             for name in changes.get("fields", {}):  # of all runs, but for what arms are
                 fields.pop(name, None)
-        if changes.get("fields") and len({json.dumps(s, sort_keys=True) for s in made["settings"].values()}) < len(
-            made["settings"]
-        ):
-            set_ = ", ".join(changes["fields"])
-            raise ValueError(f"{set_} set for all runs makes settings equal: choose some of them by --settings")
+        different = {json.dumps(setting, sort_keys=True) for setting in made["settings"].values()}
+        if changes.get("fields") and len(different) < len(made["settings"]):
+            names = ", ".join(changes["fields"])
+            raise ValueError(f"{names} set for all runs makes settings equal: choose some of them by --settings")
         return cls(**{k: v for k, v in {**given, **made}.items() if v is not None})
 
     @classmethod
@@ -177,7 +174,12 @@ class Grid:
         if self.arms and self.baseline not in self.arms:
             hint = f"{nearest(self.baseline, self.arms)} (arms: {', '.join(self.arms)})"
             raise ValueError(f"baseline {self.baseline!r} is no arm{hint}")
-        if not self.seeds or not all(isinstance(s, int) for s in self.seeds) or len(set(self.seeds)) < len(self.seeds):
+        if (
+            not isinstance(self.seeds, list)
+            or not self.seeds
+            or not all(isinstance(s, int) for s in self.seeds)
+            or len(set(self.seeds)) < len(self.seeds)
+        ):
             raise ValueError(f"seeds must be a number, or a list of different whole numbers, not {self.seeds}")
         if self.figure not in ("nats", "perplexity"):
             raise ValueError(f"figure must be nats or perplexity, not {self.figure!r}")

@@ -17,6 +17,7 @@ from nanope.study.probe_panels import attention, attention_of_report, needle, ne
 from nanope.study.results import Study, scaled, three_of, throughput
 from nanope.study.seed_statistics import (
     answers_interval,
+    beyond_noise,
     difference_of_losses,
     difference_of_rows,
     seed_interval,
@@ -123,8 +124,8 @@ def curve_of(arm: str, by_length: dict, show: Callable, look: dict) -> Curve:
 def with_bands(curves: list[Curve], baseline: str, ends: dict[str, dict | None]) -> None:
     """Give a band to the baseline and to the lowest of the arms that end below it beyond noise, BANDS in all. `ends`:
     arm → its paired difference at the end. Bands of arms that tie would cover each other; differences say more."""
-    others = {arm: d for arm, d in ends.items() if arm != baseline and d and d["interval"] and d["seeds"] > 1}
-    better = {arm: d["difference"] for arm, d in others.items() if d["interval"][1] < 0}
+    clear = {arm: d["difference"] for arm, d in ends.items() if arm != baseline and d and beyond_noise(d)}
+    better = {arm: difference for arm, difference in clear.items() if difference < 0}
     chosen = [baseline, *sorted(better, key=better.get)][:BANDS]
     for curve in curves:
         curve.band = curve.name in chosen and any(curve.intervals)

@@ -54,10 +54,10 @@ class Study:
         label = ", ".join(filter(None, (setting, arm)))
         for seed in self.grid.seeds:
             if seed not in done:
-                diverged = " (diverged)" if seed in known and known[seed].diverged() else ""
+                why = " (diverged)" if seed in known and known[seed].diverged() else ""
                 if waiting and all(trial.diverged() for trial in self.grid.trials(self.files, setting, arm)):
-                    diverged = " (all trials diverged)"
-                self.missing.append(f"{label}, seed {seed}{diverged}")
+                    why = " (all trials diverged)"
+                self.missing.append(f"{label}, seed {seed}{why}")
         self.runs[setting, arm] = done
 
     def check_data(self, setting: str) -> None:

@@ -61,6 +61,13 @@ def contrast(plus: list[dict[int, dict]], minus: list[dict[int, dict]]) -> dict 
     return {"difference": found["difference"], "interval": found["interval"], "seeds": len(seeds)}
 
 
+def beyond_noise(found: dict) -> bool:
+    """Whether the interval of a difference excludes 0. One seed does not tell: its interval is over documents alone."""
+    return (
+        found["seeds"] > 1 and found["interval"] is not None and not found["interval"][0] <= 0 <= found["interval"][1]
+    )
+
+
 def difference_of_answers(ours: dict[int, dict], base: dict[int, dict]) -> dict | None:
     """Mean paired difference of two rows on a task by seed, of exact matches, with an interval over seeds and examples;
     None where one cannot reach the length. ValueError where they answered different examples."""

@@ -182,7 +182,7 @@ def test_train_in_processes_of_their_own(bench, tmp_path):
         (["--schemes", "", "--no_peer"], "pos must be a scheme's name"),
         (["--together", "0"], "--together must be at least 1"),
         (["--from", "nowhere"], "--from nowhere: no such file"),
-        (["--rounds", "0"], "argument --rounds: must be at least 1"),
+        (["--rounds", "0"], "--rounds must be at least 1"),
         (["train", "--json", "x", "--shape", "all"], "--json takes one shape, not all"),
         (["--shape", "all"], "--n_layer changes one shape"),
         (["--nanogpt", "nowhere"], "--nanogpt nowhere: no model.py there"),

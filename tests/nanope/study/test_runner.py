@@ -128,7 +128,10 @@ def test_data_that_were_made_with_other_options_are_refused(tmp_path):
     prepared(tmp_path).rename(tmp_path / "made")
     (tmp_path / "data").mkdir()
     (tmp_path / "made").rename(tmp_path / "data" / "files-byte")
-    grid = lambda n: Grid.read(write_grid(tmp_path / "g.yaml", fields=FIELDS, data=data | {"val_tokens": n}))  # noqa: E731
+
+    def grid(val_tokens):
+        return Grid.read(write_grid(tmp_path / "g.yaml", fields=FIELDS, data=data | {"val_tokens": val_tokens}))
+
     prepare(grid(2500), None, root=tmp_path)
     with pytest.raises(ValueError, match="made with val_tokens 2500, and the grid's data has val_tokens 800"):
         prepare(grid(800), None, root=tmp_path)
