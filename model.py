@@ -463,8 +463,8 @@ class GPT(nn.Module):
         return convert.to_rope(self)
 
     def scaled(self, rule: str, factor: float) -> "GPT":
-        """The plain rope model whose frequencies are scaled by `rule` (pi, ntk, yarn) for contexts of factor ×
-        block_size. ValueError where to_rope() has none."""
+        """The plain rope model whose frequencies are scaled by `rule` (pi, ntk, yarn, yarn-code) for contexts of
+        factor × block_size. ValueError where to_rope() has none."""
         return convert.scaled(self, rule, factor)
 
     @classmethod

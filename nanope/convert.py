@@ -7,7 +7,7 @@ import torch
 
 from nanope.errors import nearest
 
-SCALINGS = ("pi", "ntk", "yarn")
+SCALINGS = ("pi", "ntk", "yarn", "yarn-code")
 
 
 @torch.no_grad()
@@ -68,19 +68,28 @@ def scale_frequencies(
           interpolated. Trained frequencies follow the same curve, clamped at both ends.
     yarn  ω/s where a wavelength exceeds the training length, ω where 32 or more fit into it, a ramp in their number
           between; logits times (0.1 ln s + 1)² (Peng 2309.00071)
-    ValueError for another rule, factor < 1, or ntk with fewer than 4 turning channels.
+    yarn-code  the same with the ramp of the authors' code and of transformers: linear in the pair's index, which is in
+          log ω, between whole indices. It keeps more frequencies, and more so the shorter the training length.
+    ValueError for another rule, factor < 1, or ntk and yarn-code with fewer than 4 turning channels.
     """
     if not 1 <= factor < math.inf:
         raise ValueError(f"factor must be at least 1, not {factor}: it is the new context over the training length")
     if rule == "pi":
         return freqs / factor, 1.0
-    if rule == "ntk":
-        if width < 4 or base <= 1:
-            raise ValueError(f"ntk needs at least 4 turning channels a head and a base above 1, not {width} and {base}")
-        slowest = -(width - 2) / width * math.log(base)
-        share = (freqs.clamp_min(torch.finfo(freqs.dtype).tiny).log() / slowest).clamp(0, 1)
-        return freqs * factor**-share, 1.0
     if rule == "yarn":
         kept = ((length * freqs / (2 * math.pi) - 1) / (32 - 1)).clamp(0, 1)
-        return freqs * (kept + (1 - kept) / factor), (0.1 * math.log(factor) + 1) ** 2
-    raise ValueError(f"no frequency scaling {rule!r}{nearest(rule, SCALINGS)} There are: {', '.join(SCALINGS)}")
+    elif rule in ("ntk", "yarn-code"):
+        if width < 4 or base <= 1:
+            raise ValueError(
+                f"{rule} needs at least 4 turning channels a head and a base above 1, not {width} and {base}"
+            )
+        one = 2 / width * math.log(base)  # -log ω of the pair of index 1
+        index = -freqs.clamp_min(torch.finfo(freqs.dtype).tiny).log() / one
+        if rule == "ntk":
+            return freqs * factor ** -(index / (width / 2 - 1)).clamp(0, 1), 1.0
+        first, last = (math.log(length / (2 * math.pi * turns)) / one for turns in (32, 1))
+        first, last = max(math.floor(first), 0), min(math.ceil(last), width - 1)
+        kept = 1 - ((index - first) / max(last - first, 1e-3)).clamp(0, 1)
+    else:
+        raise ValueError(f"no frequency scaling {rule!r}{nearest(rule, SCALINGS)} There are: {', '.join(SCALINGS)}")
+    return freqs * (kept + (1 - kept) / factor), (0.1 * math.log(factor) + 1) ** 2

@@ -56,11 +56,11 @@ class PathRotation(torch.autograd.Function):
 class CARoPE(Scheme):
     """`carope`. W starts at 0 and b where f = base^(-2/D), so that step 0 is exactly rope. Options:
 
-    base. source of x_t: `hidden`, the block's layer-normed input, as in the same authors' earlier code, or `embedding`.
-    init `rope`, or `paper`, without a bias: f starts at 0.59. std: W starts at N(0, std²). content false leaves W out
-    (W = 0 for good), the control that the paper lacks: one trained constant f a head, which is RoPE with a trained base
-    a head. first_power of f: with 1 pair i turns as rope's pair i+1 does at step 0. share_layers: one W and b for all
-    layers.
+    base. source of x_t: `hidden`, the block's layer-normed input, as in the same authors' earlier code, or `embedding`,
+    which the paper's abstract names. init `rope`, or `paper`, without a bias: f starts at 0.59. std: W starts at N(0,
+    std²). content false leaves W out (W = 0 for good), the control that the paper lacks: one trained constant f a head,
+    which is RoPE with a trained base a head. first_power of f: with 1 pair i turns as rope's pair i+1 does at step 0.
+    share_layers: one W and b for all layers.
 
     Parameters: W (H, C), 0; b (H,), where f = base^(-2/D). Not decayed: b.
     Beyond block_size: yes, by construction; phases are path sums, of which no length is new in kind.

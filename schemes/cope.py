@@ -47,7 +47,8 @@ class CoPE(Scheme):
     """`cope`. Options:
 
     positions: rows of the table. Keys that stand farther take its last row, as in the paper, so that any length is
-    possible. All heads share the table, each layer has its own. q·e is not divided by √D, as in the paper's code.
+    possible. All heads share the table, each layer has its own. q·e is not divided by √D, as in the paper's listing;
+    the authors' released code divides it unless it is told not to.
 
     Parameters: e (D, positions), 0, which is no positions at all. Not decayed: e.
     Beyond block_size: yes, counts are clamped to the table at any length.

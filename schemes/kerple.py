@@ -17,11 +17,13 @@ LEAST = 0.01  # of r1 and r2 at the start, the bound to which the authors' code 
 
 
 class KERPLE(Scheme):
-    """`kerple`. Option kind: `log`, the paper's best, or `power`, of which alibi is a case.
+    """`kerple`. Options kind: `log`, the paper's best, or `power`, of which alibi is a case. share_layers: one r1 and
+    r2 for all layers, as in the authors' code; by default each layer has its own.
 
-    r1 and r2 are softplus of what is trained; power's exponent r2 is 2σ of it. So they stay in their ranges. At the
-    start they are drawn as in the authors' code: for log r1 from U(0, 2) and r2 from U(0, 1), for power r1 from U(0, 1)
-    and r2 from U(0, 2).
+    r1 and r2 are softplus of what is trained; power's exponent r2 is 2σ of it. So they stay in their ranges. The
+    authors train r1 and r2 themselves and clip them: an Adam step moves an r of 1 by 0.63 of theirs, one of 0.1 by a
+    tenth. At the start they are drawn as in their code: for log r1 from U(0, 2) and r2 from U(0, 1), for power r1 from
+    U(0, 1) and r2 from U(0, 2).
 
     Parameters: r1 (H,), r2 (H,): their softplus or 2σ is uniform as above, at least 0.01. Not decayed: r1, r2.
     Beyond block_size: yes, by construction.
@@ -32,8 +34,9 @@ class KERPLE(Scheme):
 
     undecayed = ("r1", "r2")
 
-    def __init__(self, config, layer, *, kind: Literal["log", "power"] = "log"):
+    def __init__(self, config, layer, *, kind: Literal["log", "power"] = "log", share_layers: bool = False):
         super().__init__(config, layer)
+        self.shared = ("r1", "r2") if share_layers else ()
         self.kind = kind
         self.r1, self.r2 = (nn.Parameter(torch.empty(config.n_head)) for _ in range(2))
 

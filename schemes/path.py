@@ -31,14 +31,15 @@ def blocks(w: torch.Tensor, beta: torch.Tensor, k: torch.Tensor) -> tuple[torch.
 
 class PaTH(Scheme):
     """`path`. w = L2norm(SiLU(conv(x down up))) per head, a map of low rank and a short causal convolution of each
-    channel; β = 2σ(x · gate + b) per head. No norm of q and k. PaTH-FoX is `path+fox`. Options:
+    channel; β = 2σ(x · gate + b) per head. No norm of q and k. PaTH-FoX is `path+fox`; its authors' code divides fox's
+    bias by √D too, which is fox's option divided. Options:
 
     rank of the map, width of the convolution. start: b at the start; 0 gives β = 1, a projection that forgets what a
     key has along w, and -10 nearly `none`.
 
     w and β are float32 or wider also under autocast, which rounds products with queries alone: with w in bfloat16 the
     scores of 300 tokens were wrong by 0.04. Another scheme's encoding would change the keys after V is made of them, so
-    no other may have one.
+    no other may have one. The authors' models start conv at N(0, 0.02²) and norm w by √(Σw² + 1e-6).
 
     Parameters: down.weight (rank, C), up.weight (C, rank), N(0, 0.02²); conv (C, width), N(0, 1/(3·width)); gate.weight
         (H, C), N(0, 0.02²); gate.bias (H,), start. Not decayed: gate.bias.

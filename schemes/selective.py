@@ -6,6 +6,7 @@ import math
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from nanope.ops import Linear, Turned, double_device, linear, no_autocast, rope_frequencies
 from schemes.base import Scheme
@@ -15,24 +16,36 @@ TURN = 2 * math.pi
 
 
 class Selective(Scheme):
-    """`selective`. Options, as in the authors' code (github.com/timurcarstensen/selective-rope), default for default:
+    """`selective`. The defaults are those of the authors' module (github.com/timurcarstensen/selective-rope). Its
+    experiments have rank 32 or 0, its language models std 0.02, the gate and SiLU. Options:
 
-    base of the temperatures, which are not trained. rank of W = up·down, 0: one full matrix. gate: ω is multiplied by
-    σ(w·x̂ + b), one a head. phase_bias: exp(b) is added to ω before the gate; with b = 0 at the start, that is one
-    radian a token, which is rope of the same base but for W.
+    base of the temperatures, which are not trained. rank of W = up·down; 0: a matrix for each head's own slice, with
+    normed columns times one trained scale. silu: of the convolution's output. gate: ω is multiplied by σ(w·x̂ + b), one
+    a head. phase_bias: exp(b) is added to ω before the gate; with b = 0 at the start, that is one radian a token, which
+    is rope of the same base but for W. std of down, up and conv at the start; null is the variance of torch's linear
+    layers, 1/(3·inputs). At C 768 a token's first step is 0.02 radians with null, and 0.0002 with 0.02: nearly `none`.
 
-    Parameters: down (rank, C), up (C/2, rank), conv (C/2, 4): N(0, σ²) with the variance of torch's linear layers,
-        1/(3·inputs); for rank 0 full (C/2, C) likewise; gate.weight (H, C), N(0, 0.02²); gate.bias (H,), 0;
-        phase_bias (H, D/2), 0. Not decayed: gate.bias, phase_bias.
+    Parameters: down (rank, C), up (C/2, rank), conv (C/2, 4), N(0, std²); for rank 0 full (H, D, D/2), N(0, 4/D), and
+        scale (H,), 1; gate.weight (H, C), N(0, 0.02²); gate.bias (H,), 0; phase_bias (H, D/2), 0. Not decayed: scale,
+        gate.bias, phase_bias.
     Beyond block_size: yes, by construction.
     Cache: sums of the angles (B, 1, H, D/2) in float64 less whole turns, and the last 3 inputs of the convolution.
-    Cost: 3·rank·C + 20·C FLOPs a token, or C² + 20·C; no bias, so flash attention stays. Activations of about 4·C more.
+    Cost: 3·rank·C + 20·C FLOPs a token, or C·D + 20·C; flash attention stays. Activations of about 4·C more.
     """
 
-    undecayed = ("gate.bias", "phase_bias")
+    undecayed = ("scale", "gate.bias", "phase_bias")
 
     def __init__(
-        self, config, layer, *, base: float = 5e5, rank: int = 16, gate: bool = False, phase_bias: bool = False
+        self,
+        config,
+        layer,
+        *,
+        base: float = 5e5,
+        rank: int = 16,
+        silu: bool = False,
+        gate: bool = False,
+        phase_bias: bool = False,
+        std: float | None = None,
     ):
         super().__init__(config, layer)
         C, H = self.n_embd, self.n_head
@@ -41,13 +54,16 @@ class Selective(Scheme):
         if base <= 0:
             raise ValueError(f"selective's base must be positive, not {base}")
         if rank < 0:
-            raise ValueError(f"selective's rank must be positive, or 0 for a full matrix, not {rank}")
-        self.base, self.rank = base, rank
+            raise ValueError(f"selective's rank must be positive, or 0 for a matrix a head, not {rank}")
+        if std is not None and std <= 0:
+            raise ValueError(f"selective's std must be positive, or null, not {std}")
+        self.base, self.rank, self.silu, self.std = base, rank, silu, std
+        self.scale = None if rank else nn.Parameter(torch.empty(H))
         if rank:
             self.down = nn.Parameter(torch.empty(rank, C))
             self.up = nn.Parameter(torch.empty(C // 2, rank))
         else:
-            self.full = nn.Parameter(torch.empty(C // 2, C))
+            self.full = nn.Parameter(torch.empty(H, self.head_width, self.head_width // 2))
         self.conv = nn.Parameter(torch.empty(C // 2, WIDTH))
         self.phase_bias = nn.Parameter(torch.empty(H, self.head_width // 2)) if phase_bias else None
         self.gate = Linear(C, H, bias=True) if gate else None
@@ -55,7 +71,11 @@ class Selective(Scheme):
     def initial(self, name, shape, normal):
         if name in ("gate.bias", "phase_bias"):
             return torch.zeros(shape)
-        return normal(0.02 if name == "gate.weight" else (3 * shape[1]) ** -0.5)
+        if name == "scale":
+            return torch.ones(shape)
+        if name == "full":  # torch's kaiming_uniform_ of (D, D/2), which takes D/2 for the inputs
+            return normal(2 * self.head_width**-0.5)
+        return normal(0.02 if name == "gate.weight" else self.std or (3 * shape[1]) ** -0.5)
 
     @classmethod
     def prepare(cls, layers, ctx):
@@ -66,15 +86,20 @@ class Selective(Scheme):
 
     def steps(self, x: torch.Tensor, ctx) -> torch.Tensor:
         """temp_i ω of the input x (B, T, C): (B, T, H, D/2), in max(float32, model dtype)."""
-        temperature, H = ctx.prepared, self.n_head
+        temperature, H, conv = ctx.prepared, self.n_head, self.conv.to(ctx.dtype)
         x = x.to(ctx.dtype).unflatten(-1, (H, -1))
-        x = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)).flatten(-2)
-        omega = x
-        for W in (self.down, self.up) if self.rank else (self.full,):
-            omega = linear(omega, W.to(ctx.dtype))  # (B, T, rank), (B, T, C/2)
-        # The convolution's weights take the temperature, which saves a pass over ω
-        conv = self.conv.to(ctx.dtype) * temperature.repeat(H).unsqueeze(-1)
-        steps = ctx.convolved("omega", omega, conv).unflatten(-1, (H, -1))
+        x = x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)  # (B, T, H, D)
+        if self.rank:
+            x = x.flatten(-2)
+            omega = linear(linear(x, self.down.to(ctx.dtype)), self.up.to(ctx.dtype))  # (B, T, C/2)
+        else:
+            W = F.normalize(self.full.to(ctx.dtype), dim=1) * self.scale.to(ctx.dtype).view(-1, 1, 1)  # (H, D, D/2)
+            omega, x = torch.einsum("bthd,hde->bthe", x, W).flatten(-2), x.flatten(-2)
+        if self.silu:
+            steps = F.silu(ctx.convolved("omega", omega, conv)).unflatten(-1, (H, -1)) * temperature
+        else:  # the convolution's weights take the temperature, which saves a pass over ω
+            conv = conv * temperature.repeat(H).unsqueeze(-1)
+            steps = ctx.convolved("omega", omega, conv).unflatten(-1, (H, -1))
         if self.phase_bias is not None:
             steps = steps + self.phase_bias.to(ctx.dtype).exp() * temperature
         if self.gate is not None:

@@ -66,15 +66,16 @@ class SeqPE(Scheme):
     digits: positions end at 10^digits - 1. width of the encoder, null for n_embd as in the authors' runs; its heads are
     as wide as the model's. layers of it.
 
-    Only while training, within GPT.parameters_fixed(seed) as in train.py: with probability `shift` the positions are
-    i … i+T-1 up to `farthest`; and two losses are added, whose weights are `contrast` and `transfer`. Both are of a
-    head's channels of e, and averaged over heads. contrast: cross-entropy of e_p·e_j over 32 sampled positions j, the
-    nearest to p is right, for 16 p. 6 of the p have j from all positions, 10 from a span of 256, as the authors'
-    60 %; their edited digits are left out. transfer: KL in both directions between the softmaxed rows of the Gram
-    matrix of e over 32 of the positions 0 … T-1, which takes no gradient, and over the same of a shifted window, for 8
-    windows (the authors have 16). It is the mean over all entries of these matrices, as the authors' weight of 0.1 is
-    meant (kl_div's default): the sum over a row would be 32 times as much. The authors' dropout of 0.1 in the encoder
-    is left out.
+    Only while training, within GPT.parameters_fixed(seed) as in train.py: with probability `shift` the positions are i
+    … i+T-1 up to `farthest`; and two losses are added, whose weights are `contrast` and `transfer`. Both are of a
+    head's channels of e, and averaged over heads; the authors' code has contrast of all C channels at once, which is
+    larger. contrast: cross-entropy of e_p·e_j over 32 sampled positions j, the nearest to p is right, for 16 p. 6 of
+    the p have j from all positions, 10 from a span of 256, as the authors' 60 %; their edited digits are left out.
+    transfer: KL in both directions between the softmaxed rows of the Gram matrix of e over 32 of the positions 0 … T-1,
+    which takes no gradient, and over the same of a shifted window, for 8 windows (the authors have 16). It is the mean
+    over all entries of these matrices, as the authors' weight of 0.1 is meant (kl_div's default): the sum over a row
+    would be 32 times as much. The authors' dropout of 0.1 in the encoder is left out. They clip the encoder's gradient
+    apart from the model's, give W_Q and W_K biases, and leave transfer out of shifted steps; here none of these.
 
     Parameters: encoder.digit (10, width), encoder.place (digits, width), encoder.cls (1, width), 12·width² a layer of
         the encoder, encoder.out (C, width), encoder.to_q and to_k (C, C); all N(0, 0.02²). Not decayed: digit, place,

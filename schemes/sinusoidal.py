@@ -23,6 +23,7 @@ class Sinusoid(nn.Module):
 
 class Sinusoidal(Scheme):
     """`sinusoidal`. Options: base; scale, the amplitude (token embeddings start with a standard deviation of 0.02).
+    The paper's amplitude is 1, and its token embeddings are multiplied by √C, which those of GPT-2 are not.
 
     Parameters: none.
     Beyond block_size: yes, by construction; angles are exact in float64.

@@ -2,6 +2,7 @@
 z = qᵀk/√D. From the query backwards, each key takes a share σ(z) of what the keys after it have left."""
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -43,9 +44,13 @@ class StickBreaking(torch.autograd.Function):
 
 class StickBreakingAttention(Scheme):
     """`stickbreaking`: no positions and no softmax. A key that a query likes hides the keys before it, so recency is
-    in the order of the product alone. A token does not see itself. Weights sum to at most 1; those of a text's first
-    token are 0. Hidden keys (of a window, of another document) take no share. The sum of logarithms is in float32 or
-    wider, from the query backwards, so that weights near the query are exact at any length.
+    in the order of the product alone. A token does not see itself. Option remainder, what keys leave of a token's 1:
+    `none` leaves it out, as in the paper's equation, so that a text's first token attends to nothing; `value` gives it
+    to the token's own value, as the tests of the authors' kernels do. Their later language models give it to a trained
+    vector, with a norm of each head after it, which are not here.
+
+    Hidden keys (of a window, of another document) take no share. The sum of logarithms is in float32 or wider, from
+    the query backwards, so that weights near the query are exact at any length.
 
     Parameters: none.
     Beyond block_size: yes, by construction.
@@ -54,5 +59,12 @@ class StickBreakingAttention(Scheme):
         and backward; memory of a chunk of queries.
     """
 
+    def __init__(self, config, layer, *, remainder: Literal["none", "value"] = "none"):
+        super().__init__(config, layer)
+        self.remainder = remainder
+
     def weights(self, scores, ctx):
-        return StickBreaking.apply(scores)
+        a = StickBreaking.apply(scores)
+        if self.remainder == "none":
+            return a
+        return a.diagonal_scatter(1 - a.sum(-1), a.size(-1) - a.size(-2), -2, -1)

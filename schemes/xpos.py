@@ -12,7 +12,8 @@ GAMMA = 0.4  # of the paper: ζ_0 = 0.29, so that the fastest pair fades by 1/e 
 
 
 class XPos(RoPE):
-    """`xpos`. Options: base. scale: the distance at which pair i has faded by ζ_i.
+    """`xpos`. Options: base. scale: the distance at which pair i has faded by ζ_i. Attention is all over the text, as
+    in the authors' library, also beyond the training length.
 
     The decay is a factor 2^(m·l_i - e_i) of queries and 2^(e_i - n·l_i) of keys, l_i = log2(ζ_i)/scale, so flash
     attention stays. Around a fixed position such factors leave float32 from 36,000 tokens on. Here the whole number

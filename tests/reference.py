@@ -225,12 +225,20 @@ def selective(layer):
     (B, T, H, D), options = layer.sizes, layer.options
     slices = layer.x.view(B, T, H, D)
     normed = (slices / torch.sqrt((slices**2).sum(-1, keepdim=True) + 1e-6)).reshape(B, T, H * D)
-    W = layer.own("up") @ layer.own("down") if options["rank"] else layer.own("full")
-    mapped, conv = normed @ W.T, layer.own("conv")
+    if options["rank"]:
+        mapped = normed @ (layer.own("up") @ layer.own("down")).T
+    else:
+        full = layer.own("full")
+        normal = full / (full**2).sum(1, keepdim=True).sqrt()
+        heads = [layer.own("scale")[h] * normed.view(B, T, H, D)[:, :, h] @ normal[h] for h in range(H)]
+        mapped = torch.cat(heads, -1)
+    conv = layer.own("conv")
     temperature = torch.tensor([options["base"] ** (-2 * i / D) for i in range(D // 2)], dtype=layer.x.dtype)
     total, phases = torch.zeros(B, H, D // 2, dtype=layer.x.dtype), []
     for t in range(T):
         omega = sum(conv[:, 3 - back] * mapped[:, t - back] for back in range(min(4, t + 1))).view(B, H, D // 2)
+        if options["silu"]:
+            omega = omega / (1 + torch.exp(-omega))
         if options["phase_bias"]:
             omega = omega + torch.exp(layer.own("phase_bias"))
         if options["gate"]:
@@ -356,13 +364,14 @@ def between(steps):
 @of(BIASES, "fox")
 def fox(layer):
     gate = 1 / (1 + torch.exp(-(layer.x @ layer.own("gate.weight").T + layer.own("gate.bias"))))
-    return between(gate.log())
+    return between(gate.log()) / (math.sqrt(layer.sizes[3]) if layer.options["divided"] else 1)
 
 
 @of(BIASES, "cable")
 def cable(layer):
-    steps = (layer.x @ layer.own("distance.weight").T).clamp_min(0)
-    weights = torch.log(1 + torch.exp(layer.x @ layer.own("slope.weight").T))  # (B, T, H)
+    biases = [layer.own(f"{name}.bias") if layer.options["bias"] else 0 for name in ("distance", "slope")]
+    steps = (layer.x @ layer.own("distance.weight").T + biases[0]).clamp_min(0)
+    weights = torch.log(1 + torch.exp(layer.x @ layer.own("slope.weight").T + biases[1]))  # (B, T, H)
     return -weights.transpose(1, 2).unsqueeze(-1) * between(steps)
 
 
@@ -451,6 +460,7 @@ def stickbreaking(layer, scores):
         for n in reversed(range(m)):
             weights[:, :, m, n] = shares[:, :, m, n] * left
             left = left * (1 - shares[:, :, m, n])
+        weights[:, :, m, m] = left if layer.options["remainder"] == "value" else 0
     return weights
 
 

@@ -115,7 +115,7 @@ class NanopeLM(TemplateLM):
         model = checkpoint.build_model(state)
         pos = {"pos": model.config.pos, "pos_options": model.config.pos_options}
         if (scaling == "none") != (factor is None):
-            raise ValueError("scaling (pi, ntk, yarn) and factor (new context over training length) go together")
+            raise ValueError("scaling and factor (new context over training length) go together")
         if scaling != "none":
             model = model.scaled(scaling, float(factor))
         self.model = model.to(self._device).eval()

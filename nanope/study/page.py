@@ -14,7 +14,7 @@ from nanope.study.seed_statistics import difference_of_answers, difference_of_ro
 from schemes import label
 
 BEFORE, BETWEEN, AFTER = Path(__file__).with_suffix(".html").read_text().split("@@")  # plotly, and the studies
-DASHES = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}
+DASHES = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot", SCALINGS["yarn-code"]: "longdashdot"}
 
 
 def write_page(out: Path, paths: list[Path]) -> int:

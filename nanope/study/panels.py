@@ -33,7 +33,7 @@ COLOURS = {
 }  # fmt: skip
 SPARE = ("#871a46", "#dd55b0", "#3a24b8", "#8a9a1c", "#13a9bd", "#6b4410")
 DASHES = ("-", "--", ":", "-.")  # the first, second, … arm of one scheme
-SCALINGS = {"none": "-", "pi": ":", "ntk": "--", "yarn": "-."}
+SCALINGS = {"none": "-", "pi": ":", "ntk": "--", "yarn": "-.", "yarn-code": (0, (6, 1, 1, 1, 1, 1))}
 BANDS = 3  # curves with a band: more cover each other
 
 

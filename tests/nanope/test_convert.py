@@ -7,6 +7,7 @@ import torch
 from models import BLOCK, HEADS, D, build, close, config, shaken, tokens, uncached
 
 from model import GPT, SCHEMES, GPTConfig
+from nanope.convert import SCALINGS
 
 ROPES = {
     "rope": ("rope", {}),
@@ -78,7 +79,7 @@ def test_to_rope_refuses_the_others(pos):
 
 
 @pytest.mark.parametrize("case", ["rope fraction", "crope fraction"])
-@pytest.mark.parametrize("rule", ["pi", "ntk", "yarn"])
+@pytest.mark.parametrize("rule", SCALINGS)
 def test_scaling_and_to_rope_commute(case, rule):
     """The plain rope of a model knows the base and the width that frequencies are scaled by, and what scores are."""
     model, idx = shaken(config(*ROPES[case])), tokens(3 * BLOCK)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from model import GPT, GPTConfig
+from nanope.convert import SCALINGS, scale_frequencies
 
 
 def turned(ids, gpt, frequencies, logits=1.0):
@@ -33,7 +34,7 @@ def turned(ids, gpt, frequencies, logits=1.0):
     return normed(x, "ln_f") @ p["lm_head.weight"].t()
 
 
-@pytest.mark.parametrize("rule", ["pi", "ntk", "yarn"])
+@pytest.mark.parametrize("rule", SCALINGS)
 def test_scaled_frequencies_are_the_papers_formulas(rule):
     gpt, s, D, length = GPT(GPTConfig(256, 64, 1, 2, 64, pos="rope"), seed=0), 4.0, 32, 256
     theta, logits = [10000 ** (-2 * i / D) for i in range(D // 2)], 1.0
@@ -42,8 +43,11 @@ def test_scaled_frequencies_are_the_papers_formulas(rule):
     elif rule == "ntk":
         expected = [(10000 * s ** (D / (D - 2))) ** (-2 * i / D) for i in range(D // 2)]
     else:
-        ratio = [length / (2 * math.pi / t) for t in theta]
-        gamma = [0 if r < 1 else 1 if r > 32 else (r - 1) / 31 for r in ratio]
+        if rule == "yarn":
+            ratio = [length / (2 * math.pi / t) for t in theta]
+            gamma = [0 if r < 1 else 1 if r > 32 else (r - 1) / 31 for r in ratio]
+        else:  # 32 turns in 256 tokens are those of index 0.4, one turn that of 6.4
+            gamma = [1 - min(i / 7, 1) for i in range(D // 2)]
         expected, logits = [(1 - g) * t / s + g * t for g, t in zip(gamma, theta)], (0.1 * math.log(s) + 1) ** 2
         assert 0 < sum(0 < g < 1 for g in gamma)
     ids = torch.randint(64, (600,), generator=torch.Generator().manual_seed(0))
@@ -52,6 +56,24 @@ def test_scaled_frequencies_are_the_papers_formulas(rule):
     assert torch.allclose(got, turned(ids, gpt, expected, logits), atol=1e-9)
     assert not torch.allclose(got, gpt(ids[None])[0][0], atol=1e-4)
     assert torch.allclose(gpt.scaled(rule, 1.0)(ids[None])[0], gpt(ids[None])[0], atol=1e-9)  # factor 1 changes nothing
+
+
+@pytest.mark.slow  # transformers takes seconds to import
+@pytest.mark.parametrize("length, factor, D, base", [(128, 16.0, 32, 1e4), (1024, 4.0, 64, 5e5), (8192, 8.0, 128, 1e4)])
+def test_pi_and_yarn_of_transformers(length, factor, D, base):
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    freqs = base ** (-2 * torch.arange(D // 2, dtype=torch.float64) / D)
+    for rule, theirs in (("pi", "linear"), ("yarn-code", "yarn")):
+        parameters = {"rope_type": theirs, "factor": factor, "original_max_position_embeddings": length}
+        config = LlamaConfig(
+            hidden_size=4 * D, num_attention_heads=4, rope_parameters=parameters | {"rope_theta": base}
+        )
+        expected, of_each = ROPE_INIT_FUNCTIONS[theirs](config, "cpu")
+        got, logits = scale_frequencies(freqs, rule, factor, length, D, base)
+        torch.testing.assert_close(got, expected.double(), rtol=1e-5, atol=0)
+        assert logits == pytest.approx(of_each**2)  # of q and of k
 
 
 @pytest.mark.parametrize("pos", ["rope", "crope", "comrope"])

@@ -47,7 +47,7 @@ CASES |= {
     "gape+alibi": Case("gape+alibi"),
     "path+fox": Case("path+fox"),
     "lerope, none": Case(["lerope+alibi", "none", "lerope"]),
-    "selective all options": Case("selective", {"rank": 0, "gate": True, "phase_bias": True}),
+    "selective all options": Case("selective", {"rank": 0, "silu": True, "gate": True, "phase_bias": True}),
 }
 QUICK = {*SCHEMES, "Forget", "DenseSlope", "rope+Forget, none in windows"}
 SLOW = {"lengths", "compilation"}

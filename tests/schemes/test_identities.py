@@ -50,7 +50,7 @@ IDENTITIES = [
     ("gape", {}, {"gamma": -FAR}, "rope", {}),
     ("selective", {"phase_bias": True}, {"up": 0, "phase_bias": 0}, "rope", {"base": 5e5}),
     ("selective", {"phase_bias": True, "base": 50.0}, {"conv": 0, "phase_bias": 0}, "rope", {"base": 50.0}),
-    ("selective", GATED, {"full": 0, "gate.weight": 0, "gate.bias": 0, "phase_bias": LN2}, "rope", {"base": 5e5}),
+    ("selective", GATED, {"scale": 0, "gate.weight": 0, "gate.bias": 0, "phase_bias": LN2}, "rope", {"base": 5e5}),
     ("carope", {}, "start", "rope", {}),
     ("carope", {"source": "embedding", "base": 50.0}, "start", "rope", {"base": 50.0}),
     ("carope", {"content": False}, "start", "rope", {}),

@@ -31,13 +31,15 @@ ALTERNATIVES = {
     "xpos": {"base": 50.0, "scale": 3.0},
     "pope": {"base": 50.0, "start": "uniform"},
     "gape": {"base": 50.0, "unit": 7.0},
-    "selective": {"base": 50.0, "rank": 0, "gate": True, "phase_bias": True},
+    "selective": {"base": 50.0, "rank": 0, "silu": True, "gate": True, "phase_bias": True, "std": 0.02},
     "t5": {"buckets": 8, "longest": 40, "std": 0.5, "share_layers": False},
-    "kerple": {"kind": "power"},
+    "kerple": {"kind": "power", "share_layers": True},
     "fire": {"c": 2.0, "L": 6.0, "share_layers": True},
-    "fox": {"start": 3.0},
+    "fox": {"start": 3.0, "divided": True},
     "cope": {"positions": 3},
     "urpe": {"bias": "none", "share_layers": False, "clip": True},
+    "cable": {"bias": True},
+    "stickbreaking": {"remainder": "value"},
     "grape": {"width": 4},
     "path": {"rank": 4, "width": 2, "start": -2.0},
     "seqpe": {"digits": 3, "width": 32, "layers": 1, "farthest": 100, "shift": 1.0, "contrast": 0.0, "transfer": 0.0},
@@ -50,6 +52,7 @@ SAME_AT_START = {
     ("comrope", "block"),
     ("cope", "positions"),
     ("urpe", "bias"),
+    ("cable", "bias"),
 }
 # What differs in the number of parameters alone, beyond block_size, or in a step of train.py
 ELSEWHERE = {("urpe", "share_layers"), ("urpe", "clip")}

@@ -45,11 +45,15 @@ OWN = {  # a layer's, by case: name → shape
     "t5 own": {"table": (8, HEADS)},
     "kerple": {"r1": (HEADS,), "r2": (HEADS,)},
     "kerple power": {"r1": (HEADS,), "r2": (HEADS,)},
+    "kerple shared": {"r1": (HEADS,), "r2": (HEADS,)},
     "fire": FIRE,
     "fire shared": FIRE,
     "fox": {"gate.weight": (HEADS, WIDTH), "gate.bias": (HEADS,)},
     "fox start": {"gate.weight": (HEADS, WIDTH), "gate.bias": (HEADS,)},
+    "fox divided": {"gate.weight": (HEADS, WIDTH), "gate.bias": (HEADS,)},
     "cable": {"distance.weight": (HEADS, WIDTH), "slope.weight": (HEADS, WIDTH)},
+    "cable bias": dict.fromkeys(("distance.weight", "slope.weight"), (HEADS, WIDTH))
+    | dict.fromkeys(("distance.bias", "slope.bias"), (HEADS,)),
     "lerope": {"scale.log": (D // 2,)},
     "lerope base": {"scale.log": (D // 2,)},
     "pope": {"delta": (HEADS, D)},
@@ -57,8 +61,10 @@ OWN = {  # a layer's, by case: name → shape
     "gape": dict.fromkeys(("w_g", "w_l"), (HEADS, D)) | dict.fromkeys(("b_g", "b_l", "gamma"), (HEADS,)),
     "gape base": dict.fromkeys(("w_g", "w_l"), (HEADS, D)) | dict.fromkeys(("b_g", "b_l", "gamma"), (HEADS,)),
     "selective": {"down": (16, WIDTH), "up": (WIDTH // 2, 16), "conv": (WIDTH // 2, 4)},
+    "selective silu": {"down": (4, WIDTH), "up": (WIDTH // 2, 4), "conv": (WIDTH // 2, 4)},
     "selective base gate bias": {
-        "full": (WIDTH // 2, WIDTH),
+        "full": (HEADS, D, D // 2),
+        "scale": (HEADS,),
         "conv": (WIDTH // 2, 4),
         "phase_bias": (HEADS, D // 2),
         "gate.weight": (HEADS, WIDTH),
@@ -86,10 +92,11 @@ UNDECAYED = {
     "kerple": {"r1", "r2"},
     "fire": {"log_c", "log_L", "hidden.bias"},
     "fox": {"gate.bias"},
+    "cable": {"distance.bias", "slope.bias"},
     "lerope": {"scale.log"},
     "pope": {"delta"},
     "gape": {"b_g", "b_l", "gamma"},
-    "selective": {"gate.bias", "phase_bias"},
+    "selective": {"scale", "gate.bias", "phase_bias"},
     "path": {"gate.bias"},
     "seqpe": {f"encoder.{name}" for name in ("digit", "place", "cls")},
 }
@@ -99,7 +106,7 @@ SET = {"comrope": {"P"}, "comrope gaussian": set(), "comrope ld-shared": set()}
 SET |= {"comrope axes ld": set(), "comrope axes ld-shared": {"P", "theta"}}
 # Cases in which all layers share all of their own parameters: these are the first layer's
 SHARED = {"carope shared", "t5", "fire shared", "lerope", "lerope base", "seqpe", "seqpe small", "seqpe without losses"}
-SHARED |= {"urpe"}
+SHARED |= {"urpe", "kerple shared"}
 
 
 def owners(case):

@@ -268,6 +268,7 @@ def test_what_schemes_keep_for_the_backward_pass():
         (("xpos", {"scale": 0.0}), ["scale must be positive"]),
         (("pope", {"base": -1.0}), ["base must be positive"]),
         (("selective", {"rank": -1}), ["rank"]),
+        (("selective", {"std": 0.0}), ["std must be positive"]),
         (("selective", {"base": 0.0}), ["base must be positive"]),
         (("gape+rope", {}), ["gape cannot be combined with rope", "encode"]),
         (("pope+xpos", {}), ["cannot be combined", "encode"]),
