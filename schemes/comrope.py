@@ -34,9 +34,8 @@ class ComRoPE(Scheme):
     coordinates in [0, 1] are what an axis extends to, which is the default when the model is made: block_size tokens,
     a 16th of it in lines or sentences, 64 bytes.
     jitter, σ of the noise N(0, σ²) that coordinates have in training, in steps of their axis: the paper's, cut at 0.49
-    steps (the authors' code: 0.5, of half the noise that is asked for), so that tokens keep their order. All texts of a
-    step have the same. The authors' models add learned absolute positions to the patches, as their code is set; here
-    there are none.
+    steps, so that tokens keep their order. The authors' code halves σ and cuts at 0.5. All texts of a step have the
+    same. The authors' models add learned absolute positions to the patches, as their code is set; here there are none.
 
     Parameters: P (H, D/b, b, b); of ld theta (H or 1, D/b), or (N, H or 1, D/b) on N > 1 axes. Not decayed: both.
     Beyond block_size: yes; frequencies are trained, and may alias.

@@ -21,8 +21,8 @@ class FIRE(Scheme):
 
     m is the query's place in its own text, where documents are apart. f has no bias at its output: softmax ignores it,
     and its gradient is 0. c and L are exponentials of what is trained, so they stay positive; the paper's listing
-    trains c itself, so that an Adam step moves its c ten times as far. The MLP starts with the variances of torch's
-    nn.Linear, as the paper's code does.
+    trains c itself, so that at the start an Adam step moves its c ten times as far. The MLP starts with the variances
+    of torch's nn.Linear, as the paper's code does.
 
     Parameters: hidden.weight (32, 1) and hidden.bias (32,), N(0, 1/3); out.weight (H, 32), N(0, 1/96); log_c (), log
         c; log_L (), log L. Not decayed: hidden.bias, log_c, log_L.

@@ -13,9 +13,9 @@ class FoX(Scheme):
     with all slopes log 2, but for u. 5 hardly forgets. divided: the bias by √D, as the authors of PaTH have it in
     path+fox.
 
-    x is the block's normed input. It is the paper's gate alone, without the shifts, norms and output gate of its "Pro"
-    block. Gates and their sums are float32 or wider, also under autocast. In float32 a sum of 65,536 gates of 0.5 is
-    within 0.004 of the exact one, so a bias is within 0.008.
+    `fox` is the paper's gate alone, of x, the block's normed input, without the shifts, norms and output gate of its
+    "Pro" block. Gates and their sums are float32 or wider, also under autocast. In float32 a sum of 65,536 gates of 0.5
+    is within 0.004 of the exact one, so a bias is within 0.008.
 
     Parameters: gate.weight (H, C), N(0, 0.02²); gate.bias (H,), start. Not decayed: gate.bias.
     Beyond block_size: yes, by construction.

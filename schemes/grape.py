@@ -33,7 +33,7 @@ class GRAPE(Scheme):
     width: d, of p. The turn has one radian a token in every pair (rotary base 1). It is the key's alone, as in the
     official code, so a bias depends on where the text starts, unlike other relative schemes. Slopes are ALiBi's, fixed.
     The query's p is not normalised there, though the paper's text says so of both. Their models norm q and k, which is
-    the switch qk_norm here. In a combination, what turns queries and keys comes first: rope+grape.
+    the switch qk_norm here, without their gain. In a combination, what turns queries and keys comes first: rope+grape.
 
     Parameters: c_p.weight (H·width, C), N(0, 0.02²). Not decayed: none.
     Beyond block_size: yes, by construction.

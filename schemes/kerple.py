@@ -21,9 +21,9 @@ class KERPLE(Scheme):
     r2 for all layers, as in the authors' code; by default each layer has its own.
 
     r1 and r2 are softplus of what is trained; power's exponent r2 is 2σ of it. So they stay in their ranges. The
-    authors train r1 and r2 themselves and clip them: an Adam step moves an r of 1 by 0.63 of theirs, one of 0.1 by a
-    tenth. At the start they are drawn as in their code: for log r1 from U(0, 2) and r2 from U(0, 1), for power r1 from
-    U(0, 1) and r2 from U(0, 2).
+    authors train r1 and r2 themselves and clip them: an Adam step moves an r of 1 by 0.63 of theirs (power's r2: 0.5),
+    one of 0.1 by a tenth. At the start they are drawn as in their code: for log r1 from U(0, 2) and r2 from U(0, 1),
+    for power r1 from U(0, 1) and r2 from U(0, 2).
 
     Parameters: r1 (H,), r2 (H,): their softplus or 2σ is uniform as above, at least 0.01. Not decayed: r1, r2.
     Beyond block_size: yes, by construction.

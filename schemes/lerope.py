@@ -23,7 +23,7 @@ class LeRoPE(RoPE):
     """`lerope`. Option: base, of the frequencies at the start, which are rope's.
 
     An Adam step of 1e-3 on s_i moves the phase at distance m by 1e-3·m·θ_i: 0.26 radians at 256 tokens for the fastest.
-    pos_lr_multiplier makes it smaller. Their gradient is clipped with that of all other parameters.
+    pos_lr_multiplier makes it smaller.
 
     Parameters: scale.log (D/2,), 0, one for all layers. Not decayed: scale.log.
     Beyond block_size: yes, by construction; as rope, phases there are not seen in training.

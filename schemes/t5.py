@@ -33,9 +33,9 @@ class T5(Scheme):
 
     buckets: how many, half of them for one distance each. longest: the distance at which the log-spaced buckets would
     end. std: the table starts at N(0, std²); 1/√C where none is given, as in transformers' T5. share_layers: one table
-    for all layers, as in T5; false gives each layer its own. T5 does not divide scores by √D. Here they are, as in all
-    schemes, so that a step of the same table does less: KERPLE's code, which divides them too, multiplies the table by
-    √D. Its table starts at about 1.7 for heads of 64 channels, and that of t5x at 0.2, where 1/√C is 0.04 for 768.
+    for all layers, as in T5; false gives each layer its own. T5 does not divide scores by √D; here they are, as in all
+    schemes. KERPLE's code divides them too, and multiplies the table by √D: for 12 heads of 64 its bias starts at 1.7
+    and a step moves it 8 times as far. The bias of t5x starts at 0.2 there, where 1/√C is 0.04.
 
     Parameters: table (buckets, H), N(0, std²). Not decayed: table.
     Beyond block_size: yes, all distances from the last bucket's on are one.

@@ -157,7 +157,7 @@ def parse(arguments: list[str] | None, description: str) -> argparse.Namespace:
     if args.factor is None and args.scaling != ["none"]:
         parser.error("--scaling needs a --factor, for example 8")
     if args.factor is not None and args.scaling == ["none"]:
-        parser.error("--factor is for --scaling: none has no use for it")
+        parser.error(f"--factor needs a --scaling: {', '.join(SCALINGS)}")
     if args.model and not args.data:
         parser.error("--model needs --data, a folder prepared with the model's tokenizer")
     if args.compare and len(args.compare) < 2:
