@@ -78,7 +78,8 @@ def save(figure: Figure, out: Path) -> None:
 
 def figure_of(study, panels: list[str] | None = None) -> Figure | None:
     """A row of panels for each setting; None where there is nothing to draw. By default a study without several lengths
-    shows its training curves instead, and one of more settings than fit a page the differences alone."""
+    shows its training curves instead, one of several rules of scaling these, and one of more settings than fit a page
+    the differences alone."""
     looks = looks_of({arm: label(fields.get("pos", "rope")) for arm, fields in study.grid.arms.items()})
     rows = []
     settings = [s for s in study.grid.settings if any(study.runs[s, arm] for arm in study.grid.arms)]
@@ -92,7 +93,9 @@ def figure_of(study, panels: list[str] | None = None) -> Figure | None:
             return compose([*rows, ("", forests)])
     for setting in settings:
         make = lambda name, setting=setting: PANELS[name](study, setting, looks)  # noqa: E731
-        found = [make(p) for p in panels] if panels else [make("length") or make("loss"), make("difference")]
+        found = [make(p) for p in panels or ["scalings"]]
+        if panels is None and not any(found):
+            found = [make("length") or make("loss"), make("difference")]
         found = [panel for each in found for panel in (each if isinstance(each, list) else [each]) if panel]
         if found:
             rows.append((setting, found))

@@ -67,30 +67,66 @@ def length(study: Study, setting: str, looks: dict) -> Lines | None:
     lengths = sorted({n for by_length in rows.values() for n in by_length})
     if len(lengths) < 2:
         return None
-    perplexity, unit, baseline = study.grid.figure == "perplexity", study.unit, study.grid.baseline
-    show = math.exp if perplexity else float
-    block, ticks, xlabel = scale_of_lengths(study, setting, lengths)
+    baseline, show = study.grid.baseline, math.exp if study.grid.figure == "perplexity" else float
     curves = [curve for arm, by in rows.items() if (curve := curve_of(arm, by, show, looks[arm])).x]
     if not curves:
         return None
     with_bands(curves, baseline, {arm: d for arm, (d,) in study.differences(setting, lengths[-1:]).items()})
-    trained = values_of(rows.get(baseline, {}).get(block, {})) if protocol == "same-targets" else []
-    level = trained and (
-        show(np.mean(trained)),
-        f"{baseline}, cropped to its training length",
-        looks[baseline]["color"],
+    panel = by_length(study, setting, curves, lengths, rows.get(baseline, {}) if protocol == "same-targets" else {})
+    panel.title = (
+        f"Same {study.unit}s scored, longer context" if protocol == "same-targets" else f"Longer context, {protocol}"
     )
+    panel.note = note_of(study, setting, curves)
+    return panel
+
+
+def scalings(study: Study, setting: str, looks: dict) -> list[Lines]:
+    """The same by each rule of scaled frequencies: a panel for each evaluation that compares several."""
+    panels, show = [], math.exp if study.grid.figure == "perplexity" else float
+    for name in study.grid.eval or {}:
+        rows = {key[1:]: at for key, at in study.rows(setting, name).items() if key[0] == "same-targets"}
+        if len({scaling for _, scaling in rows} - {"none"}) < 2:
+            continue
+        curves = []
+        for (arm, scaling), at in rows.items():
+            look = looks[arm] | ({} if scaling == "none" else {"linestyle": SCALINGS[scaling]})
+            title = scaled(arm, next(row for by_seed in at.values() for row in by_seed.values()))
+            curves.append(curve_of(title, at, show, look))
+        curves = [curve for curve in curves if curve.x]
+        for curve in curves:
+            curve.band = any(curve.intervals)
+        lengths, base = sorted({n for at in rows.values() for n in at}), rows.get((study.grid.baseline, "none"), {})
+        panel = by_length(study, setting, curves, lengths, base)
+        panel.title, panel.note, panel.bars = f"Scaled frequencies, {name}", note_of(study, setting, []), True
+        panel.note += "; bars: 95 % intervals" * any(curve.band for curve in curves)
+        panels.append(panel)
+    return panels
+
+
+def by_length(study: Study, setting: str, curves: list[Curve], lengths: list[int], base: dict) -> Lines:
+    """Curves against context length, without a title. base: the baseline's rows, length → seed → row, whose level at
+    its training length is drawn; {} for none."""
+    perplexity, baseline = study.grid.figure == "perplexity", study.grid.baseline
+    block, ticks, xlabel = scale_of_lengths(study, setting, lengths)
+    level = None
+    if trained := values_of(base.get(block, {})):
+        mean = np.mean(trained)
+        name, colour = (
+            f"{baseline}, cropped to its training length",
+            next(c for c in curves if c.name == baseline).look["color"],
+        )
+        level = (math.exp(mean) if perplexity else float(mean), name, colour)
     return Lines(
-        f"Same {unit}s scored, longer context" if protocol == "same-targets" else f"Longer context, {protocol}",
-        note_of(study, setting, curves),
+        "",
+        "",
         xlabel,
-        f"{'perplexity' if perplexity else 'nats'} per {unit}",
+        f"{'perplexity' if perplexity else 'nats'} per {study.unit}",
         curves,
         baseline,
         ticks,
         log_x=True,
         log_y=perplexity,
-        level=level or None,
+        level=level,
     )
 
 
@@ -336,6 +372,7 @@ def points_of(study: Study, setting: str, looks: dict, x: dict[str, tuple], titl
 
 PANELS = {
     "length": length,
+    "scalings": scalings,
     "difference": difference,
     "loss": loss,
     "accuracy": accuracy,

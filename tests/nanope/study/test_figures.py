@@ -15,6 +15,7 @@ import pytest
 from matplotlib.text import Text
 
 from nanope import REPO
+from nanope.convert import SCALINGS
 from nanope.study import figures, panels
 from nanope.study.drawing import number, robust_limits
 from nanope.study.grid import Grid
@@ -22,7 +23,7 @@ from nanope.study.labels import spread, wrapped
 from nanope.study.results import Study
 from schemes import SCHEMES
 
-STUDIES = ("all-schemes", "schemes", "schemes-novels", "carope-1", "crope-2", "comrope-text", "quickstart")
+STUDIES = "all-schemes schemes schemes-novels carope-1 crope-2 comrope-text quickstart rope-scaling".split()
 
 
 @pytest.fixture(scope="module")
@@ -260,6 +261,21 @@ def hidden_tick(text, figure) -> bool:
                 if text in (tick.label1, tick.label2):
                     return not min(low, high) <= tick.get_loc() <= max(low, high)
     return False
+
+
+def test_rules_of_scaling_have_curves_of_their_own(study_in):
+    study = study_in("rope-scaling")
+    looks = panels.looks_of({"rope": "rope", "alibi": "alibi"})
+    four, sixteen = panels.scalings(study, "", looks)
+    rules = [f"rope, {rule} ×16" for rule in SCALINGS]
+    assert [c.name for c in sixteen.curves] == ["rope", *rules, "alibi"] and four.title != sixteen.title
+    assert len({str(c.look["linestyle"]) for c in sixteen.curves}) == 5  # alibi's is rope's
+    rows = study.rows("", "x16")["same-targets", "rope", "yarn"]
+    curve = sixteen.curves[1 + SCALINGS.index("yarn")]
+    assert curve.x == [256, 1024, 4096]
+    assert curve.y == pytest.approx([np.mean([r["nats_per_token"] for r in rows[n].values()]) for n in curve.x])
+    assert sixteen.level[0] == pytest.approx(sixteen.curves[0].y[0])
+    assert panels.scalings(study_in("carope-1"), "Tiny", looks) == []  # one rule
 
 
 def test_labels_spread_without_overlaps():
