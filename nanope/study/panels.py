@@ -72,12 +72,10 @@ def length(study: Study, setting: str, looks: dict) -> Lines | None:
     if not curves:
         return None
     with_bands(curves, baseline, {arm: d for arm, (d,) in study.differences(setting, lengths[-1:]).items()})
-    panel = by_length(study, setting, curves, lengths, rows.get(baseline, {}) if protocol == "same-targets" else {})
-    panel.title = (
-        f"Same {study.unit}s scored, longer context" if protocol == "same-targets" else f"Longer context, {protocol}"
-    )
-    panel.note = note_of(study, setting, curves)
-    return panel
+    paired = protocol == "same-targets"
+    title = f"Same {study.unit}s scored, longer context" if paired else f"Longer context, {protocol}"
+    base = rows.get(baseline, {}) if paired else {}
+    return by_length(study, setting, title, note_of(study, setting, curves), curves, lengths, base)
 
 
 def scalings(study: Study, setting: str, looks: dict) -> list[Lines]:
@@ -92,33 +90,29 @@ def scalings(study: Study, setting: str, looks: dict) -> list[Lines]:
             look = looks[arm] | ({} if scaling == "none" else {"linestyle": SCALINGS[scaling]})
             title = scaled(arm, next(row for by_seed in at.values() for row in by_seed.values()))
             curves.append(curve_of(title, at, show, look))
-        curves = [curve for curve in curves if curve.x]
-        for curve in curves:
-            curve.band = any(curve.intervals)
+            curves[-1].band = any(curves[-1].intervals)
+        note = note_of(study, setting, []) + "; bars: 95 % intervals" * any(curve.band for curve in curves)
         lengths, base = sorted({n for at in rows.values() for n in at}), rows.get((study.grid.baseline, "none"), {})
-        panel = by_length(study, setting, curves, lengths, base)
-        panel.title, panel.note, panel.bars = f"Scaled frequencies, {name}", note_of(study, setting, []), True
-        panel.note += "; bars: 95 % intervals" * any(curve.band for curve in curves)
-        panels.append(panel)
+        title, shown = f"Scaled frequencies, {name}", [curve for curve in curves if curve.x]
+        panels.append(by_length(study, setting, title, note, shown, lengths, base, bars=True))
     return panels
 
 
-def by_length(study: Study, setting: str, curves: list[Curve], lengths: list[int], base: dict) -> Lines:
-    """Curves against context length, without a title. base: the baseline's rows, length → seed → row, whose level at
-    its training length is drawn; {} for none."""
+def by_length(
+    study: Study, setting: str, title: str, note: str, curves: list[Curve], lengths: list[int], base: dict, bars=False
+) -> Lines:
+    """Curves against context length. base: the baseline's rows, length → seed → row, whose level at its training length
+    is drawn; {} for none."""
     perplexity, baseline = study.grid.figure == "perplexity", study.grid.baseline
     block, ticks, xlabel = scale_of_lengths(study, setting, lengths)
     level = None
     if trained := values_of(base.get(block, {})):
+        colour = next(curve for curve in curves if curve.name == baseline).look["color"]
         mean = np.mean(trained)
-        name, colour = (
-            f"{baseline}, cropped to its training length",
-            next(c for c in curves if c.name == baseline).look["color"],
-        )
-        level = (math.exp(mean) if perplexity else float(mean), name, colour)
+        level = (math.exp(mean) if perplexity else mean, f"{baseline}, cropped to its training length", colour)
     return Lines(
-        "",
-        "",
+        title,
+        note,
         xlabel,
         f"{'perplexity' if perplexity else 'nats'} per {study.unit}",
         curves,
@@ -127,6 +121,7 @@ def by_length(study: Study, setting: str, curves: list[Curve], lengths: list[int
         log_x=True,
         log_y=perplexity,
         level=level,
+        bars=bars,
     )
 
 
