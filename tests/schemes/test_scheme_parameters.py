@@ -45,7 +45,6 @@ OWN = {  # a layer's, by case: name → shape
     "t5 own": {"table": (8, HEADS)},
     "kerple": {"r1": (HEADS,), "r2": (HEADS,)},
     "kerple power": {"r1": (HEADS,), "r2": (HEADS,)},
-    "kerple shared": {"r1": (HEADS,), "r2": (HEADS,)},
     "fire": FIRE,
     "fire shared": FIRE,
     "fox": {"gate.weight": (HEADS, WIDTH), "gate.bias": (HEADS,)},
@@ -61,7 +60,6 @@ OWN = {  # a layer's, by case: name → shape
     "gape": dict.fromkeys(("w_g", "w_l"), (HEADS, D)) | dict.fromkeys(("b_g", "b_l", "gamma"), (HEADS,)),
     "gape base": dict.fromkeys(("w_g", "w_l"), (HEADS, D)) | dict.fromkeys(("b_g", "b_l", "gamma"), (HEADS,)),
     "selective": {"down": (16, WIDTH), "up": (WIDTH // 2, 16), "conv": (WIDTH // 2, 4)},
-    "selective silu": {"down": (4, WIDTH), "up": (WIDTH // 2, 4), "conv": (WIDTH // 2, 4)},
     "selective base gate bias": {
         "full": (HEADS, D, D // 2),
         "scale": (HEADS,),
@@ -106,7 +104,7 @@ SET = {"comrope": {"P"}, "comrope gaussian": set(), "comrope ld-shared": set()}
 SET |= {"comrope axes ld": set(), "comrope axes ld-shared": {"P", "theta"}}
 # Cases in which all layers share all of their own parameters: these are the first layer's
 SHARED = {"carope shared", "t5", "fire shared", "lerope", "lerope base", "seqpe", "seqpe small", "seqpe without losses"}
-SHARED |= {"urpe", "kerple shared"}
+SHARED |= {"urpe", "kerple power"}
 
 
 def owners(case):
