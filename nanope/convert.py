@@ -69,7 +69,7 @@ def scale_frequencies(
     yarn  ω/s where a wavelength exceeds the training length, ω where 32 or more fit into it, a ramp in their number
           between; logits times (0.1 ln s + 1)² (Peng 2309.00071)
     yarn-code  the same with the ramp of the authors' code and of transformers: linear in the pair's index, which is in
-          log ω, between whole indices. It keeps more of what is on the ramp, up to 0.3 of a frequency at factor 4.
+          log ω, between whole indices. It keeps more of what is on the ramp, at factor 4 up to 0.3 of a frequency.
     ValueError for another rule, factor < 1, or ntk and yarn-code with fewer than 4 turning channels.
     """
     if not 1 <= factor < math.inf:
