@@ -74,11 +74,13 @@ def scale_frequencies(
     """
     if not 1 <= factor < math.inf:
         raise ValueError(f"factor must be at least 1, not {factor}: it is the new context over the training length")
+    if rule not in SCALINGS:
+        raise ValueError(f"no frequency scaling {rule!r}{nearest(rule, SCALINGS)} There are: {', '.join(SCALINGS)}")
     if rule == "pi":
         return freqs / factor, 1.0
     if rule == "yarn":
         kept = ((length * freqs / (2 * math.pi) - 1) / (32 - 1)).clamp(0, 1)
-    elif rule in ("ntk", "yarn-code"):
+    else:
         if width < 4 or base <= 1:
             raise ValueError(
                 f"{rule} needs at least 4 turning channels a head and a base above 1, not {width} and {base}"
@@ -90,6 +92,4 @@ def scale_frequencies(
         first, last = (math.log(length / (2 * math.pi * turns)) / one for turns in (32, 1))
         first, last = max(math.floor(first), 0), min(math.ceil(last), width - 1)
         kept = 1 - ((index - first) / max(last - first, 1e-3)).clamp(0, 1)
-    else:
-        raise ValueError(f"no frequency scaling {rule!r}{nearest(rule, SCALINGS)} There are: {', '.join(SCALINGS)}")
     return freqs * (kept + (1 - kept) / factor), (0.1 * math.log(factor) + 1) ** 2

@@ -93,9 +93,10 @@ def figure_of(study, panels: list[str] | None = None) -> Figure | None:
             return compose([*rows, ("", forests)])
     for setting in settings:
         make = lambda name, setting=setting: PANELS[name](study, setting, looks)  # noqa: E731
-        found = [make(p) for p in panels or ["scalings"]]
-        if panels is None and not any(found):
-            found = [make("length") or make("loss"), make("difference")]
+        if panels:
+            found = [make(p) for p in panels]
+        else:
+            found = make("scalings") or [make("length") or make("loss"), make("difference")]
         found = [panel for each in found for panel in (each if isinstance(each, list) else [each]) if panel]
         if found:
             rows.append((setting, found))

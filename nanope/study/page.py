@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nanope.files import write_atomically
-from nanope.study.panels import SCALINGS, answers_curve, curve_of, looks_of, loss, position
-from nanope.study.results import Study, scaled
+from nanope.study.panels import SCALINGS, answers_curve, by_rule, curve_of, looks_of, loss, position, show_of
+from nanope.study.results import Study
 from nanope.study.seed_statistics import difference_of_answers, difference_of_rows
 from schemes import label
 
@@ -48,7 +48,7 @@ def views_of(study: Study, setting: str) -> Iterator[dict]:
     """The figures of a setting: evaluations by length, the loss while it trained, nats by position. `y` is of means,
     then of differences. Points are [x, y, [low, high] or None, seeds]."""
     grid, looks = study.grid, looks_of({arm: label(f.get("pos", "rope")) for arm, f in study.grid.arms.items()})
-    unit, nats, show = study.unit, f"nats per {study.unit}", math.exp if grid.figure == "perplexity" else float
+    unit, nats, show = study.unit, f"nats per {study.unit}", show_of(study)
     for name in grid.eval:
         found = study.rows(setting, name) | study.rows(setting, name, task=True)
         for protocol in dict.fromkeys(key[0] for key in found if key[0] != "per-position"):
@@ -56,8 +56,7 @@ def views_of(study: Study, setting: str) -> Iterator[dict]:
             base, curves, task = rows.get((grid.baseline, "none"), {}), [], protocol == "task"
             less = difference_of_answers if task else difference_of_rows
             for (arm, scaling), at in rows.items():
-                look = looks[arm] | ({} if scaling == "none" else {"linestyle": SCALINGS[scaling]})
-                title = scaled(arm, next(row for by_seed in at.values() for row in by_seed.values()))
+                title, look = by_rule(arm, scaling, at, looks[arm])
                 curve = answers_curve(title, at, look) if task else curve_of(title, at, show, look)
                 pairs = {x: less(at[x], base.get(x, {})) for x in sorted(at) if title != grid.baseline}
                 points = [[x, d["difference"], d["interval"], d["seeds"]] for x, d in pairs.items() if d]

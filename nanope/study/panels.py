@@ -12,7 +12,7 @@ import numpy as np
 from data.tasks import TASKS
 from nanope.study.costs import model_cost
 from nanope.study.drawing import Curve, Forest, Heat, Lines, Points
-from nanope.study.grid import bench_variants
+from nanope.study.grid import as_list, bench_variants
 from nanope.study.probe_panels import attention, attention_of_report, needle, needle_of_reports
 from nanope.study.results import Study, scaled, three_of, throughput
 from nanope.study.seed_statistics import (
@@ -67,7 +67,7 @@ def length(study: Study, setting: str, looks: dict) -> Lines | None:
     lengths = sorted({n for by_length in rows.values() for n in by_length})
     if len(lengths) < 2:
         return None
-    baseline, show = study.grid.baseline, math.exp if study.grid.figure == "perplexity" else float
+    baseline, show = study.grid.baseline, show_of(study)
     curves = [curve for arm, by in rows.items() if (curve := curve_of(arm, by, show, looks[arm])).x]
     if not curves:
         return None
@@ -80,15 +80,14 @@ def length(study: Study, setting: str, looks: dict) -> Lines | None:
 
 def scalings(study: Study, setting: str, looks: dict) -> list[Lines]:
     """The same by each rule of scaled frequencies: a panel for each evaluation that compares several."""
-    panels, show = [], math.exp if study.grid.figure == "perplexity" else float
-    for name in study.grid.eval or {}:
-        rows = {key[1:]: at for key, at in study.rows(setting, name).items() if key[0] == "same-targets"}
-        if len({scaling for _, scaling in rows} - {"none"}) < 2:
+    panels, show = [], show_of(study)
+    for name, options in (study.grid.eval or {}).items():
+        if len({*as_list(options.get("scaling"))} - {"none"}) < 2:
             continue
+        rows = {key[1:]: at for key, at in study.rows(setting, name).items() if key[0] == "same-targets"}
         curves = []
         for (arm, scaling), at in rows.items():
-            look = looks[arm] | ({} if scaling == "none" else {"linestyle": SCALINGS[scaling]})
-            title = scaled(arm, next(row for by_seed in at.values() for row in by_seed.values()))
+            title, look = by_rule(arm, scaling, at, looks[arm])
             curves.append(curve_of(title, at, show, look))
             curves[-1].band = any(curves[-1].intervals)
         note = note_of(study, setting, []) + "; bars: 95 % intervals" * any(curve.band for curve in curves)
@@ -103,26 +102,36 @@ def by_length(
 ) -> Lines:
     """Curves against context length. base: the baseline's rows, length → seed → row, whose level at its training length
     is drawn; {} for none."""
-    perplexity, baseline = study.grid.figure == "perplexity", study.grid.baseline
+    show, baseline = show_of(study), study.grid.baseline
     block, ticks, xlabel = scale_of_lengths(study, setting, lengths)
     level = None
     if trained := values_of(base.get(block, {})):
         colour = next(curve for curve in curves if curve.name == baseline).look["color"]
-        mean = np.mean(trained)
-        level = (math.exp(mean) if perplexity else mean, f"{baseline}, cropped to its training length", colour)
+        level = (show(np.mean(trained)), f"{baseline}, cropped to its training length", colour)
     return Lines(
         title,
         note,
         xlabel,
-        f"{'perplexity' if perplexity else 'nats'} per {study.unit}",
+        f"{'nats' if show is float else 'perplexity'} per {study.unit}",
         curves,
         baseline,
         ticks,
         log_x=True,
-        log_y=perplexity,
+        log_y=show is not float,
         level=level,
         bars=bars,
     )
+
+
+def show_of(study: Study) -> Callable:
+    """What figures show of nats: perplexity, or these."""
+    return math.exp if study.grid.figure == "perplexity" else float
+
+
+def by_rule(arm: str, scaling: str, at: dict, look: dict) -> tuple[str, dict]:
+    """The name and the look of an arm's rows (length → seed → row) by a rule of scaled frequencies."""
+    title = scaled(arm, next(row for by_seed in at.values() for row in by_seed.values()))
+    return title, look | ({} if scaling == "none" else {"linestyle": SCALINGS[scaling]})
 
 
 def scale_of_lengths(study: Study, setting: str, lengths: list[int]) -> tuple[int, dict[float, str], str]:
