@@ -5,6 +5,9 @@ every matrix product is counted, by nanope/meters.py. nanope/plan.py makes a pla
 """
 
 import bisect
+import dataclasses
+import functools
+import json
 from dataclasses import dataclass
 
 import torch
@@ -19,13 +22,30 @@ from nanope.meters import Alike, Meter, Products
 
 
 class Unfilled(GPT):
-    """A GPT of fake tensors: no initial values are drawn, no token ids looked at."""
+    """A GPT of fake or meta tensors: no initial values are drawn, no token ids looked at."""
 
     def initialise(self, *_):
         self.described = True
 
     def check_tokens(self, *_):
         pass
+
+
+def outline(config: GPTConfig) -> GPT:
+    """The model of a config on the meta device, to count its parameters and FLOPs. Models of the same shape are one
+    object. ValueError for a model that cannot be built."""
+    return outline_of(shape_of(config))
+
+
+@functools.lru_cache(256)  # a sweep has many runs of few shapes
+def outline_of(shape: str) -> GPT:
+    with torch.device("meta"):
+        return Unfilled(GPTConfig(**json.loads(shape)))
+
+
+def shape_of(config: GPTConfig) -> str:
+    """The config as a key."""
+    return json.dumps(dataclasses.asdict(config), sort_keys=True)
 
 
 @dataclass

@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from data.shards import Data, open_data
 from nanope.config import RunConfig, check, padded_vocabulary, with_vocabulary
-from nanope.costs import Unfilled, memory, parameters, products, simulate, windows_that_fit
+from nanope.costs import memory, outline, parameters, products, simulate, windows_that_fit
 from nanope.distributed import Ranks, pick_device, pick_dtype
 from nanope.errors import first_line
 from nanope.gpus import PEAK_FLOPS, expected_mfu
@@ -98,9 +97,8 @@ def plan(
     share, micro = resolve_batch(config, Ranks(0, gpus, 0))
     asked = config.micro_batch_size
     config = dataclasses.replace(config, micro_batch_size=micro)
-    with FakeTensorMode():
-        model = Unfilled(config.model_config())
-        groups = make_optimizer(model, config).param_groups
+    model = outline(config.model_config())
+    groups = make_optimizer(model, config).param_groups
     tokens, per_token = config.max_steps * config.batch_tokens, model.flops_per_token()
     expected = {gpu: expected_mfu(gpu) if mfu is None else mfu for gpu in GPUS}
     rates = {gpu: PEAK_FLOPS[gpu] * expected[gpu] for gpu in GPUS}  # FLOP/s

@@ -1,8 +1,6 @@
 """What a grid will cost, before anything starts: parameters, FLOPs and hours of every run, and their sum."""
 
 import dataclasses
-import functools
-import json
 import statistics
 import time
 from pathlib import Path
@@ -10,11 +8,11 @@ from pathlib import Path
 import torch
 
 from data.shards import cores
-from model import GPTConfig
 from nanope.config import RunConfig
+from nanope.costs import outline, shape_of
 from nanope.gpus import PEAK_FLOPS, card_of, expected_mfu, peak_flops
 from nanope.ops import linear
-from nanope.plan import Plan, Unfilled
+from nanope.plan import Plan
 from nanope.plan import plan as plan_of_run
 from nanope.study.files import Files, local
 from nanope.study.grid import Grid, bench_variants
@@ -32,19 +30,8 @@ CPU_PART = 0.4
 def model_cost(config: RunConfig) -> tuple[int, int]:
     """(parameters, training FLOPs a token) of a config whose vocab_size is set. ValueError for a model that cannot be
     built."""
-    return cost_of_shape(shape_of(config))
-
-
-@functools.cache
-def cost_of_shape(shape: str) -> tuple[int, int]:
-    with torch.device("meta"):
-        model = Unfilled(GPTConfig(**json.loads(shape)))
+    model = outline(config.model_config())
     return model.parameter_count(), model.flops_per_token()
-
-
-def shape_of(config: RunConfig) -> str:
-    """The model of a run, as a key."""
-    return json.dumps(dataclasses.asdict(config.model_config()), sort_keys=True)
 
 
 # ---- of one run
@@ -106,7 +93,7 @@ def measured_speeds(runs: list[Run]) -> dict[str, float]:
     found = {}
     for run in runs:
         if speeds := run.series("tokens_per_s")[1][1:]:
-            found[shape_of(run.config)] = statistics.median(speeds)
+            found[shape_of(run.config.model_config())] = statistics.median(speeds)
     return found
 
 
@@ -142,7 +129,7 @@ def plan(grid: Grid, files: Files, args) -> str:
     guess, source = (None, "") if args.tokens_per_s else flops_per_second(args)
 
     def speed_of(run: Run, plan: Plan) -> float:
-        return args.tokens_per_s or measured.get(shape_of(run.config)) or guessed_speed(plan, guess, gpu)
+        return args.tokens_per_s or measured.get(shape_of(run.config.model_config())) or guessed_speed(plan, guess, gpu)
 
     rows = [row_of_run(run, args, speed_of) for run in runs]
     if grid.throughput:
