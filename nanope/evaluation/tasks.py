@@ -12,8 +12,8 @@ one with no more context than a row of training, in windows that end every half 
 import hashlib
 
 import numpy as np
+import scipy
 import torch
-from scipy.stats import binomtest
 from tqdm import tqdm
 
 from data.shards import Data
@@ -102,7 +102,7 @@ def measure_answers(
     nll, hits = score_answers(model, tokens, scored, context, compute, label)
     answers, right = scored.sum(1), hits.sum(1)  # (n,) tokens of each example
     exact = right == answers
-    interval = binomtest(int(exact.sum()), len(exact)).proportion_ci(method="wilson")
+    interval = scipy.stats.binomtest(int(exact.sum()), len(exact)).proportion_ci(method="wilson")
     return {
         "accuracy": float(exact.mean()),
         "interval": [float(interval.low), float(interval.high)],

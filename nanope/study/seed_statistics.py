@@ -3,7 +3,7 @@
 import math
 
 import numpy as np
-import scipy.stats
+import scipy
 
 from nanope.evaluation.statistics import difference_of_matches, paired_difference
 
@@ -13,7 +13,7 @@ def seed_interval(values) -> list[float] | None:
     values = np.asarray(values, dtype=float)
     if len(values) < 2:
         return None
-    reach = scipy.stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    reach = scipy.special.stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / math.sqrt(len(values))
     return [float(values.mean() - reach), float(values.mean() + reach)]
 
 
