@@ -1,6 +1,7 @@
 """The fields of a run: defaults, then a YAML file, then the command line."""
 
 import dataclasses
+import functools
 import math
 import re
 import sys
@@ -224,17 +225,23 @@ class Parser(ArgumentParser):
         self.exit(2, f"error: {' '.join(str(message).split())} (train.py --help explains every field)\n")
 
 
-def parse(
-    arguments: list[str] | None = None, modes: Callable[[ArgumentParser], None] | None = None
-) -> RunConfig | tuple[RunConfig, dict]:
-    """The RunConfig of a command line: `--config FILE`, then `--field value …`. Exits with a message for what is
-    unknown or of a wrong type. With modes, which adds arguments that are no fields of a run: (RunConfig, those)."""
+@functools.cache  # it takes longer to make than to use
+def parser_of(modes: Callable[[ArgumentParser], None] | None) -> Parser:
     description = "Train one GPT-2 with a positional scheme. Also under torchrun."
     parser = Parser(prog="train.py", description=description, allow_abbrev=False)
     if modes:
         modes(parser)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of fields; later arguments override it.")
     parser.add_class_arguments(RunConfig)
+    return parser
+
+
+def parse(
+    arguments: list[str] | None = None, modes: Callable[[ArgumentParser], None] | None = None
+) -> RunConfig | tuple[RunConfig, dict]:
+    """The RunConfig of a command line: `--config FILE`, then `--field value …`. Exits with a message for what is
+    unknown or of a wrong type. With modes, which adds arguments that are no fields of a run: (RunConfig, those)."""
+    parser = parser_of(modes)
     try:
         words, files, options = understood(sys.argv[1:] if arguments is None else arguments)
     except ValueError as error:
