@@ -239,21 +239,25 @@ SCRIPT = re.compile(r"(?:^|\s)((?:scripts/|data/)?\w+\.py)(?=\s|$)")
 @functools.cache
 def sources(path):
     """Text of a file and of all of the project that it imports."""
-    seen, todo, texts = set(), [path], []
+    seen, todo = set(), [path]
     while todo:
         file = todo.pop()
-        if file in seen or not file.is_file():
-            continue
-        seen.add(file)
-        texts.append(file.read_text())
-        for node in ast.walk(ast.parse(texts[-1])):
-            names = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            todo += [REPO / f"{name.replace('.', '/')}.py" for name in names]
-    return "\n".join(texts)
+        if file not in seen and file.is_file():
+            seen.add(file)
+            todo += imports(file)
+    return "\n".join(file.read_text() for file in seen)
+
+
+@functools.cache
+def imports(path):
+    """Where the modules that a file imports would be if they were the project's."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return [REPO / f"{name.replace('.', '/')}.py" for name in found]
 
 
 def knows(script, flag, kind=None):

@@ -146,7 +146,9 @@ def test_a_model_whose_gradients_alone_are_too_large(monkeypatch):
         gpu_micro_batch(RunConfig(micro_batch_size="auto"), model, 24, Ranks(), CPU, torch.float32)
 
 
-@pytest.mark.parametrize("gigabytes, expected", [(85, 64), (8, 32), (1, 4)])
+@pytest.mark.parametrize(
+    "gigabytes, expected", [(85, 64), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((8, 32), (1, 4)))]
+)
 def test_the_usual_micro_batch_of_a_gpu(monkeypatch, gigabytes, expected):
     """At most 65,536 tokens, and no more than the plan says that its memory holds; nothing is tried."""
     shape = GPTConfig(1024, 4096, 2, 12, 768)

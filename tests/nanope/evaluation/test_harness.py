@@ -26,6 +26,9 @@ MODELS = {
     "rope within documents": {"document_mask": True, "eot": EOT},
 }
 some = pytest.mark.parametrize("name", MODELS)
+few = pytest.mark.parametrize(
+    "name", [name if name in ("rope", "learned") else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+)
 
 
 def opened(folder, data, name, double=True, **options):
@@ -112,7 +115,7 @@ def test_rolling_scores_every_token_once_with_as_much_context_as_fits(byte_data,
     np.testing.assert_allclose(found, truth, atol=1e-9)
 
 
-@some
+@few
 def test_greedy_texts_are_the_models_in_any_batch(byte_data, tmp_path, name):  # noqa: F811
     """Of prompts of equal and other lengths, of which some lose their beginning."""
     lm, model = writers(tmp_path, byte_data, name)
