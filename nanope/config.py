@@ -226,7 +226,7 @@ class Parser(ArgumentParser):
 
 
 @functools.cache  # it takes longer to make than to use
-def parser_of(modes: Callable[[ArgumentParser], None] | None) -> Parser:
+def run_parser(modes: Callable[[ArgumentParser], None] | None) -> Parser:
     description = "Train one GPT-2 with a positional scheme. Also under torchrun."
     parser = Parser(prog="train.py", description=description, allow_abbrev=False)
     if modes:
@@ -241,7 +241,7 @@ def parse(
 ) -> RunConfig | tuple[RunConfig, dict]:
     """The RunConfig of a command line: `--config FILE`, then `--field value …`. Exits with a message for what is
     unknown or of a wrong type. With modes, which adds arguments that are no fields of a run: (RunConfig, those)."""
-    parser = parser_of(modes)
+    parser = run_parser(modes)
     try:
         words, files, options = understood(sys.argv[1:] if arguments is None else arguments)
     except ValueError as error:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, resolve
 from nanope import ops
 from nanope.attention import attend, way_of
 from nanope.distributed import autocast, drop_casts
@@ -22,7 +22,7 @@ from nanope.meters import Alike, Meter, Products
 
 
 class Unfilled(GPT):
-    """A GPT of fake or meta tensors: no initial values are drawn, no token ids looked at."""
+    """A GPT of fake tensors: no initial values are drawn, no token ids looked at."""
 
     def initialise(self, *_):
         self.described = True
@@ -32,20 +32,15 @@ class Unfilled(GPT):
 
 
 def outline(config: GPTConfig) -> GPT:
-    """The model of a config on the meta device, to count its parameters and FLOPs. Models of the same shape are one
-    object. ValueError for a model that cannot be built."""
-    return outline_of(shape_of(config))
+    """The model of a config in fake tensors, to count its parameters and FLOPs. Equal configs share one object, which
+    is not to be changed. ValueError for a model that cannot be built."""
+    return outline_of(json.dumps(dataclasses.asdict(resolve(config)), sort_keys=True))
 
 
-@functools.lru_cache(256)  # a sweep has many runs of few shapes
-def outline_of(shape: str) -> GPT:
-    with torch.device("meta"):
-        return Unfilled(GPTConfig(**json.loads(shape)))
-
-
-def shape_of(config: GPTConfig) -> str:
-    """The config as a key."""
-    return json.dumps(dataclasses.asdict(config), sort_keys=True)
+@functools.lru_cache(128)  # a sweep has many runs of few models
+def outline_of(config: str) -> GPT:
+    with FakeTensorMode():
+        return Unfilled(GPTConfig(**json.loads(config)))
 
 
 @dataclass

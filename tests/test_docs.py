@@ -245,7 +245,7 @@ def sources(path):
         if file not in seen and file.is_file():
             seen.add(file)
             todo += imports(file)
-    return "\n".join(file.read_text() for file in seen)
+    return "\n".join(file.read_text() for file in sorted(seen))
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """What a grid will cost, before anything starts: parameters, FLOPs and hours of every run, and their sum."""
 
 import dataclasses
+import json
 import statistics
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 
 from data.shards import cores
 from nanope.config import RunConfig
-from nanope.costs import outline, shape_of
+from nanope.costs import outline
 from nanope.gpus import PEAK_FLOPS, card_of, expected_mfu, peak_flops
 from nanope.ops import linear
 from nanope.plan import Plan
@@ -32,6 +33,11 @@ def model_cost(config: RunConfig) -> tuple[int, int]:
     built."""
     model = outline(config.model_config())
     return model.parameter_count(), model.flops_per_token()
+
+
+def shape_of(config: RunConfig) -> str:
+    """The model of a run, as a key."""
+    return json.dumps(dataclasses.asdict(config.model_config()), sort_keys=True)
 
 
 # ---- of one run
@@ -93,7 +99,7 @@ def measured_speeds(runs: list[Run]) -> dict[str, float]:
     found = {}
     for run in runs:
         if speeds := run.series("tokens_per_s")[1][1:]:
-            found[shape_of(run.config.model_config())] = statistics.median(speeds)
+            found[shape_of(run.config)] = statistics.median(speeds)
     return found
 
 
@@ -129,7 +135,7 @@ def plan(grid: Grid, files: Files, args) -> str:
     guess, source = (None, "") if args.tokens_per_s else flops_per_second(args)
 
     def speed_of(run: Run, plan: Plan) -> float:
-        return args.tokens_per_s or measured.get(shape_of(run.config.model_config())) or guessed_speed(plan, guess, gpu)
+        return args.tokens_per_s or measured.get(shape_of(run.config)) or guessed_speed(plan, guess, gpu)
 
     rows = [row_of_run(run, args, speed_of) for run in runs]
     if grid.throughput:

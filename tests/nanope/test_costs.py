@@ -233,7 +233,8 @@ ALIKE = {  # what layers have of their own, what they share, and kinds of layers
 }
 
 
-@each_scheme(ALIKE, fast=())
+@pytest.mark.slow
+@each_scheme(ALIKE)
 def test_blocks_that_are_alike_cost_the_same(pos):
     """A pass that runs two blocks of each kind has the figures of one that runs all: also where gradients are kept, and
     where blocks are computed again."""

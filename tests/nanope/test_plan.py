@@ -296,6 +296,27 @@ def test_config_out_of_range():
         plan(run(pos="ropee"))
     with pytest.raises(ValueError, match="device 'gpu' cannot be used"):
         plan(run(device="gpu"))
+    for fields in (dict(pos_options={1: 2, "base": 3}), dict(pos_options={"base": {"a"}}), dict(window=(8, 0))):
+        with pytest.raises(ValueError):
+            plan(run(**fields), details=False)
+
+
+def test_a_scheme_that_computes_a_number_when_it_is_made(tmp_path):
+    """Its constants are known, though the model has no contents; and the file may make tensors of its own."""
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "from schemes import Scheme\n"
+        "TABLE = torch.arange(4.0)\n"
+        "class Mine(Scheme):\n"
+        "    def __init__(self, config, layer):\n"
+        "        super().__init__(config, layer)\n"
+        "        self.scale = torch.tensor(float(config.n_embd)).sqrt().item()\n"
+        "    def encode(self, qk, x, ctx):\n"
+        "        return qk * self.scale / TABLE.sum()\n"
+    )
+    config = run(pos=f"{tmp_path}/mine.py:Mine")
+    assert plan(config, details=False).parameters == plan(run(pos="none"), details=False).parameters
+    assert GPT(config.model_config())(ids())[0].isfinite().all()
 
 
 @pytest.mark.slow
