@@ -34,13 +34,18 @@ class Unfilled(GPT):
 def outline(config: GPTConfig) -> GPT:
     """The model of a config in fake tensors, to count its parameters and FLOPs. Equal configs share one object, which
     is not to be changed. ValueError for a model that cannot be built."""
-    return outline_of(json.dumps(dataclasses.asdict(resolve(config)), sort_keys=True))
+    return outline_of(key_of(resolve(config)))
 
 
 @functools.lru_cache(128)  # a sweep has many runs of few models
-def outline_of(config: str) -> GPT:
+def outline_of(key: str) -> GPT:
     with FakeTensorMode():
-        return Unfilled(GPTConfig(**json.loads(config)))
+        return Unfilled(GPTConfig(**json.loads(key)))
+
+
+def key_of(config: GPTConfig) -> str:
+    """The fields of a model as a text, to look it up by."""
+    return json.dumps(dataclasses.asdict(config), sort_keys=True)
 
 
 @dataclass

@@ -1,6 +1,5 @@
 """What README and docs show and claim: examples run, commands and files exist, figures are those of the results."""
 
-import ast
 import dataclasses
 import functools
 import json
@@ -12,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from test_house import FILES, imports
 
 import model
 import schemes
@@ -239,25 +239,12 @@ SCRIPT = re.compile(r"(?:^|\s)((?:scripts/|data/)?\w+\.py)(?=\s|$)")
 @functools.cache
 def sources(path):
     """Text of a file and of all of the project that it imports."""
-    seen, todo = set(), [path]
+    seen, todo = set(), [module for module, file in FILES.items() if file == path]
     while todo:
-        file = todo.pop()
-        if file not in seen and file.is_file():
-            seen.add(file)
-            todo += imports(file)
-    return "\n".join(file.read_text() for file in sorted(seen))
-
-
-@functools.cache
-def imports(path):
-    """Where the modules that a file imports would be if they were the project's."""
-    found = []
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return [REPO / f"{name.replace('.', '/')}.py" for name in found]
+        if (module := todo.pop()) not in seen:
+            seen.add(module)
+            todo += imports(module)
+    return "\n".join(FILES[module].read_text() for module in sorted(seen))
 
 
 def knows(script, flag, kind=None):

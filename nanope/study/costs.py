@@ -1,7 +1,6 @@
 """What a grid will cost, before anything starts: parameters, FLOPs and hours of every run, and their sum."""
 
 import dataclasses
-import json
 import statistics
 import time
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 
 from data.shards import cores
 from nanope.config import RunConfig
-from nanope.costs import outline
+from nanope.costs import key_of, outline
 from nanope.gpus import PEAK_FLOPS, card_of, expected_mfu, peak_flops
 from nanope.ops import linear
 from nanope.plan import Plan
@@ -33,11 +32,6 @@ def model_cost(config: RunConfig) -> tuple[int, int]:
     built."""
     model = outline(config.model_config())
     return model.parameter_count(), model.flops_per_token()
-
-
-def shape_of(config: RunConfig) -> str:
-    """The model of a run, as a key."""
-    return json.dumps(dataclasses.asdict(config.model_config()), sort_keys=True)
 
 
 # ---- of one run
@@ -95,11 +89,11 @@ def product_speed() -> float:
 
 
 def measured_speeds(runs: list[Run]) -> dict[str, float]:
-    """Median tokens a second of the runs that have started, by the shape of their model."""
+    """Median tokens a second of the runs that have started, by the key_of their model."""
     found = {}
     for run in runs:
         if speeds := run.series("tokens_per_s")[1][1:]:
-            found[shape_of(run.config)] = statistics.median(speeds)
+            found[key_of(run.config.model_config())] = statistics.median(speeds)
     return found
 
 
@@ -135,7 +129,7 @@ def plan(grid: Grid, files: Files, args) -> str:
     guess, source = (None, "") if args.tokens_per_s else flops_per_second(args)
 
     def speed_of(run: Run, plan: Plan) -> float:
-        return args.tokens_per_s or measured.get(shape_of(run.config)) or guessed_speed(plan, guess, gpu)
+        return args.tokens_per_s or measured.get(key_of(run.config.model_config())) or guessed_speed(plan, guess, gpu)
 
     rows = [row_of_run(run, args, speed_of) for run in runs]
     if grid.throughput:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from evaluating import log_probabilities, save_run
 from exporting import byte_data, save  # noqa: F401
-from models import uncached
+from models import cases_of, uncached
 
 from data.tokenizer import load_tokenizer
 from nanope import checkpoint
@@ -26,9 +26,6 @@ MODELS = {
     "rope within documents": {"document_mask": True, "eot": EOT},
 }
 some = pytest.mark.parametrize("name", MODELS)
-few = pytest.mark.parametrize(
-    "name", [name if name in ("rope", "learned") else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
-)
 
 
 def opened(folder, data, name, double=True, **options):
@@ -115,10 +112,10 @@ def test_rolling_scores_every_token_once_with_as_much_context_as_fits(byte_data,
     np.testing.assert_allclose(found, truth, atol=1e-9)
 
 
-@few
-def test_greedy_texts_are_the_models_in_any_batch(byte_data, tmp_path, name):  # noqa: F811
+@cases_of(MODELS, fast=("rope", "learned"))
+def test_greedy_texts_are_the_models_in_any_batch(byte_data, tmp_path, case):  # noqa: F811
     """Of prompts of equal and other lengths, of which some lose their beginning."""
-    lm, model = writers(tmp_path, byte_data, name)
+    lm, model = writers(tmp_path, byte_data, case)
     prompts = ["and the", "of dayX", "light a", "earth and " * 9, "water and " * 9, "it", "\n", "of dayX"]
     whole = []
     for prompt in prompts:
