@@ -18,7 +18,9 @@ from model import GPT, GPTConfig, resolve
 from nanope import ops
 from nanope.attention import attend, way_of
 from nanope.distributed import autocast, drop_casts
-from nanope.meters import Alike, Meter, Products
+from nanope.meters import Alike, Meter
+
+FEW_TOKENS = 16384  # of a pass to go by, before one of as many as fit
 
 
 class Unfilled(GPT):
@@ -64,14 +66,13 @@ def measure(model: GPT, rows: int, dtype: torch.dtype, keep_gradients: bool, who
     """One pass over `rows` windows on the model's own (fake or real) CPU tensors; the model is of no use afterwards.
     keep_gradients: gradients are there already, as from the second micro-batch of a step on. whole: run every block."""
     idx = torch.zeros(rows, model.config.block_size, dtype=torch.int64)
-    meter, products = Meter(model, idx), Products(model.attend)
-    model.attend = products.attend
-    with meter, products:
+    meter = Meter(model, idx)
+    with meter:
         if keep_gradients:
             for p in model.parameters():
                 p.grad = torch.zeros_like(p)
             meter.live.clear()
-        alike = Alike(model, meter, products, whole)
+        alike = Alike(model, meter, whole)
         with autocast(torch.device("cpu"), dtype):
             _, loss = model(idx, idx)
         saved = {part: size for part, size in meter.live.items() if size}
@@ -204,14 +205,33 @@ def windows_that_fit(
     `limit` bytes, by estimate; 0 where none does. Gradients lie there, as from the second pass of a step on. again:
     with activation checkpointing; ranks: over which the model is divided."""
 
-    def fits(n: int) -> bool:
-        run = simulate(shape, n, dtype, True, keep_gradients=True, again=again, divided=ranks > 1)
-        return memory(run, n, ranks)["total"] <= limit
+    @functools.cache
+    def run(n: int) -> Pass:
+        return simulate(shape, n, dtype, True, keep_gradients=True, again=again, divided=ranks > 1)
 
-    if fits(sizes[-1]):
-        return sizes[-1]
-    found = bisect.bisect_left(sizes, True, hi=len(sizes) - 1, key=lambda n: not fits(n))
-    return sizes[found - 1] if found else 0
+    def needs(n: int) -> int:
+        return memory(run(n), n, ranks)["total"]
+
+    def saved(n: int) -> int:
+        return sum(run(n).saved.values())
+
+    # Many windows can be thousands of chunks, whose pass takes minutes. A few say about how many to look at; and what
+    # a pass saves, which grows by the same with each window, says which are too many without a look
+    few = max(n for n in sizes if n == sizes[0] or n * shape.block_size <= FEW_TOKENS)
+    weights = 4 * 4 * sum(p.numel() for p in run(few).model.parameters()) / ranks  # gradients and two moments too
+
+    def at_least(n: int, passed: int) -> float:
+        each = (saved(passed) - saved(few)) / (passed - few) if passed != few else 0
+        return weights + saved(passed) + each * (n - passed)
+
+    at = max(0, bisect.bisect_right(sizes, few * (limit - weights) / (needs(few) - weights)) - 1)
+    while needs(sizes[at]) > limit:
+        if at == 0:
+            return 0
+        at -= 1
+    while at + 1 < len(sizes) and at_least(sizes[at + 1], sizes[at]) <= limit and needs(sizes[at + 1]) <= limit:
+        at += 1
+    return sizes[at]
 
 
 def products(run: Pass, tokens: int, again: Pass | None = None) -> dict[str, float]:

@@ -2,7 +2,6 @@
 blocks that are alike two are run. nanope/costs.py reads them.
 """
 
-import contextlib
 import dataclasses
 import weakref
 from collections import Counter
@@ -12,17 +11,31 @@ from functools import partial
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
 from model import GPT, MLP, Attention, LayerNorm
+
+# What torch's counter of FLOPs does not know: oneDNN's products, the product that accumulates in place, the CPU's
+# attention
+aten = torch.ops.aten
+MORE_PRODUCTS = {
+    torch.ops.mkldnn._linear_pointwise: lambda a, b, *_, **__: 2 * a[0] * a[1] * b[0],
+    aten.addmm_: lambda self, a, b, **_: 2 * a[0] * a[1] * b[1],
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(
+        *shapes[:4]
+    ),
+}
+PRODUCTS = flop_registry | {operator: shape_wrapper(flops) for operator, flops in MORE_PRODUCTS.items()}
 
 
 class Meter(TorchDispatchMode):
     """Bytes of all storages that operations make, while they live, by the part of the model that made them. Parameters,
-    buffers and idx are not counted. And elementwise work.
+    buffers and idx are not counted. And arithmetic.
 
-    peak: the most bytes at once. live: {part: bytes} now. elementwise: elements of results of pointwise operations; a
-    complex product counts as its 6 real operations.
+    peak: the most bytes at once. live: {part: bytes} now. products: FLOPs of all matrix products; attention: of those
+    within model.attend. elementwise: elements of results of pointwise operations; a complex product counts as its 6
+    real operations.
     """
 
     def __init__(self, model: GPT, idx: torch.Tensor):
@@ -30,7 +43,9 @@ class Meter(TorchDispatchMode):
         self.parameters = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
         self.known = self.parameters | {idx.untyped_storage()._cdata}
         self.live, self.total, self.peak, self.elementwise = Counter(), 0, 0, 0
+        self.products = self.attention = self.since = 0
         self.block, self.likes = None, Counter()  # set by Alike: the block and direction that runs, and see `drop`
+        self.inner, model.attend = model.attend, self.attend
         self.parts = ["residual stream"]
         for kind, part in ((Attention, "attention"), (MLP, "MLP"), (LayerNorm, "norms")):
             for module in (m for m in model.modules() if isinstance(m, kind)):
@@ -39,12 +54,17 @@ class Meter(TorchDispatchMode):
         model.transformer["ln_f"].register_forward_hook(lambda *_: self.parts.append("loss head"))  # comes after it
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        cast = func is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self.parameters
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func is torch.ops.prim.device.default:  # fake tensors are asked for it all the time
+            return out
+        if flops := PRODUCTS.get(func._overloadpacket):
+            self.products += flops(*args, **kwargs, out_val=out)
+        cast = func is aten._to_copy.default and args[0].untyped_storage()._cdata in self.parameters
         for tensor in (t for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
             self.see(tensor, "autocast's weights" if cast else self.parts[-1])
             if torch.Tag.pointwise in func.tags:
-                complex_product = tensor.is_complex() and func is torch.ops.aten.mul.Tensor
+                complex_product = tensor.is_complex() and func is aten.mul.Tensor
                 self.elementwise += tensor.numel() * (6 if complex_product else 1)
         return out
 
@@ -65,35 +85,8 @@ class Meter(TorchDispatchMode):
         self.live[part] -= size
         self.total -= size
 
-
-# What torch's counter does not know: oneDNN's products, the product that accumulates in place, the CPU's attention
-aten = torch.ops.aten
-MORE_PRODUCTS = {
-    torch.ops.mkldnn._linear_pointwise: lambda a, b, *_, **__: 2 * a[0] * a[1] * b[0],
-    aten.addmm_: lambda self, a, b, **_: 2 * a[0] * a[1] * b[1],
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(
-        *shapes[:4]
-    ),
-}
-
-
-class Untracked(contextlib.nullcontext):
-    """In the place of torch's ModuleTracker, whose hooks would keep what activation checkpointing computes again."""
-
-    parents = ("Global",)
-
-
-class Products(FlopCounterMode):
-    """FLOPs of all matrix products, and `attention`, of those within `attend`, which is nanope.attention.attend or
-    stands for it."""
-
-    def __init__(self, attend):
-        super().__init__(display=False, custom_mapping=MORE_PRODUCTS)
-        self.inner, self.attention, self.since = attend, 0, 0
-        self.mod_tracker = Untracked()
-
     def attend(self, scheme, q, k, v, *others):
+        """The model's own, whose products are those of attention."""
         self.begin()
         y = self.inner(scheme, q, k, v, *others)
         self.end()
@@ -104,10 +97,10 @@ class Products(FlopCounterMode):
         return y
 
     def begin(self) -> None:
-        self.since = self.get_total_flops()
+        self.since = self.products
 
     def end(self) -> None:
-        self.attention += self.get_total_flops() - self.since
+        self.attention += self.products - self.since
         self.begin()
 
 
@@ -132,8 +125,8 @@ class Alike:
     those of the one that is passed last, which finds sums of gradients to add to where layers share a tensor.
     """
 
-    def __init__(self, model: GPT, meter: Meter, products: Products, whole: bool = False):
-        self.meter, self.products, self.costs = meter, products, {}
+    def __init__(self, model: GPT, meter: Meter, whole: bool = False):
+        self.meter, self.costs = meter, {}
         self.ends = {}  # {block that is not run: the first and the last of its kind}
         self.used = {}  # {the first of a kind: which of `computed` its block differentiates}
         self.made = {}  # {the same: ids of tensors that have a gradient after the kind's first backward pass}
@@ -211,7 +204,7 @@ class Alike:
             meter.peak = max(peak, meter.peak)
 
     def counts(self) -> tuple[int, ...]:
-        return self.meter.elementwise, self.products.get_total_flops(), self.products.attention
+        return self.meter.elementwise, self.meter.products, self.meter.attention
 
     def totals(self) -> list[int]:
         """Counts of the whole pass, once it is over."""

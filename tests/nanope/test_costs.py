@@ -1,6 +1,7 @@
 """nanope/costs.py: FLOPs and memory against formulas worked out by hand, and against real passes of real models."""
 
 import dataclasses
+import functools
 import resource
 
 import pytest
@@ -9,7 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import GPT, SCHEMES, GPTConfig
-from nanope.costs import parameters, products, simulate
+from nanope import costs
+from nanope.costs import memory, parameters, products, simulate
 from nanope.distributed import autocast
 from nanope.meters import MORE_PRODUCTS
 from schemes._skew import SWEEPS
@@ -274,3 +276,22 @@ def test_dropout_saves_no_probabilities_on_a_gpu(fields):
     )
     pairs = SHAPE.n_layer * ROWS * SHAPE.n_head * SHAPE.block_size**2
     assert dropped - plain < 6 * pairs  # 12.5 with probabilities
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_windows_that_fit(monkeypatch, again):
+    """Those that a search through all sizes finds, without a pass of many more."""
+    shape, sizes = dataclasses.replace(SHAPE, vocab_size=64, block_size=512), [1, 2, 3, 5, 8, 16, 40, 120, 960]
+    passed, once = [], functools.cache(lambda n: simulate(shape, n, torch.bfloat16, True, True, again))
+    monkeypatch.setattr(costs, "simulate", lambda _, n, *args, **how: passed.append(n) or once(n))
+
+    def fitting(limit):
+        passed.clear()
+        return costs.windows_that_fit(shape, sizes, torch.bfloat16, limit, again)
+
+    needs = {n: memory(once(n), n)["total"] for n in sizes}
+    assert fitting(needs[1] - 1) == 0
+    for n, following in zip(sizes, sizes[1:]):
+        assert fitting(needs[n]) == fitting(needs[following] - 1) == n
+        assert max(passed) <= max(32, following)
+    assert fitting(needs[960]) == fitting(2 * needs[960]) == 960
