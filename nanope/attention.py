@@ -30,7 +30,7 @@ from nanope.ops import kind_of, no_autocast, wide
 from nanope.pairs import by_chunks, indices, pairs_of, queries_at_a_time, visible
 
 CHUNK = 2**24  # elements of a dense mask or of dense scores that exist at once: 64 MB in float32
-GPU_CHUNK = 2**26  # the same on a GPU, where each chunk starts all its kernels anew
+GPU_CHUNK = 2**26  # the same on a GPU, where each chunk starts all its kernels anew; no more than CHUNK are kept
 SMALL_CHUNK, FEW_QUERIES = 2**21, 128  # the same on a CPU without gradients, where what is in its cache counts
 
 
@@ -126,11 +126,13 @@ def way_here(scheme, q, ctx, window: int, dropout: float) -> str:
 def chunk_here(q: torch.Tensor, k: torch.Tensor) -> int:
     """How many elements of a mask or of scores exist at once. On a CPU without gradients those of 128 queries, or more
     where these are few: one text of 4,096 tokens (4 × 128) takes 1 / 1.4 (kerple) to 1 / 2.6 (fire) of the time with
-    CHUNK, path's 1.05. On a GPU, forward and backward of one layer of 64 windows (12 × 64, T 1,024) start 25,000 kernels
+    CHUNK, path's 1.05. On a GPU, forward and backward of a layer of 64 windows (12 × 64, T 1,024) start 25,000 kernels
     with path and CHUNK, 8,400 with GPU_CHUNK (counted, not timed); the peak is the same, that of the loss head."""
     kind = kind_of(q.device)
+    if kind == "cuda":
+        return GPU_CHUNK
     if torch.is_grad_enabled() or kind != "cpu":
-        return GPU_CHUNK if kind == "cuda" else CHUNK
+        return CHUNK
     return min(CHUNK, max(SMALL_CHUNK, FEW_QUERIES * q.size(1) * k.size(2)))
 
 
@@ -190,8 +192,8 @@ def attend_by_chunks(
     rows = rows if documents is None else min(rows, 128)
     if kind_of(q.device) == "cuda" and 16 < rows < T:
         rows -= rows % 16  # its kernel copies a mask whose rows are not aligned
-    # No fused kernel gives a mask's gradient, and no masks are kept that are more than a chunk together
-    again = trained or share * heads * T * (min(S, 2 * max(window, 128)) if window else S) > chunk
+    # No fused kernel gives a mask's gradient, and no masks are kept that are more than CHUNK together
+    again = trained or share * heads * T * (min(S, 2 * max(window, 128)) if window else S) > min(chunk, CHUNK)
 
     def part(q, k, v, i: int):
         keys, pairs, mask = pairs_of(ctx, B, H, i, min(i + rows, T), window)
@@ -239,7 +241,7 @@ def attend_densely(scheme, q, k, v, x, ctx, window: int, dropout: float, chunk: 
     B, H, T, S = q.size(0), q.size(1), ctx.length, k.size(2)
     bias = scheme.bias(x, q, k, ctx)
     size = max(1, chunk // (B * H * S))
-    again = torch.is_grad_enabled() and size < T
+    again = torch.is_grad_enabled() and B * H * T * S > min(chunk, CHUNK)
     # Few queries leave out the keys after them: 8 chunks do 0.56 of the work of one
     size = min(size, max(64, -(-T // 8)))
 

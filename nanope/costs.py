@@ -212,24 +212,15 @@ def windows_that_fit(
     def needs(n: int) -> int:
         return memory(run(n), n, ranks)["total"]
 
-    def saved(n: int) -> int:
-        return sum(run(n).saved.values())
-
-    # Many windows can be thousands of chunks, whose pass takes minutes. A few say about how many to look at; and what
-    # a pass saves, which grows by the same with each window, says which are too many without a look
+    # A pass of many windows can be of thousands of chunks, and takes minutes: a few say about how many to look at
     few = max(n for n in sizes if n == sizes[0] or n * shape.block_size <= FEW_TOKENS)
-    weights = 4 * 4 * sum(p.numel() for p in run(few).model.parameters()) / ranks  # gradients and two moments too
-
-    def at_least(n: int, passed: int) -> float:
-        each = (saved(passed) - saved(few)) / (passed - few) if passed != few else 0
-        return weights + saved(passed) + each * (n - passed)
-
+    weights = 16 * sum(p.numel() for p in run(few).model.parameters()) / ranks  # with gradients and two moments
     at = max(0, bisect.bisect_right(sizes, few * (limit - weights) / (needs(few) - weights)) - 1)
     while needs(sizes[at]) > limit:
         if at == 0:
             return 0
         at -= 1
-    while at + 1 < len(sizes) and at_least(sizes[at + 1], sizes[at]) <= limit and needs(sizes[at + 1]) <= limit:
+    while at + 1 < len(sizes) and needs(sizes[at + 1]) <= limit:
         at += 1
     return sizes[at]
 

@@ -15,9 +15,9 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from model import GPT, MLP, Attention, LayerNorm
 
+aten = torch.ops.aten
 # What torch's counter of FLOPs does not know: oneDNN's products, the product that accumulates in place, the CPU's
 # attention
-aten = torch.ops.aten
 MORE_PRODUCTS = {
     torch.ops.mkldnn._linear_pointwise: lambda a, b, *_, **__: 2 * a[0] * a[1] * b[0],
     aten.addmm_: lambda self, a, b, **_: 2 * a[0] * a[1] * b[1],
@@ -26,7 +26,7 @@ MORE_PRODUCTS = {
         *shapes[:4]
     ),
 }
-PRODUCTS = flop_registry | {operator: shape_wrapper(flops) for operator, flops in MORE_PRODUCTS.items()}
+OTHERS = {operator: shape_wrapper(flops) for operator, flops in MORE_PRODUCTS.items()}
 
 
 class Meter(TorchDispatchMode):
@@ -45,7 +45,7 @@ class Meter(TorchDispatchMode):
         self.live, self.total, self.peak, self.elementwise = Counter(), 0, 0, 0
         self.products = self.attention = self.since = 0
         self.block, self.likes = None, Counter()  # set by Alike: the block and direction that runs, and see `drop`
-        self.inner, model.attend = model.attend, self.attend
+        model.attend = partial(self.attend, model.attend)  # held by the model alone: finalizers keep the meter
         self.parts = ["residual stream"]
         for kind, part in ((Attention, "attention"), (MLP, "MLP"), (LayerNorm, "norms")):
             for module in (m for m in model.modules() if isinstance(m, kind)):
@@ -58,7 +58,7 @@ class Meter(TorchDispatchMode):
         out = func(*args, **kwargs)
         if func is torch.ops.prim.device.default:  # fake tensors are asked for it all the time
             return out
-        if flops := PRODUCTS.get(func._overloadpacket):
+        if flops := flop_registry.get(func._overloadpacket) or OTHERS.get(func._overloadpacket):
             self.products += flops(*args, **kwargs, out_val=out)
         cast = func is aten._to_copy.default and args[0].untyped_storage()._cdata in self.parameters
         for tensor in (t for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
@@ -85,10 +85,10 @@ class Meter(TorchDispatchMode):
         self.live[part] -= size
         self.total -= size
 
-    def attend(self, scheme, q, k, v, *others):
+    def attend(self, inner, scheme, q, k, v, *others):
         """The model's own, whose products are those of attention."""
         self.begin()
-        y = self.inner(scheme, q, k, v, *others)
+        y = inner(scheme, q, k, v, *others)
         self.end()
         # The backward pass reaches y first, and q, k and v when it is through
         y.register_hook(lambda _: self.begin())

@@ -278,6 +278,13 @@ def test_dropout_saves_no_probabilities_on_a_gpu(fields):
     assert dropped - plain < 6 * pairs  # 12.5 with probabilities
 
 
+def test_many_scores_are_not_kept_on_a_gpu():
+    """16 windows have 32 M scores a layer: twice what may be kept, half of what may exist at once."""
+    shape = dataclasses.replace(SHAPE, pos="stickbreaking", vocab_size=64, n_embd=8, block_size=1024)
+    few, many = (simulate(shape, n, torch.bfloat16, gpu=True).saved["attention"] for n in (8, 16))
+    assert many < few / 8
+
+
 @pytest.mark.parametrize("again", [False, True])
 def test_windows_that_fit(monkeypatch, again):
     """Those that a search through all sizes finds, without a pass of many more."""
