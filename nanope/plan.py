@@ -86,7 +86,8 @@ def plan(
 
     mfu: FLOPs of flops_per_token over the GPU's peak, in (0, 1]; None: a guess by GPU. price_per_hour: of one GPU.
     vocab_size: of the tokenizer, assumed where there is no data folder (default: GPT-2's). tokens_per_s: a measured
-    speed of all ranks. details: also exact FLOPs and memory, which take seconds. ValueError for what could not be run.
+    speed of all ranks. details: also exact FLOPs and memory, which take seconds, with path minutes. ValueError
+    for what could not be run.
     """
     check(config)
     check_arguments(gpus, mfu, price_per_hour, tokens_per_s, vocab_size)
